@@ -1,0 +1,77 @@
+"""Registers every task with Gymnasium, by string entry points: MuJoCo is imported on first use.
+
+The time limit of an episode lives inside :class:`~dmc_gym_plugin.environment.DMControlEnv`, where
+``get_state()`` covers it, and not in a ``TimeLimit`` wrapper around it. ``gymnasium.make`` knows
+only the wrapper; :func:`adopt_time_limit`, the last step of ``make`` for our ids, therefore takes
+the wrapper off again and hands its number to the environment.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+from gymnasium.envs.registration import WrapperSpec
+
+from dmc_gym_plugin.tasks import NAMESPACE, TASKS, TaskInfo
+
+ENTRY_POINT = "dmc_gym_plugin.environment:DMControlEnv"
+
+ADOPT_TIME_LIMIT = WrapperSpec(
+    name="adopt_time_limit",
+    entry_point="dmc_gym_plugin.registration:adopt_time_limit",
+    kwargs={},
+)
+
+
+class TaskSteps(int):
+    """A task's own episode length in control steps, told apart from a user's ``max_episode_steps``.
+
+    ``gymnasium.make(id, action_repeat=2)`` applies the registered 1000 (control) steps, which are
+    500 agent steps; ``gymnasium.make(id, action_repeat=2, max_episode_steps=1000)`` asks for 1000
+    agent steps. Both reach the environment as the integer 1000: the type keeps them apart.
+    """
+
+
+def adopt_time_limit(env: gymnasium.Env) -> gymnasium.Env:
+    """Move the limit of an outermost ``TimeLimit`` wrapper into the environment below it.
+
+    :param env: what ``gymnasium.make`` built: a DMC environment, perhaps in wrappers
+    :return: the same environment without the ``TimeLimit`` wrapper
+    """
+    limit: int | None = None
+    if isinstance(env, gymnasium.wrappers.TimeLimit):
+        limit = env._max_episode_steps
+        env = env.env
+    base: Any = env.unwrapped
+    if not isinstance(limit, TaskSteps):  # a user's own number, or none at all
+        base.max_episode_steps = limit
+    if base.spec is not None:
+        own = base.max_episode_steps
+        # `gymnasium.make(env.spec)` must give the same environment again.
+        base.spec.max_episode_steps = TaskSteps(own) if isinstance(limit, TaskSteps) else own
+        base.spec.additional_wrappers = (ADOPT_TIME_LIMIT,)
+    return env
+
+
+def register_task(info: TaskInfo) -> None:
+    """Register one task, unless its id is taken already."""
+    if info.id in gymnasium.registry:
+        return
+    gymnasium.register(
+        id=info.id,
+        entry_point=ENTRY_POINT,
+        kwargs={"domain": info.domain, "task": info.task},
+        max_episode_steps=TaskSteps(info.control_steps),
+        additional_wrappers=(ADOPT_TIME_LIMIT,),
+    )
+
+
+def register_all() -> list[str]:
+    """Register every task of the table that can run here.
+
+    :return: all registered ids of the namespace
+    """
+    for info in TASKS.values():
+        register_task(info)
+    return [name for name in gymnasium.registry if name.startswith(NAMESPACE + "/")]

@@ -1,0 +1,168 @@
+"""One dm_control task as a simulation: load, reset, advance one control step, observe.
+
+:class:`SuiteSimulation` does what ``dm_control.rl.control.Environment`` does, to the last bit, but
+without building a ``TimeStep`` and an observation for every control step, and with MuJoCo called
+directly. dm_control's own classes keep the physics, the rewards and the observations.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmc_gym_plugin import rendering
+
+
+def check_mujoco(version: str | None = None) -> None:
+    """Refuse a MuJoCo that the installed dm_control cannot work with.
+
+    :param version: MuJoCo's version; None reads the installed one
+    :raises ImportError: for MuJoCo 4 and later
+    """
+    version = importlib.metadata.version("mujoco") if version is None else version
+    if int(version.split(".")[0]) >= 4:
+        raise ImportError(
+            f"mujoco {version} is installed, but dm_control works only with mujoco 3; "
+            "run `pip install 'mujoco<4'`."
+        )
+
+
+check_mujoco()
+rendering.choose_backend()
+
+import mujoco  # noqa: E402 - after the version check and the choice of an OpenGL backend
+from dm_control import suite  # noqa: E402
+from dm_control.mujoco import Physics  # noqa: E402
+from dm_control.rl.control import PhysicsError  # noqa: E402
+
+from dmc_gym_plugin import state as exact  # noqa: E402
+
+
+class SuiteSimulation:
+    """A task on dm_control's ``Physics`` and ``Task`` classes.
+
+    :param domain: the domain, such as ``walker``
+    :param task: the task, such as ``walk``
+    :param task_kwargs: keyword arguments of dm_control's task constructor
+    """
+
+    def __init__(self, domain: str, task: str, task_kwargs: dict[str, Any] | None = None) -> None:
+        self._domain = domain
+        self._task_name = task
+        self._task_kwargs = dict(task_kwargs or {})
+        # LQR draws its model while it is built, so a seed needs a new model.
+        self._rebuild_on_seed = domain == "lqr"
+        self._build(self._task_kwargs.pop("random", None))
+
+    def _load(self, task_kwargs: dict[str, Any]) -> Any:
+        return suite.load(self._domain, self._task_name, task_kwargs=task_kwargs)
+
+    def _build(self, random: Any) -> None:
+        self.env = self._load({**self._task_kwargs, "random": random})
+        self.physics = self.env.physics
+        self.task = self.env.task
+        self.n_sub_steps: int = self.env._n_sub_steps
+        self.control_timestep: float = self.env.control_timestep()
+        limit = self.env._step_limit
+        self.step_limit: int | None = None if math.isinf(limit) else math.ceil(limit)
+        self._model = self.physics.model.ptr
+        self._data = self.physics.data.ptr
+        self._rk4 = self._model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+        self._plain_step = type(self.physics).step is Physics.step and self.physics.legacy_step
+        self._warnings = self.physics.data.warning.number
+        self._edits = exact.ModelEdits(self._model)
+
+    @property
+    def random(self) -> np.random.RandomState:
+        """The task's random generator."""
+        return self.task._random
+
+    def action_bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the actuators' bounds, as dm_control states them."""
+        spec = self.env.action_spec()
+        shape = spec.shape
+        return np.broadcast_to(spec.minimum, shape), np.broadcast_to(spec.maximum, shape)
+
+    def seed(self, seed: int) -> None:
+        """Give the task the random generator that dm_control builds from a seed."""
+        random = exact.random_state_from_seed(seed)
+        if self._rebuild_on_seed:
+            self.close()
+            self._build(random)
+        else:
+            self.task._random = random
+
+    def reset(self) -> None:
+        """Start an episode."""
+        with self.physics.reset_context():
+            self.task.initialize_episode(self.physics)
+
+    def step(self, control: NDArray[np.float64]) -> tuple[float, float | None]:
+        """Advance one control step.
+
+        :param control: actuator controls, [A]
+        :return: the reward, and the discount of a task that ends here or None
+        :raises PhysicsError: if the simulation diverged
+        """
+        task, physics = self.task, self.physics
+        task.before_step(control, physics)
+        if self._plain_step:
+            self._advance()
+        else:
+            physics.step(self.n_sub_steps)
+        task.after_step(physics)
+        return float(task.get_reward(physics)), task.get_termination(physics)
+
+    def _advance(self) -> None:
+        """Do what ``Physics.step`` does: mj_step1 last, so that observations are up to date."""
+        model, data, count = self._model, self._data, self.n_sub_steps
+        before = self._warnings.tobytes()
+        if self._rk4:
+            mujoco.mj_step(model, data, count)
+        else:
+            mujoco.mj_step2(model, data)
+            if count > 1:
+                mujoco.mj_step(model, data, count - 1)
+        mujoco.mj_step1(model, data)
+        if self._warnings.tobytes() != before:
+            self._raise_divergence(np.frombuffer(before, self._warnings.dtype))
+
+    def _raise_divergence(self, before: NDArray[Any]) -> None:
+        names = list(mujoco.mjtWarning.__members__)
+        raised = [names[i] for i in np.flatnonzero(self._warnings > before)]
+        raise PhysicsError(
+            f"The physics of {self._domain}-{self._task_name} diverged at time "
+            f"{self.physics.time():g} s (MuJoCo's warnings: {', '.join(raised)}); reset the "
+            "environment to go on."
+        )
+
+    def observation(self) -> dict[str, Any]:
+        """Return the task's observation, as dm_control computes it."""
+        return self.task.get_observation(self.physics)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return everything the simulation's future depends on."""
+        return {
+            "data": exact.copy_data(self._model, self._data),
+            "model": self._edits.copy(self._model),
+            "task": exact.copy_attributes(self.task),
+            "random": exact.copy_random_state(self.random),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue exactly where :meth:`get_state` was called."""
+        self._edits.restore(self._model, state["model"])
+        exact.restore_data(self._model, self._data, state["data"])
+        exact.restore_attributes(self.task, state["task"])
+        self.random.set_state(state["random"])
+        if "hfield_data" in state["model"]:
+            rendering.upload_terrain(self.physics)
+
+    def close(self) -> None:
+        """Free the OpenGL contexts and the simulator."""
+        self.env.close()
+        self.physics.free()

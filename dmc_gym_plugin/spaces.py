@@ -1,0 +1,106 @@
+"""dm_env specs as Gymnasium spaces, and the flattening of observations.
+
+Shapes: A = number of actuators, O = length of the flat observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+#: dm_control writes "no limit" as +-1e10 (LQR). Mapping [-1, 1] onto that would make every action
+#: enormous. The optimal LQR controller stays within +-5.4 over 20 drawn models; 10 leaves room.
+UNBOUNDED = 1e10
+UNBOUNDED_REPLACEMENT = 10.0
+
+
+class ActionMap:
+    """Maps actions in [-1, 1] onto an actuator's bounds.
+
+    :param minimum: lower bounds of the actuators, [A]
+    :param maximum: upper bounds of the actuators, [A]
+    """
+
+    def __init__(self, minimum: NDArray[np.float64], maximum: NDArray[np.float64]) -> None:
+        minimum = np.asarray(minimum, dtype=np.float64)
+        maximum = np.asarray(maximum, dtype=np.float64)
+        self.low = np.where(minimum <= -UNBOUNDED, -UNBOUNDED_REPLACEMENT, minimum)
+        self.high = np.where(maximum >= UNBOUNDED, UNBOUNDED_REPLACEMENT, maximum)
+        self.size = self.low.size
+        self._same = (self.low == -1.0) & (self.high == 1.0)
+        self.identity = bool(self._same.all())
+        self.space = gymnasium.spaces.Box(-1.0, 1.0, (self.size,), np.float32)
+
+    def to_control(self, action: Any) -> NDArray[np.float64]:
+        """Return the actuator controls of an action: clipped to [-1, 1], then stretched.
+
+        :param action: [A], finite; values outside [-1, 1] count as the nearest bound
+        :return: [A]; -1 and 1 give the bounds exactly
+        :raises ValueError: if the shape is wrong
+        :raises RuntimeError: if a value is not finite (a fault of the caller's model, which
+            hyperparameter search must not mistake for a bad setting)
+        """
+        action = np.array(action, dtype=np.float64)  # a copy: the caller keeps his own
+        if action.shape != (self.size,):
+            raise ValueError(
+                f"The action has shape {action.shape}, but this task takes ({self.size},)."
+            )
+        np.minimum(action, 1.0, out=action)
+        np.maximum(action, -1.0, out=action)
+        # NaN passes through minimum and maximum, so one sum finds it; +-inf are clipped like 1e9.
+        if np.isnan(action.sum()):
+            raise RuntimeError(
+                f"The action {action} holds NaN; look for a diverged model or policy."
+            )
+        if self.identity:
+            return action
+        stretched = self.low * ((1.0 - action) / 2.0) + self.high * ((1.0 + action) / 2.0)
+        return np.where(self._same, action, stretched)
+
+    def to_action(self, control: Any) -> NDArray[np.float32]:
+        """Return the action whose controls are ``control``; the inverse of :meth:`to_control`."""
+        control = np.asarray(control, dtype=np.float64)
+        action = (2.0 * control - self.low - self.high) / (self.high - self.low)
+        return np.where(self._same, control, action).astype(np.float32)
+
+
+class Flattener:
+    """Writes an observation dictionary into one float32 vector.
+
+    :param example: an observation of the task: name -> number or array
+    """
+
+    def __init__(self, example: Mapping[str, Any]) -> None:
+        self.slices: dict[str, slice] = {}
+        start = 0
+        for name, value in example.items():
+            stop = start + int(np.size(value))
+            self.slices[name] = slice(start, stop)
+            start = stop
+        self.size = start
+        self.space = gymnasium.spaces.Box(-np.inf, np.inf, (start,), np.float32)
+        self.dict_space = gymnasium.spaces.Dict(
+            {
+                name: gymnasium.spaces.Box(-np.inf, np.inf, (s.stop - s.start,), np.float32)
+                for name, s in self.slices.items()
+            }
+        )
+
+    def flat(self, observation: Mapping[str, Any]) -> NDArray[np.float32]:
+        """Return the values in dm_control's order as one new vector, [O]."""
+        out = np.empty(self.size, np.float32)
+        for name, where in self.slices.items():
+            value = observation[name]
+            # Writing into the slice casts like astype(float32); only 2-D values need ravel.
+            out[where] = value.ravel() if getattr(value, "ndim", 0) > 1 else value
+        return out
+
+    def dict(self, observation: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+        """Return the values by name, each as a new 1-D float32 array."""
+        return {
+            name: np.array(observation[name], dtype=np.float32).reshape(-1) for name in self.slices
+        }

@@ -1,0 +1,164 @@
+"""Where a replay buffer keeps its observations: one storage object per entry of the observation space.
+
+A storage is a flat array of rows; which row holds what is the buffer's business. Stacked image frames, of which
+every one but the newest stands in the previous row already, are stored as single frames.
+
+Shapes: R rows per environment, E environments (row ``e * R + r`` belongs to environment e), k stacked frames of
+c channels each, ``...`` any index shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_obs_shape
+
+MAX_FRAMES = 16  # the buffer has 4 bits a row for the place in the episode
+_FRAME_CHANNELS = (3, 1, 4, 2)  # RGB, grey, RGBA or RGB with depth, two-channel frames
+
+
+class ObservationStorage:
+    """Rows of whole observations.
+
+    :param space: the entry's space; floats are kept as float32
+    :param num_rows: rows in all (E x R)
+    """
+
+    num_frames = 1
+
+    def __init__(self, space: spaces.Space, num_rows: int) -> None:
+        shape = get_obs_shape(space)
+        assert isinstance(shape, tuple)  # entries of a Dict space are handed over one by one
+        self.obs_shape = shape
+        self.dtype = storage_dtype(space)
+        self.output_dtype = np.dtype(np.uint8) if _is_image(space) else np.dtype(np.float32)
+        self.num_rows = num_rows
+        self.rows: np.ndarray | None = None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of what one row holds."""
+        return self.obs_shape
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all rows, allocated or not."""
+        return self.num_rows * int(np.prod(self.row_shape)) * self.dtype.itemsize
+
+    def allocate(self) -> None:
+        """Reserve all rows (the system commits the memory as rows are first written)."""
+        self.rows = np.zeros((self.num_rows, *self.row_shape), dtype=self.dtype)
+
+    def write(self, rows: np.ndarray, obs: np.ndarray) -> None:
+        """Store ``obs`` [n, ...] in ``rows`` [n]."""
+        assert self.rows is not None
+        self.rows[rows] = obs
+
+    def gather(
+        self, rows: np.ndarray, rows_per_env: int, place: np.ndarray, zero_padded: np.ndarray
+    ) -> np.ndarray:
+        """Return the observations in ``rows`` [...], shaped [..., *obs_shape].
+
+        :param rows: flat rows
+        :param rows_per_env: R
+        :param place: steps since the episode's start, at least up to ``num_frames - 1``
+        :param zero_padded: whether the episode's first stack was filled up with zeros instead of repeats
+        """
+        assert self.rows is not None
+        return self.rows.take(rows, axis=0).astype(self.output_dtype, copy=False)
+
+
+class FrameStorage(ObservationStorage):
+    """Rows of single frames out of which stacked images [k * c, height, width] are put together again.
+
+    :param space: the stacked images' space
+    :param num_rows: rows in all (E x R)
+    :param frame_channels: channels c of one frame
+    """
+
+    def __init__(self, space: spaces.Space, num_rows: int, frame_channels: int) -> None:
+        super().__init__(space, num_rows)
+        self.frame_channels = frame_channels
+        self.num_frames = self.obs_shape[0] // frame_channels
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one frame."""
+        return (self.frame_channels, *self.obs_shape[1:])
+
+    def write(self, rows: np.ndarray, obs: np.ndarray) -> None:
+        """Store the newest frame of each stack in ``obs`` [n, k * c, height, width]."""
+        super().write(rows, obs[:, -self.frame_channels :])
+
+    def gather(
+        self, rows: np.ndarray, rows_per_env: int, place: np.ndarray, zero_padded: np.ndarray
+    ) -> np.ndarray:
+        """See :meth:`ObservationStorage.gather`; frames before the episode's start repeat the first one or are zero."""
+        assert self.rows is not None
+        ages = np.arange(self.num_frames - 1, -1, -1)  # of the frames in a stack, oldest first
+        back = np.minimum(ages, place[..., None])  # [..., k]
+        column = rows // rows_per_env * rows_per_env
+        frame_rows = column[..., None] + (rows - column)[..., None] - back
+        frame_rows += rows_per_env * (frame_rows < column[..., None])
+        frames = self.rows.take(frame_rows, axis=0)  # [..., k, c, height, width]
+        missing = zero_padded[..., None] & (ages > place[..., None])
+        if missing.any():
+            frames[missing] = 0
+        return frames.reshape(*rows.shape, *self.obs_shape)
+
+    def is_first_stack(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Say of each stack in ``obs`` [n, ...] whether it can start an episode, and whether zeros fill it up.
+
+        :return: two arrays [n]: it is the newest frame repeated or preceded by zeros; it is preceded by zeros
+        """
+        frames = obs.reshape(len(obs), self.num_frames, *self.row_shape)
+        axes = tuple(range(1, frames.ndim))
+        repeated = (frames[:, :-1] == frames[:, -1:]).all(axis=axes)
+        zeros = ~frames[:, :-1].any(axis=axes) & ~repeated
+        return repeated | zeros, zeros
+
+    def is_next_stack(self, obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
+        """Say of each pair whether ``next_obs`` is ``obs`` moved on by one frame. Returns [n]."""
+        old, new = obs[:, self.frame_channels :], next_obs[:, : -self.frame_channels]
+        return (old == new).all(axis=tuple(range(1, old.ndim)))
+
+
+def storage_dtype(space: spaces.Space) -> np.dtype:
+    """Return the dtype in which observations of ``space`` are kept: integers and booleans as they are, else float32."""
+    dtype = np.dtype(space.dtype) if space.dtype is not None else np.dtype(np.float32)
+    return dtype if dtype.kind in "iub" else np.dtype(np.float32)
+
+
+def choose_storage(
+    space: spaces.Space, num_rows: int, obs: np.ndarray, next_obs: np.ndarray
+) -> ObservationStorage:
+    """Return single-frame storage if the first observations of the environments prove to be stacked frames.
+
+    :param space: the entry's space
+    :param num_rows: rows in all
+    :param obs: first observations [E, ...]
+    :param next_obs: the ones that followed [E, ...]
+    """
+    for storage in _frame_storages(space, num_rows):
+        if storage.is_first_stack(obs)[0].all() and storage.is_next_stack(obs, next_obs).all():
+            return storage
+    return ObservationStorage(space, num_rows)
+
+
+def looks_stacked(space: spaces.Space) -> bool:
+    """Say whether images of ``space`` have more channels than one picture has."""
+    return _is_image(space) and space.shape is not None and space.shape[0] > 4
+
+
+def _frame_storages(space: spaces.Space, num_rows: int) -> Iterator[FrameStorage]:
+    if not _is_image(space) or space.shape is None:
+        return
+    for channels in _FRAME_CHANNELS:
+        if space.shape[0] % channels == 0 and 1 < space.shape[0] // channels <= MAX_FRAMES:
+            yield FrameStorage(space, num_rows, channels)
+
+
+def _is_image(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3

@@ -1,0 +1,250 @@
+"""The replay buffer against an independent plain record of what was put in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+
+from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+
+ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
+VECTORS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+
+def make(size=1000, n_envs=1, horizon=3, obs_space=VECTORS, **kwargs) -> SequenceReplayBuffer:
+    kwargs = {"device": "cpu", "seed": 0, **kwargs}
+    return SequenceReplayBuffer(size, obs_space, ACTIONS, n_envs=n_envs, horizon=horizon, **kwargs)
+
+
+class Record:
+    """Feeds a buffer and keeps, per environment, the list of all rows ever written, in plain Python.
+
+    Every observation is a unique number (its id) in all its coordinates; the reward of the step from id x is x / 2,
+    its action (x, -x).
+    """
+
+    def __init__(self, buffer: SequenceReplayBuffer) -> None:
+        self.buffer = buffer
+        self.rows: list[list[dict]] = [[] for _ in range(buffer.n_envs)]
+        self.current: list[int | None] = [None] * buffer.n_envs
+        self.episode = [0] * buffer.n_envs
+        self.finished: set[tuple[int, int]] = set()
+        self.counter = 0
+
+    def new_id(self) -> int:
+        self.counter += 1
+        return self.counter
+
+    def step(self, ends: list[str | None]) -> None:
+        """One step of every environment; ends: None, "terminated", "truncated"."""
+        obs, next_obs = [], []
+        for env, end in enumerate(ends):
+            if self.current[env] is None:
+                self.current[env] = self.new_id()
+                self.rows[env].append(
+                    {"id": self.current[env], "episode": self.episode[env], "step": False}
+                )
+            row = self.rows[env][-1]
+            row.update(step=True, terminated=end == "terminated")
+            obs.append(self.current[env])
+            self.current[env] = self.new_id()
+            next_obs.append(self.current[env])
+            self.rows[env].append(
+                {"id": self.current[env], "episode": self.episode[env], "step": False}
+            )
+            if end is not None:
+                self.close(env)
+        column = np.array(obs, dtype=np.float64)[:, None]
+        self.buffer.add(
+            column * np.ones(3),
+            np.array(next_obs, dtype=np.float64)[:, None] * np.ones(3),
+            column * [1, -1],
+            column[:, 0] / 2,
+            np.array([end is not None for end in ends]),
+            [{"TimeLimit.truncated": end == "truncated"} for end in ends],
+        )
+
+    def close(self, env: int) -> None:
+        self.finished.add((env, self.episode[env]))
+        self.episode[env] += 1
+        self.current[env] = None
+
+    def windows(self, include_open: bool) -> set[tuple[int, ...]]:
+        """Ids of every valid sub-sequence: T+1 rows of one episode among the newest R rows."""
+        found = set()
+        length = self.buffer.horizon + 1
+        for env, rows in enumerate(self.rows):
+            kept = rows[-self.buffer.buffer_size :]
+            for begin in range(len(kept) - length + 1):
+                part = kept[begin : begin + length]
+                same = len({row["episode"] for row in part}) == 1
+                if same and (include_open or (env, part[0]["episode"]) in self.finished):
+                    found.add(tuple(row["id"] for row in part))
+        return found
+
+    def stored_steps(self) -> int:
+        return sum(row["step"] for rows in self.rows for row in rows[-self.buffer.buffer_size :])
+
+    def terminated_ids(self) -> set[int]:
+        return {row["id"] for rows in self.rows for row in rows if row.get("terminated")}
+
+
+def sampled_windows(buffer: SequenceReplayBuffer, number: int) -> list[tuple[int, ...]]:
+    ids = buffer.sample(number).observations[..., 0].T.numpy().astype(int)
+    return [tuple(row.tolist()) for row in ids]
+
+
+def feed_random(
+    record: Record, steps: int, rng: np.random.Generator, end_probability: float
+) -> None:
+    for _ in range(steps):
+        ends = []
+        for _env in range(record.buffer.n_envs):
+            ends.append(
+                rng.choice(["terminated", "truncated"]) if rng.random() < end_probability else None
+            )
+        record.step(ends)
+
+
+@pytest.mark.parametrize("n_envs,horizon", [(1, 1), (1, 3), (3, 2), (3, 5)])
+@pytest.mark.parametrize("end_probability", [0.4, 0.1])
+def test_samples_exactly_the_valid_windows_through_wrap_arounds(n_envs, horizon, end_probability):
+    rng = np.random.default_rng(horizon)
+    buffer = make(size=40 * n_envs, n_envs=n_envs, horizon=horizon)
+    record = Record(buffer)
+    for _ in range(25):  # 200 steps a ring of 40 rows: wraps about five times
+        feed_random(record, 8, rng, end_probability)
+        finished, everything = record.windows(False), record.windows(True)
+        expected = finished if len(everything) - len(finished) <= len(finished) else everything
+        assert buffer.num_subsequences == len(expected)
+        assert buffer.num_steps == record.stored_steps()
+        if expected:
+            assert set(sampled_windows(buffer, 3000)) == expected
+
+
+def test_batch_fields_belong_together():
+    buffer = make(size=60, n_envs=2, horizon=3)
+    record = Record(buffer)
+    feed_random(record, 100, np.random.default_rng(0), 0.15)
+    batch = buffer.sample(500)
+    assert batch.observations.shape == (4, 500, 3)
+    assert batch.actions.shape == (3, 500, 2)
+    assert batch.rewards.shape == batch.terminations.shape == (3, 500)
+    assert {tensor.dtype for tensor in batch} == {th.float32}
+    ids = batch.observations[:-1, :, 0]
+    assert th.equal(batch.observations, batch.observations[..., :1].expand(-1, -1, 3))
+    assert th.equal(batch.actions, th.stack([ids, -ids], -1))
+    assert th.equal(batch.rewards, ids / 2)
+    terminated = record.terminated_ids()
+    expected = [[float(int(i) in terminated) for i in row] for row in ids]
+    assert batch.terminations.tolist() == expected
+    assert (
+        0 < batch.terminations.sum() == batch.terminations[-1].sum()
+    )  # only as a sub-sequence's last step
+
+
+@pytest.mark.parametrize("end_probability", [0.3, 0.02])
+def test_every_window_is_equally_likely(end_probability):
+    buffer = make(size=60, n_envs=2, horizon=3, sample_open_episodes=True)
+    record = Record(buffer)
+    feed_random(record, 90, np.random.default_rng(3), end_probability)
+    expected = sorted(record.windows(True))
+    draws = 400 * len(expected)
+    drawn = sampled_windows(buffer, draws)
+    counts = np.array([drawn.count(window) for window in expected])
+    assert counts.sum() == draws
+    chi_square = ((counts - 400) ** 2 / 400).sum()
+    freedom = len(expected) - 1
+    assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)  # 5 standard deviations
+
+
+def test_rare_starts_are_drawn_evenly_too():
+    buffer = make(size=400, horizon=8)
+    record = Record(buffer)
+    for length in [2] * 100 + [10, 2, 9]:  # 5 starts in about 330 rows: below the rejection's limit
+        for step in range(length):
+            record.step(["truncated" if step == length - 1 else None])
+    expected = sorted(record.windows(False))
+    assert len(expected) == 5 == buffer.num_subsequences
+    drawn = sampled_windows(buffer, 5000)
+    counts = [drawn.count(window) for window in expected]
+    assert sum(counts) == 5000 and min(counts) > 850 and max(counts) < 1150
+
+
+def test_finished_episodes_only_unless_the_running_one_outweighs_them():
+    buffer = make(horizon=2)
+    record = Record(buffer)
+    for step in range(10):
+        record.step(["truncated" if step == 9 else None])
+    assert buffer.num_subsequences == 9
+    for _ in range(10):
+        record.step([None])
+    assert buffer.num_subsequences == 9  # the running episode holds 9 as well
+    assert set(sampled_windows(buffer, 500)) == record.windows(False)
+    record.step([None])
+    assert buffer.num_subsequences == 9 + 10  # an endless task: its newest steps are learnt from
+    assert set(sampled_windows(buffer, 1500)) == record.windows(True)
+
+
+def test_endless_episode_eats_its_own_tail():
+    buffer = make(size=30, horizon=3)
+    record = Record(buffer)
+    for _ in range(100):
+        record.step([None])
+    assert set(sampled_windows(buffer, 2000)) == record.windows(True)
+    assert buffer.num_subsequences == 30 - 3
+    assert buffer.close_episodes() == 1
+    assert buffer.close_episodes() == 0
+    record.close(0)
+    assert set(sampled_windows(buffer, 2000)) == record.windows(False)
+
+
+def test_reset_in_mid_episode_starts_another_one():
+    buffer = make(size=100, n_envs=2, horizon=2)
+    record = Record(buffer)
+    for _ in range(5):
+        record.step([None, None])
+    record.close(0)  # environment 0 goes on elsewhere without a done
+    for _ in range(5):
+        record.step([None, None])
+    assert buffer.sample_open_episodes is False
+    assert buffer.num_subsequences == len(record.windows(True))
+    assert set(sampled_windows(buffer, 2000)) == record.windows(True)
+    assert buffer.sample(100).terminations.sum() == 0
+
+
+def test_without_timeout_handling_a_truncation_counts_as_termination():
+    for handle, expected in ((True, 0.0), (False, 1.0)):
+        buffer = make(horizon=2, handle_timeout_termination=handle)
+        record = Record(buffer)
+        record.step([None])
+        record.step(["truncated"])
+        assert buffer.sample(1).terminations[:, 0].tolist() == [0.0, expected]
+
+
+def test_no_window_names_horizon_and_longest_episode():
+    buffer = make(horizon=5)
+    with pytest.raises(RuntimeError, match=r"horizon 5 steps \(the longest episode stored has 0\)"):
+        buffer.sample(4)
+    record = Record(buffer)
+    for length in (2, 4, 3):
+        for step in range(length):
+            record.step(["truncated" if step == length - 1 else None])
+    with pytest.raises(RuntimeError, match=r"horizon 5 steps \(the longest episode stored has 4\)"):
+        buffer.sample(4)
+
+
+def test_seeded_sampling_and_its_state():
+    first, second = make(seed=5), make(seed=5)
+    other = make(seed=6)
+    for buffer in (first, second, other):
+        feed_random(Record(buffer), 300, np.random.default_rng(0), 0.05)
+    np.random.seed(0)  # the global stream plays no part
+    drawn = [sampled_windows(first, 20) for _ in range(3)]
+    np.random.seed(1)
+    assert [sampled_windows(second, 20) for _ in range(3)] == drawn
+    assert [sampled_windows(other, 20) for _ in range(3)] != drawn
+    first.seed(5)
+    assert sampled_windows(first, 20) == drawn[0]

@@ -1,0 +1,166 @@
+"""Training and tuning: what `rl_zoo3.exp_manager.ExperimentManager` does differently for our runs.
+
+Each method below wraps the zoo's own and steps aside when the run is not ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tdmpc2_sb3.zoo.register import (
+    ALGORITHMS,
+    concerns_us,
+    config_path,
+    hyperparams_folder,
+)
+
+#: The zoo's `--eval-freq` when the user gives none.
+ZOO_EVAL_FREQ = 25_000
+
+#: Seconds between the signs of life of a trial in a database, and without one until it is failed.
+HEARTBEAT_SECONDS = 30
+GRACE_SECONDS = 120
+
+
+def extend(module: ModuleType) -> None:
+    """Wrap the methods of `module.ExperimentManager`."""
+    manager = module.ExperimentManager  # type: ignore[attr-defined]
+    for wrap in (_init, _read_hyperparameters, _preprocess_hyperparams, _optimization):
+        name = {
+            _init: "__init__",
+            _read_hyperparameters: "read_hyperparameters",
+            _preprocess_hyperparams: "_preprocess_hyperparams",
+            _optimization: "hyperparameters_optimization",
+        }[wrap]
+        setattr(manager, name, wrap(getattr(manager, name)))
+
+
+def _ours(manager: Any) -> bool:
+    return concerns_us(manager.algo, manager.env_name.gym_id)
+
+
+def _init(original: Callable[..., None]) -> Callable[..., None]:
+    """Find our YAML, by algorithm or by the bare file name given, and the SSM's policy."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if not _ours(self):
+            return
+        asked = signature.bind(self, *args, **kwargs).arguments.get("config")
+        if not asked:
+            path = config_path(self.algo, self.env_name.gym_id)
+        else:
+            path = hyperparams_folder() / asked
+            if Path(asked).name != asked or Path(asked).exists() or not path.is_file():
+                path = None  # a path of the user's own
+        if path is not None:
+            self.config = str(path)
+        algorithm = ALGORITHMS.get(self.algo)
+        if algorithm is not None and algorithm.policy is not None:
+            self.custom_hyperparams = {
+                "policy": algorithm.policy,
+                **(self.custom_hyperparams or {}),
+            }
+
+    return __init__
+
+
+def _read_hyperparameters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Serve `--trial-id 0`, which the zoo takes for none, and the YAML's own `eval_freq`."""
+
+    @functools.wraps(original)
+    def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        if not _ours(self):
+            return original(self)
+        if self.storage and self.study_name and self.trial_id == 0:
+            trial = self.load_trial(self.storage, self.study_name, 0)
+            self.custom_hyperparams = {**trial, **(self.custom_hyperparams or {})}
+        hyperparams, saved = original(self)
+        eval_freq = hyperparams.pop("eval_freq", None)
+        if eval_freq is not None and self.eval_freq == ZOO_EVAL_FREQ and not _eval_freq_given():
+            self.eval_freq = int(eval_freq)
+        return hyperparams, saved
+
+    return read_hyperparameters
+
+
+def _eval_freq_given() -> bool:
+    # argparse also accepts the option's unambiguous beginnings.
+    return any(argument.startswith("--eval-f") for argument in sys.argv[1:])
+
+
+def _preprocess_hyperparams(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the evaluation environment the YAML's `env_kwargs`, which the zoo keeps from it."""
+
+    @functools.wraps(original)
+    def _preprocess_hyperparams(self: Any, hyperparams: dict[str, Any]) -> Any:
+        result = original(self, hyperparams)
+        if _ours(self):
+            # --eval-env-kwargs adds to the training environment's and wins over them: an agent
+            # trained at action repeat 2 must not be evaluated at 1 because a camera was chosen.
+            self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
+        return result
+
+    return _preprocess_hyperparams
+
+
+def _optimization(original: Callable[..., None]) -> Callable[..., None]:
+    """Open a database study with a heartbeat: the zoo hands Optuna a plain URL, without one."""
+
+    @functools.wraps(original)
+    def hyperparameters_optimization(self: Any) -> None:
+        if not _ours(self) or not self.storage or "://" not in self.storage:
+            original(self)
+            return
+        with _studies_with_heartbeat(self.storage):
+            original(self)
+
+    return hyperparameters_optimization
+
+
+def heartbeat_storage(url: str) -> Any:
+    """Return an Optuna database storage that fails and requeues the trials of dead workers.
+
+    A worker signs every 30 s. A trial without a sign for 120 s is failed by whichever worker starts
+    its next trial, and queued again with the same parameters, three times at most.
+
+    :param url: SQLAlchemy's address of the database, such as `postgresql+psycopg://...`
+    """
+    import optuna
+
+    return optuna.storages.RDBStorage(
+        url,
+        heartbeat_interval=HEARTBEAT_SECONDS,
+        grace_period=GRACE_SECONDS,
+        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(
+            max_retry=3
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _studies_with_heartbeat(url: str) -> Iterator[None]:
+    import optuna
+
+    create_study = optuna.create_study
+
+    @functools.wraps(create_study)
+    def create(**kwargs: Any) -> Any:
+        if kwargs.get("storage") == url:
+            kwargs["storage"] = heartbeat_storage(url)
+        return create_study(**kwargs)
+
+    optuna.create_study = create
+    try:
+        yield
+    finally:
+        optuna.create_study = create_study

@@ -1,0 +1,114 @@
+"""What is added to the zoo: one table, applied to each of its modules as it is imported.
+
+The zoo keeps its algorithms, their tuning ranges and their YAML files in three places that are
+filled at import. `extend` adds ours to whichever module it is given; the start-up hook calls it for
+each, `install` for all of them at once. Everything here keeps to our algorithms and to `DMC/` ids:
+any other algorithm on any other id runs the zoo's own code untouched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+#: Environment ids that are ours, whatever the algorithm.
+ENV_PREFIX = "DMC/"
+
+#: Algorithms of others for which we bring YAML entries, on `DMC/` ids only.
+BASELINES = ("sac", "ppo")
+
+
+class ZooAlgorithm(NamedTuple):
+    """An algorithm that the zoo learns to know.
+
+    :param policy: policy set on the command line's behalf, None to take the YAML's
+    :param config: name of the YAML file that serves it
+    """
+
+    policy: str | None
+    config: str
+
+
+#: Name on the zoo's command line and in its log folders -> what it stands for.
+ALGORITHMS = {
+    "tdmpc2": ZooAlgorithm(policy=None, config="tdmpc2.yml"),
+    # The same class and the same YAML, so that the two dynamics are compared like with like.
+    "tdmpc2_ssm": ZooAlgorithm(policy="SSMPolicy", config="tdmpc2.yml"),
+}
+
+_MARK = "_extended_by_tdmpc2_sb3"
+
+
+def concerns_us(algo: str, env_id: str) -> bool:
+    """Return whether a run is ours: one of our algorithms on any id, any algorithm on `DMC/`."""
+    return algo in ALGORITHMS or env_id.startswith(ENV_PREFIX)
+
+
+def hyperparams_folder() -> Path:
+    """Return the folder of our YAML files: in the package when installed, else the checkout's."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "hyperparams"
+    return inside if inside.is_dir() else package.parent / "hyperparams"
+
+
+def config_path(algo: str, env_id: str) -> Path | None:
+    """Return the YAML file that serves `algo` on `env_id`, or None to leave the zoo its own."""
+    if algo in ALGORITHMS:
+        return hyperparams_folder() / ALGORITHMS[algo].config
+    if algo in BASELINES and env_id.startswith(ENV_PREFIX):
+        return hyperparams_folder() / f"{algo}.yml"
+    return None
+
+
+def extend(module: ModuleType) -> None:
+    """Add our part to one module of the zoo; modules we do not know, or have done, stay.
+
+    :param module: `rl_zoo3.utils`, `rl_zoo3.hyperparams_opt` or `rl_zoo3.exp_manager`, loaded
+    """
+    extension = EXTENSIONS.get(module.__name__)
+    if extension is None or getattr(module, _MARK, False):
+        return
+    extension(module)
+    setattr(module, _MARK, True)
+
+
+def install() -> None:
+    """Import the zoo and add our part to it, hook or no hook."""
+    import dmc_gym_plugin  # noqa: F401  (registers the ids)
+
+    for name in EXTENSIONS:
+        extend(importlib.import_module(name))
+
+
+def _extend_utils(module: ModuleType) -> None:
+    from tdmpc2_sb3 import TDMPC2
+    from tdmpc2_sb3.zoo import hub, playback
+
+    for name in ALGORITHMS:
+        module.ALGOS[name] = TDMPC2  # type: ignore[attr-defined]
+    playback.extend(module)
+    hub.extend()
+
+
+def _extend_tuning(module: ModuleType) -> None:
+    from tdmpc2_sb3.zoo import search_space
+
+    for name in ALGORITHMS:
+        module.HYPERPARAMS_SAMPLER[name] = search_space.sampler(name)  # type: ignore[attr-defined]
+        module.HYPERPARAMS_CONVERTER[name] = search_space.convert  # type: ignore[attr-defined]
+
+
+def _extend_experiments(module: ModuleType) -> None:
+    from tdmpc2_sb3.zoo import experiments
+
+    experiments.extend(module)
+
+
+EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
+    "rl_zoo3.utils": _extend_utils,
+    "rl_zoo3.hyperparams_opt": _extend_tuning,
+    "rl_zoo3.exp_manager": _extend_experiments,
+}

@@ -130,7 +130,7 @@ class DMControlEnv(gymnasium.Env):
         self._steps = 0
         self._frames = 0
         self._running = True
-        return self._observe(), {"physics_time": self.simulation.physics.time()}
+        return self._observe(), {"physics_time": self.simulation.time}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Hold an action for ``action_repeat`` control steps, or until the episode ends.
@@ -163,7 +163,7 @@ class DMControlEnv(gymnasium.Env):
                 break
         self._steps += 1
         info = {
-            "physics_time": simulation.physics.time(),
+            "physics_time": simulation.time,
             "frame_rewards": rewards,
             "frames": frames,
         }

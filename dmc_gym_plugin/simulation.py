@@ -38,8 +38,12 @@ import mujoco  # noqa: E402 - after the version check and the choice of an OpenG
 from dm_control import suite  # noqa: E402
 from dm_control.mujoco import Physics  # noqa: E402
 from dm_control.rl.control import PhysicsError  # noqa: E402
+from dm_control.rl.control import Task as ControlTask  # noqa: E402
+from dm_control.suite.base import Task  # noqa: E402
 
 from dmc_gym_plugin import state as exact  # noqa: E402
+from dmc_gym_plugin.fast_rewards import use_fast_rewards  # noqa: E402
+from dmc_gym_plugin.indexing import cache_named_indexing  # noqa: E402
 
 
 class SuiteSimulation:
@@ -74,12 +78,27 @@ class SuiteSimulation:
         self._rk4 = self._model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
         self._plain_step = type(self.physics).step is Physics.step and self.physics.legacy_step
         self._warnings = self.physics.data.warning.number
+        # Hooks that a task does not override are known, so calling them can be spared.
+        kind = type(self.task)
+        self._plain_control = (
+            kind.before_step is Task.before_step
+            and type(self.physics).set_control is Physics.set_control
+        )
+        self._plain_after = kind.after_step is Task.after_step and not self.task.visualize_reward
+        self._terminates = kind.get_termination is not ControlTask.get_termination
         self._edits = exact.ModelEdits(self._model)
+        cache_named_indexing(self.physics)
+        use_fast_rewards(self.task)
 
     @property
     def random(self) -> np.random.RandomState:
         """The task's random generator."""
         return self.task._random
+
+    @property
+    def time(self) -> float:
+        """Seconds of simulated time since the episode began."""
+        return self._data.time
 
     def action_bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the actuators' bounds, as dm_control states them."""
@@ -109,13 +128,18 @@ class SuiteSimulation:
         :raises PhysicsError: if the simulation diverged
         """
         task, physics = self.task, self.physics
-        task.before_step(control, physics)
+        if self._plain_control:
+            self._data.ctrl[:] = control
+        else:
+            task.before_step(control, physics)
         if self._plain_step:
             self._advance()
         else:
             physics.step(self.n_sub_steps)
-        task.after_step(physics)
-        return float(task.get_reward(physics)), task.get_termination(physics)
+        if not self._plain_after:
+            task.after_step(physics)
+        discount = task.get_termination(physics) if self._terminates else None
+        return float(task.get_reward(physics)), discount
 
     def _advance(self) -> None:
         """Do what ``Physics.step`` does: mj_step1 last, so that observations are up to date."""

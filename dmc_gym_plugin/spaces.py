@@ -5,6 +5,7 @@ Shapes: A = number of actuators, O = length of the flat observation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ class ActionMap:
         self.low = np.where(minimum <= -UNBOUNDED, -UNBOUNDED_REPLACEMENT, minimum)
         self.high = np.where(maximum >= UNBOUNDED, UNBOUNDED_REPLACEMENT, maximum)
         self.size = self.low.size
+        self._shape = (self.size,)
         self._same = (self.low == -1.0) & (self.high == 1.0)
         self.identity = bool(self._same.all())
         self.space = gymnasium.spaces.Box(-1.0, 1.0, (self.size,), np.float32)
@@ -45,17 +47,15 @@ class ActionMap:
             hyperparameter search must not mistake for a bad setting)
         """
         action = np.array(action, dtype=np.float64)  # a copy: the caller keeps his own
-        if action.shape != (self.size,):
-            raise ValueError(
-                f"The action has shape {action.shape}, but this task takes ({self.size},)."
+        if action.shape != self._shape:
+            raise ValueError(f"The action has shape {action.shape}, but this task takes {self._shape}.")
+        # One product finds NaN and infinity in any place, and is the cheapest such check.
+        if not math.isfinite(action.dot(action)):
+            raise RuntimeError(
+                f"The action {action} is not finite; look for a diverged model or policy."
             )
         np.minimum(action, 1.0, out=action)
         np.maximum(action, -1.0, out=action)
-        # NaN passes through minimum and maximum, so one sum finds it; +-inf are clipped like 1e9.
-        if np.isnan(action.sum()):
-            raise RuntimeError(
-                f"The action {action} holds NaN; look for a diverged model or policy."
-            )
         if self.identity:
             return action
         stretched = self.low * ((1.0 - action) / 2.0) + self.high * ((1.0 + action) / 2.0)
@@ -82,6 +82,8 @@ class Flattener:
             self.slices[name] = slice(start, stop)
             start = stop
         self.size = start
+        # Where all values are vectors, one call joins and casts them.
+        self._vectors = all(np.ndim(value) == 1 for value in example.values())
         self.space = gymnasium.spaces.Box(-np.inf, np.inf, (start,), np.float32)
         self.dict_space = gymnasium.spaces.Dict(
             {
@@ -93,6 +95,8 @@ class Flattener:
     def flat(self, observation: Mapping[str, Any]) -> NDArray[np.float32]:
         """Return the values in dm_control's order as one new vector, [O]."""
         out = np.empty(self.size, np.float32)
+        if self._vectors:
+            return np.concatenate(list(observation.values()), out=out, casting="same_kind")
         for name, where in self.slices.items():
             value = observation[name]
             # Writing into the slice casts like astype(float32); only 2-D values need ravel.

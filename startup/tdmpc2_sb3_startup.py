@@ -60,8 +60,8 @@ class _ThenRegister:
             register(self._name)
         except Exception as error:
             _warn(
-                f"tdmpc2-sb3 could not add itself to {self._name} ({type(error).__name__}: {error});"
-                f" {self._name} works as without it. TDMPC2_SB3_NO_HOOK=1 switches this off."
+                f"tdmpc2-sb3 could not add itself to {self._name}, which works as without it:"
+                f" {type(error).__name__}: {error}. TDMPC2_SB3_NO_HOOK=1 switches this off."
             )
 
 

@@ -95,7 +95,9 @@ def _metadata_save(original: Callable[..., None]) -> Callable[..., None]:
     return metadata_save
 
 
-_ZOO_INSTALL = re.compile(r"Install the RL Zoo \(with SB3 and SB3-Contrib\):\n```bash\n.*?```\n", re.S)
+_ZOO_INSTALL = re.compile(
+    r"Install the RL Zoo \(with SB3 and SB3-Contrib\):\n```bash\n.*?```\n", re.S
+)
 _ZOO_REPEAT = re.compile(r"If you installed the RL Zoo3 via pip.*?```\n.*?```\n", re.S)
 
 
@@ -112,8 +114,8 @@ def complete_card(card: str, algo: str, env_id: str) -> str:
     install = f"""
 ## Install
 
-This agent needs the Python package `tdmpc2-sb3` (made with version {version("tdmpc2-sb3")}), which
-brings the `DMC/` environments, TD-MPC2 and the plug-in for the RL Zoo. In a clone of its repository:
+This agent needs the Python package `tdmpc2-sb3` (it was made with {version("tdmpc2-sb3")}), which
+brings the `DMC/` environments, TD-MPC2 and the plug-in for the RL Zoo. In a clone of it:
 ```bash
 pip install .
 ```

@@ -70,7 +70,7 @@ def _create_test_env(original: Callable[..., Any]) -> Callable[..., Any]:
             if env_kwargs is None:
                 env_kwargs = {}
             for key, value in saved.items():
-                # In place: push_to_hub writes this very dictionary into env_kwargs.yml and the card.
+                # In place: push_to_hub writes this dictionary into env_kwargs.yml and the card.
                 env_kwargs.setdefault(key, value)
             asked["env_kwargs"] = env_kwargs
         return original(*call.args, **call.kwargs)

@@ -2,11 +2,11 @@
 
 Optuna stores *drawn* values (powers, fractions); the algorithm takes *hyperparameters*. `convert`
 turns one into the other, for a running trial as for `--trial-id` and the best trial of a finished
-study. Every combination that can be drawn is valid: elites and policy trajectories are fractions of
-the samples, batch and sample counts are powers of two, the latent is a multiple of SimNorm's groups.
+study. Every combination that can be drawn is valid: elites and policy trajectories are fractions
+of the samples, batch and sample counts are powers of two, the latent fits SimNorm's groups.
 
-All hyperparameters are top-level arguments of the algorithm. The zoo lays drawn values over those of
-the YAML by a shallow update: a drawn `policy_kwargs` would erase the YAML's.
+All hyperparameters are top-level arguments of the algorithm. The zoo lays drawn values over those
+of the YAML by a shallow update: a drawn `policy_kwargs` would erase the YAML's.
 """
 
 from __future__ import annotations
@@ -107,8 +107,6 @@ def convert(drawn: dict[str, Any]) -> dict[str, Any]:
         hyperparams["num_pi_trajs"] = max(1, trajectories)
     if "mlp_dim" in hyperparams:
         hyperparams["enc_dim"] = min(256, hyperparams["mlp_dim"])
-    if "horizon" in hyperparams:
-        hyperparams["train_horizon"] = hyperparams["horizon"]
     if "ssm_depth" in hyperparams:
         hyperparams["dynamics_kwargs"] = {
             "depth": hyperparams.pop("ssm_depth"),

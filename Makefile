@@ -1,0 +1,72 @@
+# make train      environment, installation, and the main job: TD-MPC2 learns to run
+# make test       environment, installation, lint, types, fast tests
+# make test-all   the same with the slow tests
+# ENV, STEPS, ALGO, ARGS and LOGS change what is trained, PYTHON and VENV where, TORCH which build.
+
+PYTHON ?= python3
+VENV ?= .venv
+ENV ?= DMC/cheetah-run-v0
+ALGO ?= tdmpc2
+STEPS ?=
+LOGS ?= logs
+ARGS ?=
+
+# cpu: the build without CUDA. default: PyPI's, which is for CUDA on Linux and for MPS on a Mac.
+# auto: cpu on a Linux machine without an NVIDIA driver, else default.
+TORCH ?= auto
+TORCH_VERSION := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+PYTEST := $(VENV)/bin/python -m pytest
+
+.PHONY: train install install-dev lint types test test-all clean
+.DELETE_ON_ERROR:
+
+train: install
+	$(VENV)/bin/python -m rl_zoo3.train --algo $(ALGO) --env $(ENV) -f $(LOGS) -P \
+		$(if $(STEPS),-n $(STEPS)) $(ARGS)
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	@build=$(TORCH); \
+	if [ "$$build" = auto ]; then \
+		if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; \
+		then build=cpu; else build=default; fi; \
+	fi; \
+	echo "installing torch $(TORCH_VERSION), build: $$build"; \
+	if [ "$$build" = cpu ]; then \
+		$(PIP) install --quiet -c constraints.txt "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+		|| $(PIP) install --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH_VERSION)"; \
+	else \
+		$(PIP) install -c constraints.txt "torch==$(TORCH_VERSION)"; \
+	fi
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml startup/tdmpc2_sb3_startup.pth startup/tdmpc2_sb3_startup.py
+	$(PIP) install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,postgres]"
+	touch $@
+
+lint: install-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: install-dev
+	$(VENV)/bin/mypy
+
+test: lint types
+	$(PYTEST)
+
+test-all: lint types
+	$(PYTEST) -m "slow or not slow"
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

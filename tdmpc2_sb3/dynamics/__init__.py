@@ -1,0 +1,12 @@
+"""Latent dynamics by name. A new kind is one class and one line here."""
+
+from __future__ import annotations
+
+from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
+from tdmpc2_sb3.dynamics.mlp import MLPDynamics
+
+DYNAMICS: dict[str, type[LatentDynamics]] = {
+    "mlp": MLPDynamics,
+}
+
+__all__ = ["DYNAMICS", "DynamicsState", "LatentDynamics", "MLPDynamics"]

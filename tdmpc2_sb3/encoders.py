@@ -1,0 +1,218 @@
+"""From observations to latents: vectors, images and dictionaries of both.
+
+Shapes: ``...`` leading axes, O observation, C, h, w image, Z latent.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+from torch import nn
+
+from tdmpc2_sb3.layers import NormedLinear, SimNorm, mlp
+
+Observation: TypeAlias = "th.Tensor | dict[str, th.Tensor]"
+
+SHIFT_PAD = 3  # pixels by which an image is shifted at most
+CONV_CHANNELS = 32
+CONV_KERNEL_STRIDE = ((7, 2), (5, 2), (3, 2), (3, 1))
+
+
+def random_shift(images: th.Tensor, offsets: th.Tensor, pad: int = SHIFT_PAD) -> th.Tensor:
+    """Shifts every image by its own offset, replicating the border (DrQ, arXiv:2004.13649).
+
+    :param images: [B, C, h, w], float
+    :param offsets: top-left corner of the crop in the padded image, [B, 2], in 0..2 pad
+    :param pad: pixels of padding at each border
+    """
+    height, width = images.shape[-2:]
+    device = images.device
+    # Replicate padding and cropping in one gather: indices are clamped to the image.
+    rows = (offsets[:, :1] + th.arange(height, device=device) - pad).clamp(0, height - 1)  # [B, h]
+    cols = (offsets[:, 1:] + th.arange(width, device=device) - pad).clamp(0, width - 1)  # [B, w]
+    batch = th.arange(images.shape[0], device=device)[:, None, None]
+    shifted = images.permute(0, 2, 3, 1)[batch, rows[:, :, None], cols[:, None, :]]  # [B, h, w, C]
+    return shifted.permute(0, 3, 1, 2)
+
+
+class StateEncoder(nn.Module):
+    """Flattened vectors to a latent: normed Mish layers, SimNorm at the end.
+
+    :param in_features: O
+    :param enc_dim: width of the hidden layers
+    :param latent_dim: Z
+    :param num_layers: hidden layers + 1; at least one hidden layer is made
+    :param simnorm_dim: V
+    """
+
+    def __init__(
+        self, in_features: int, enc_dim: int, latent_dim: int, num_layers: int, simnorm_dim: int
+    ):
+        super().__init__()
+        hidden = [enc_dim] * max(num_layers - 1, 1)
+        self.net = mlp(in_features, hidden, latent_dim, SimNorm(simnorm_dim))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+class PixelEncoder(nn.Module):
+    """Stacked frames to a latent: random shift, four convolutions, SimNorm.
+
+    At 64x64 pixels the convolutions yield the paper's 512 features. Where that differs from Z
+    (another image size, another latent), one normed linear layer is added: a deviation.
+
+    :param shape: (C, h, w) of the stacked frames
+    :param latent_dim: Z
+    :param simnorm_dim: V
+    :raises ValueError: if the image is too small for the four convolutions
+    """
+
+    def __init__(self, shape: tuple[int, ...], latent_dim: int, simnorm_dim: int):
+        super().__init__()
+        channels, *size = shape
+        for kernel, stride in CONV_KERNEL_STRIDE:
+            size = [(side - kernel) // stride + 1 for side in size]
+        if min(size) < 1:
+            raise ValueError(
+                f"An image of {shape[1]}x{shape[2]} pixels is too small for the pixel encoder: "
+                "use at least 42x42, best 64x64."
+            )
+        layers: list[nn.Module] = []
+        for kernel, stride in CONV_KERNEL_STRIDE:
+            layers += [nn.Conv2d(channels, CONV_CHANNELS, kernel, stride), nn.ReLU()]
+            channels = CONV_CHANNELS
+        layers[-1] = nn.Flatten()  # no ReLU before the normalisation
+        num_features = CONV_CHANNELS * math.prod(size)
+        if num_features == latent_dim:
+            layers.append(SimNorm(simnorm_dim))
+        else:
+            layers.append(NormedLinear(num_features, latent_dim, SimNorm(simnorm_dim)))
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, images: th.Tensor, offsets: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param images: uint8 or float in 0..255, [..., C, h, w]
+        :param offsets: of :func:`random_shift`, [prod(...), 2]; centred if None
+        """
+        x = images.reshape(-1, *images.shape[-3:]).float()
+        if offsets is not None:
+            x = random_shift(x, offsets)
+        latent = self.net(x / 255.0 - 0.5)
+        return latent.view(*images.shape[:-3], -1)  # type: ignore[no-any-return]
+
+
+class Encoder(nn.Module):
+    """The encoder that an observation space asks for.
+
+    A dictionary's vectors are concatenated into one state encoder, each of its images has a pixel
+    encoder of its own, and the latent is the mean of theirs, which is again a point of the
+    simplices (the reference is single-modal: a deviation).
+
+    :param observation_space: Box of a vector or of (C, h, w) uint8 images, or a Dict of such
+    :param enc_dim: width of the state encoder's hidden layers
+    :param latent_dim: Z
+    :param num_layers: layers of the state encoder
+    :param simnorm_dim: V
+    :raises ValueError: if the space or an entry of it is no Box
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        enc_dim: int,
+        latent_dim: int,
+        num_layers: int,
+        simnorm_dim: int,
+    ):
+        super().__init__()
+        self.is_dict = isinstance(observation_space, spaces.Dict)
+        entries: dict[str, spaces.Space] = (
+            dict(observation_space.spaces)
+            if isinstance(observation_space, spaces.Dict)
+            else {"observation": observation_space}
+        )
+        self.vector_keys: list[str] = []
+        self.image_keys: list[str] = []
+        num_inputs = 0
+        pixels = nn.ModuleDict()
+        for key, space in entries.items():
+            if not isinstance(space, spaces.Box):
+                raise ValueError(
+                    f"Observation '{key}' is a {type(space).__name__}: TDMPC2 encodes Box spaces "
+                    "only; flatten it, e.g. with gymnasium.wrappers.FlattenObservation."
+                )
+            if is_image_space(space):
+                self.image_keys.append(key)
+                pixels[key] = PixelEncoder(space.shape, latent_dim, simnorm_dim)
+            else:
+                self.vector_keys.append(key)
+                num_inputs += math.prod(space.shape)
+        if self.vector_keys:
+            self.state = StateEncoder(num_inputs, enc_dim, latent_dim, num_layers, simnorm_dim)
+        self.pixels = pixels
+
+    def forward(self, observation: Observation, offsets: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param observation: [..., O], [..., C, h, w], or a dict of such
+        :param offsets: of the images' random shift, [images, prod(...), 2]; centred if None
+        :return: z, [..., Z]
+        """
+        entries = observation if isinstance(observation, dict) else {"observation": observation}
+        latents = []
+        if self.vector_keys:
+            # A vector may have any shape: what the batch axes are is known from its space alone,
+            # so the caller flattens it (see WorldModel.encode).
+            vectors = [entries[key] for key in self.vector_keys]
+            latents.append(self.state(vectors[0] if len(vectors) == 1 else th.cat(vectors, -1)))
+        for index, key in enumerate(self.image_keys):
+            offset = None if offsets is None else offsets[index]
+            latents.append(self.pixels[key](entries[key], offset))
+        return latents[0] if len(latents) == 1 else th.stack(latents).mean(0)
+
+    def sample_offsets(self, num_rows: int, generator: th.Generator) -> th.Tensor | None:
+        """Random shifts for ``num_rows`` observations, [images, rows, 2]; None without images."""
+        if not self.image_keys:
+            return None
+        return th.randint(
+            0,
+            2 * SHIFT_PAD + 1,
+            (len(self.image_keys), num_rows, 2),
+            generator=generator,
+            device=generator.device,
+        )
+
+
+def flatten_vectors(observation: Observation, space: spaces.Space) -> Observation:
+    """Gives every vector entry a single axis behind the batch axes; images stay as they are.
+
+    :param observation: entries [..., *shape]
+    :param space: the space it comes from
+    """
+    if isinstance(space, spaces.Dict):
+        assert isinstance(observation, dict)
+        return {key: _flatten_entry(value, space.spaces[key]) for key, value in observation.items()}
+    assert isinstance(observation, th.Tensor)
+    return _flatten_entry(observation, space)
+
+
+def _flatten_entry(value: th.Tensor, space: spaces.Space) -> th.Tensor:
+    assert space.shape is not None
+    if is_image_space(space):
+        return value
+    batch = value.shape[: value.dim() - len(space.shape)]
+    return value.reshape(*batch, math.prod(space.shape)).float()
+
+
+__all__ = [
+    "Encoder",
+    "Observation",
+    "PixelEncoder",
+    "StateEncoder",
+    "flatten_vectors",
+    "random_shift",
+]

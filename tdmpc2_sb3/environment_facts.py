@@ -1,0 +1,96 @@
+"""What the algorithm asks of a live vectorised environment: its time limit, whether it terminates.
+
+Works through any stack of wrappers, in this process or in others.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+GAMMA_MIN = 0.95
+GAMMA_MAX = 0.995
+GAMMA_MAX_EPISODIC = 0.99
+GAMMA_UNKNOWN = 0.99  # without a time limit
+EPISODES_PER_DISCOUNT = 5.0
+WARM_UP_EPISODES = 5
+WARM_UP_MIN = 1000
+
+# Gymnasium's and dm_control's tasks whose episodes end by the time limit alone.
+NEVER_TERMINATE = ("Pendulum", "HalfCheetah", "Swimmer", "Reacher", "Pusher", "dm_control/")
+
+
+class EnvironmentFacts(NamedTuple):
+    """Facts of a vectorised environment."""
+
+    episode_steps: int | None  # time limit in agent steps, None without one
+    terminates: bool  # whether an episode may end before the limit
+    reason: str  # how the latter was told
+
+
+def read_facts(env: VecEnv) -> EnvironmentFacts:
+    """Reads the time limit and the kind of ending from the live environments."""
+    specs = _get(env, "spec")
+    limits = [_limit(spec) for spec in specs] + [
+        limit for limit in _get(env, "max_episode_steps") if isinstance(limit, int)
+    ]
+    known = [limit for limit in limits if limit is not None]
+    terminates, reason = _terminates(env, specs)
+    return EnvironmentFacts(min(known) if known else None, terminates, reason)
+
+
+def automatic_gamma(episode_steps: int | None, episodic: bool) -> float:
+    """clip((T/5 - 1) / (T/5), 0.95, 0.995) for episodes of T agent steps; at most 0.99 if episodic.
+
+    :param episode_steps: T; None gives 0.99
+    :param episodic: whether the task terminates
+    """
+    gamma = GAMMA_UNKNOWN
+    if episode_steps is not None:
+        share = episode_steps / EPISODES_PER_DISCOUNT
+        gamma = min(max((share - 1.0) / share, GAMMA_MIN), GAMMA_MAX)
+    return min(gamma, GAMMA_MAX_EPISODIC) if episodic else gamma
+
+
+def automatic_learning_starts(episode_steps: int | None) -> int:
+    """max(1000, 5 T) agent steps; 1000 without a time limit."""
+    return max(WARM_UP_MIN, WARM_UP_EPISODES * (episode_steps or 0))
+
+
+def check_action_space(space: spaces.Space) -> None:
+    """
+    :raises ValueError: if the space is no Box, or one without finite bounds
+    """
+    if not isinstance(space, spaces.Box):
+        raise ValueError(
+            f"The action space is {space}: TDMPC2 plans continuous actions, use an environment "
+            "with a Box action space (DQN or PPO handle discrete ones)."
+        )
+    if not space.is_bounded():
+        raise ValueError(
+            f"The action space {space} has infinite bounds: TDMPC2 plans within finite ones; "
+            "wrap the environment in gymnasium.wrappers.RescaleAction or ClipAction with bounds."
+        )
+
+
+def _get(env: VecEnv, name: str) -> list[Any]:
+    try:
+        return list(env.get_attr(name))
+    except AttributeError:
+        return []
+
+
+def _limit(spec: Any) -> int | None:
+    return getattr(spec, "max_episode_steps", None)
+
+
+def _terminates(env: VecEnv, specs: list[Any]) -> tuple[bool, str]:
+    said = _get(env, "terminates")
+    if said:
+        return any(said), "the environment says so"
+    ids = {getattr(spec, "id", None) for spec in specs}
+    if ids and all(name is not None and name.startswith(NEVER_TERMINATE) for name in ids):
+        return False, f"{', '.join(sorted(ids))} is known to end by its time limit alone"
+    return True, "nothing says that its episodes end by the time limit alone"

@@ -1,0 +1,240 @@
+"""One gradient step's losses as functions of the model, a batch and the random numbers.
+
+Every random number is drawn beforehand by :func:`sample_update_noise`, so that the same losses can
+be computed again, compiled or plain, and compared.
+
+Shapes: T training horizon, B batch, A action, Z latent, K bins, Q heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch as th
+import torch.nn.functional as F
+
+from tdmpc2_sb3.discrete_regression import soft_cross_entropy, two_hot, two_hot_inverse
+from tdmpc2_sb3.encoders import Observation
+from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.world_model import WorldModel
+
+REFERENCE_HORIZON = 3
+
+
+class LossConfig(NamedTuple):
+    """Coefficients of the losses; the defaults are the paper's (TD-MPC2, table 7)."""
+
+    gamma: float = 0.99
+    consistency_coef: float = 20.0
+    reward_coef: float = 0.1
+    value_coef: float = 0.1
+    termination_coef: float = 1.0
+    entropy_coef: float = 1e-4
+
+
+class UpdateNoise(NamedTuple):
+    """All random numbers of one gradient step."""
+
+    next_action: th.Tensor  # [T, B, A]
+    target_heads: th.Tensor  # [2]
+    q_dropout: th.Tensor | None  # [Q, T B, hidden]
+    policy_action: th.Tensor  # [T + 1, B, A]
+    policy_heads: th.Tensor  # [2]
+    policy_dropout: th.Tensor | None  # [2, (T + 1) B, hidden]
+    first_offsets: th.Tensor | None  # [images, B, 2]
+    next_offsets: th.Tensor | None  # [images, T B, 2]
+
+
+class ModelLosses(NamedTuple):
+    """Losses of the world model, and the latents that the policy is trained on."""
+
+    total: th.Tensor
+    consistency: th.Tensor
+    reward: th.Tensor
+    value: th.Tensor
+    termination: th.Tensor
+    latents: th.Tensor  # z_0..z_T, detached, [T + 1, B, Z]
+
+
+class PolicyLosses(NamedTuple):
+    """Loss of the policy prior and what is logged about it."""
+
+    total: th.Tensor
+    entropy: th.Tensor  # mean of -log pi
+    scaled_entropy: th.Tensor
+    scale: th.Tensor  # S after its update
+
+
+def step_weights(num_steps: int, train_horizon: int, rho: float, horizon_aware: bool) -> th.Tensor:
+    """Weights of the steps of a sub-sequence in a loss that sums over them.
+
+    The reference uses rho^t / n. That all but ignores steps beyond the third; horizon-aware
+    weights decay so that the last step of any horizon weighs what the third of three does,
+    rho_T = rho^(2 / (T - 1)), and keep the sum of the reference at T = 3, so that T = 3 is the
+    reference exactly.
+
+    :param num_steps: n, T for the model's losses and T + 1 for the policy's
+    :param train_horizon: T
+    :param rho: decay a step of the reference
+    :param horizon_aware: whether to adapt the decay to T
+    :return: [n]
+    """
+    steps = th.arange(num_steps, dtype=th.float32)
+    if not horizon_aware or train_horizon == REFERENCE_HORIZON:
+        return rho**steps / num_steps
+    decay = 1.0 if train_horizon == 1 else rho ** (2.0 / (train_horizon - 1))
+    reference_steps = REFERENCE_HORIZON + num_steps - train_horizon
+    reference_sum = sum(rho**t for t in range(reference_steps)) / reference_steps
+    weights = decay**steps
+    return weights / weights.sum() * reference_sum
+
+
+def sample_update_noise(
+    model: WorldModel, train_horizon: int, batch_size: int, generator: th.Generator
+) -> UpdateNoise:
+    """Draws the random numbers of one gradient step on the generator's device."""
+    steps, rows, device = train_horizon, batch_size, generator.device
+    heads = model.sample_heads(generator, rows=2)
+    ensemble = model.q_ensemble
+
+    def normal(num_steps: int) -> th.Tensor:
+        shape = (num_steps, rows, model.action_dim)
+        return th.randn(shape, generator=generator, device=device)
+
+    return UpdateNoise(
+        next_action=normal(steps),
+        target_heads=heads[0],
+        q_dropout=ensemble.sample_dropout_mask(ensemble.num_q, steps * rows, generator),
+        policy_action=normal(steps + 1),
+        policy_heads=heads[1],
+        policy_dropout=ensemble.sample_dropout_mask(2, (steps + 1) * rows, generator),
+        first_offsets=model.encoder.sample_offsets(rows, generator),
+        next_offsets=model.encoder.sample_offsets(steps * rows, generator),
+    )
+
+
+def _at(observations: Observation, index: int | slice) -> Observation:
+    if isinstance(observations, dict):
+        return {key: value[index] for key, value in observations.items()}
+    return observations[index]
+
+
+@th.no_grad()
+def td_targets(
+    model: WorldModel,
+    next_latents: th.Tensor,
+    batch: SequenceBatch,
+    noise: UpdateNoise,
+    gamma: float,
+) -> th.Tensor:
+    """r + gamma (1 - d) min of two target Q heads at (z', a' ~ pi(z')), [T, B]."""
+    next_actions = model.policy_action(next_latents, noise.next_action)
+    q = model.target_q_values(next_latents, next_actions, noise.target_heads).amin(0)
+    return batch.rewards + gamma * (1.0 - batch.terminations) * q
+
+
+def model_losses(
+    model: WorldModel,
+    batch: SequenceBatch,
+    noise: UpdateNoise,
+    config: LossConfig,
+    weights: th.Tensor,
+) -> ModelLosses:
+    """Consistency, reward, value and termination losses (TD-MPC2, eq. 3).
+
+    :param model: in which gradients are recorded, targets apart
+    :param batch: sub-sequences that stay within an episode
+    :param noise: of :func:`sample_update_noise`
+    :param config: coefficients
+    :param weights: of :func:`step_weights`, [T]
+    """
+    with th.no_grad():
+        next_latents = model.encode(_at(batch.observations, slice(1, None)), noise.next_offsets)
+        targets = td_targets(model, next_latents, batch, noise, config.gamma)
+
+    latent = model.encode(_at(batch.observations, 0), noise.first_offsets)  # z_0 [B, Z]
+    predicted = model.dynamics.rollout(model.dynamics.initial_state(latent), batch.actions)
+    latents = th.cat([latent.unsqueeze(0), predicted])  # [T + 1, B, Z]
+
+    squared_error = (predicted - next_latents).square().mean((1, 2))  # [T]
+    consistency = (weights * squared_error).sum()
+
+    reward_logits = model.reward_logits(latents[:-1], batch.actions)  # [T, B, K]
+    reward_ce = soft_cross_entropy(reward_logits, two_hot(batch.rewards, model.bins))
+    reward = (weights * reward_ce.mean(1)).sum()
+
+    q_logits = model.q_logits(latents[:-1], batch.actions, None, noise.q_dropout)  # [Q, T, B, K]
+    q_ce = soft_cross_entropy(q_logits, two_hot(targets, model.bins))
+    value = (weights * q_ce.mean((0, 2))).sum()
+
+    termination = th.zeros((), device=weights.device)
+    if model.episodic:
+        logits = model.termination_logit(latents[1:])  # [T, B]
+        termination = F.binary_cross_entropy_with_logits(logits, batch.terminations)
+
+    total = (
+        config.consistency_coef * consistency
+        + config.reward_coef * reward
+        + config.value_coef * value
+        + config.termination_coef * termination
+    )
+    return ModelLosses(
+        total,
+        consistency.detach(),
+        reward.detach(),
+        value.detach(),
+        termination.detach(),
+        latents.detach(),
+    )
+
+
+def updated_scale(scale: th.Tensor, q: th.Tensor, tau: float) -> th.Tensor:
+    """S moved by tau towards the 5th-95th percentile range of Q, at least 1.
+
+    :param scale: S, []
+    :param q: Q at the sub-sequences' first step, [B]
+    """
+    ordered = q.sort().values
+    last = ordered.shape[0] - 1
+
+    def percentile(share: float) -> th.Tensor:
+        position = share * last
+        low = int(position)
+        return th.lerp(ordered[low], ordered[min(low + 1, last)], position - low)
+
+    return th.lerp(scale, (percentile(0.95) - percentile(0.05)).clamp_min(1.0), tau)
+
+
+def policy_loss(
+    model: WorldModel,
+    latents: th.Tensor,
+    scale: th.Tensor,
+    noise: UpdateNoise,
+    config: LossConfig,
+    weights: th.Tensor,
+    tau: float,
+) -> PolicyLosses:
+    """-(entropy_coef * scaled entropy + Q / S), weighted over the steps (TD-MPC2, eq. 4).
+
+    Gradients are meant for the policy alone: take them with respect to its parameters.
+
+    :param model: after the world model's optimiser step
+    :param latents: z_0..z_T, detached, [T + 1, B, Z]
+    :param scale: S before its update, []
+    :param noise: of :func:`sample_update_noise`
+    :param config: coefficients
+    :param weights: of :func:`step_weights`, [T + 1]
+    :param tau: rate at which S moves
+    """
+    sample = model.policy(latents, noise.policy_action)
+    logits = model.q_logits(latents, sample.action, noise.policy_heads, noise.policy_dropout)
+    q = two_hot_inverse(logits, model.bins).mean(0)  # [T + 1, B]
+    new_scale = updated_scale(scale, q[0].detach(), tau)
+    objective = config.entropy_coef * sample.scaled_entropy + q / new_scale
+    total = -(weights * objective.mean(1)).sum()
+    return PolicyLosses(
+        total,
+        -sample.log_prob.detach().mean(),
+        sample.scaled_entropy.detach().mean(),
+        new_scale,
+    )

@@ -1,0 +1,294 @@
+"""MPPI in latent space as functions: model, latent and previous plan in, new plan out.
+
+Nothing is remembered between calls and nothing is drawn inside: the previous plan and the random
+numbers are arguments. The leading axis is the environment, so any number is planned at once.
+
+Shapes: E environments, I iterations, H horizon, N samples, P policy trajectories, S = N - P
+Gaussian samples, A action, Z latent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch as th
+
+from tdmpc2_sb3.world_model import WorldModel
+
+DEFAULT_ITERATIONS = 6
+EXTRA_ITERATIONS = 2  # where the action has at least
+MANY_ACTIONS = 20  # dimensions
+TERMINATION_THRESHOLD = 0.5
+
+
+class PlannerConfig(NamedTuple):
+    """Settings of MPPI; the defaults are the paper's (TD-MPC2, table 7)."""
+
+    horizon: int = 3
+    num_samples: int = 512
+    num_elites: int = 64
+    num_pi_trajs: int = 24
+    num_iterations: int = DEFAULT_ITERATIONS
+    temperature: float = 0.5
+    min_std: float = 0.05
+    max_std: float = 2.0
+    gamma: float = 0.99
+
+
+class PlanNoise(NamedTuple):
+    """All random numbers of one plan."""
+
+    policy: th.Tensor  # standard normal, [H, E, P, A]
+    samples: th.Tensor  # standard normal, [I, H, E, S, A]
+    terminal: th.Tensor  # standard normal, actions at z_H, [I, E, N, A]
+    heads: th.Tensor  # Q heads, [I, 2]
+    gumbel: th.Tensor  # standard Gumbel, choice of the elite, [E, elites]
+    exploration: th.Tensor  # standard normal, [E, A]
+    offsets: th.Tensor | None  # random shifts of images, [images, E, 2]
+
+
+class Plan(NamedTuple):
+    """Result of one plan."""
+
+    action: th.Tensor  # in [-1, 1], [E, A]
+    mean: th.Tensor  # final mean, the next step's warm start, [E, H, A]
+    std: th.Tensor  # final standard deviation, [E, H, A]
+    value: th.Tensor  # weighted mean of the elites' values, [E]
+    elite_std: th.Tensor  # standard deviation of the elites' values, [E]
+    effective_samples: th.Tensor  # 1 / sum of squared weights, [E]
+    mean_change: th.Tensor  # squared change of the mean in the last iteration, [E]
+
+
+def check_planner(config: PlannerConfig) -> None:
+    """
+    :raises ValueError: naming the setting that is out of range and the remedy
+    """
+    for name in ("horizon", "num_samples", "num_elites", "num_iterations"):
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"{name} is {value}: planning needs at least 1.")
+    if config.num_elites > config.num_samples:
+        raise ValueError(
+            f"num_elites is {config.num_elites} but there are only {config.num_samples} samples: "
+            "lower num_elites or raise num_samples."
+        )
+    if not 0 <= config.num_pi_trajs < config.num_samples:
+        raise ValueError(
+            f"num_pi_trajs is {config.num_pi_trajs}: it must be at least 0 and below num_samples, "
+            f"{config.num_samples}."
+        )
+    if not 0.0 < config.min_std <= config.max_std:
+        raise ValueError(
+            f"min_std is {config.min_std} and max_std {config.max_std}: "
+            "0 < min_std <= max_std is needed."
+        )
+    if config.temperature <= 0.0:
+        raise ValueError(f"temperature is {config.temperature}: it must be positive.")
+
+
+def sample_plan_noise(
+    model: WorldModel,
+    config: PlannerConfig,
+    num_envs: int,
+    generator: th.Generator,
+    shared: bool = False,
+) -> PlanNoise:
+    """Draws the random numbers of one plan on the generator's device.
+
+    :param model: planned with
+    :param config: settings
+    :param num_envs: E
+    :param generator: drawn from
+    :param shared: whether every environment gets the same numbers, so that its action does not
+        depend on how many are planned at once
+    """
+    device, rows = generator.device, 1 if shared else num_envs
+    horizon, num_iterations, action_dim = config.horizon, config.num_iterations, model.action_dim
+    num_gaussian = config.num_samples - config.num_pi_trajs
+
+    def normal(*shape: int) -> th.Tensor:
+        return th.randn(*shape, generator=generator, device=device)
+
+    uniform = th.rand(rows, config.num_elites, generator=generator, device=device)
+    noise = PlanNoise(
+        policy=normal(horizon, rows, config.num_pi_trajs, action_dim),
+        samples=normal(num_iterations, horizon, rows, num_gaussian, action_dim),
+        terminal=normal(num_iterations, rows, config.num_samples, action_dim),
+        heads=model.sample_heads(generator, rows=num_iterations),
+        gumbel=-th.log(-th.log(uniform.clamp(1e-20, 1.0 - 1e-7))),
+        exploration=normal(rows, action_dim),
+        offsets=model.encoder.sample_offsets(rows, generator),
+    )
+    if not shared or num_envs == 1:
+        return noise
+    return PlanNoise(
+        policy=noise.policy.expand(-1, num_envs, -1, -1),
+        samples=noise.samples.expand(-1, -1, num_envs, -1, -1),
+        terminal=noise.terminal.expand(-1, num_envs, -1, -1),
+        heads=noise.heads,
+        gumbel=noise.gumbel.expand(num_envs, -1),
+        exploration=noise.exploration.expand(num_envs, -1),
+        offsets=None if noise.offsets is None else noise.offsets.expand(-1, num_envs, -1),
+    )
+
+
+def shift_plan(previous_mean: th.Tensor, episode_start: th.Tensor) -> th.Tensor:
+    """The previous plan moved by one step: a warm start; zero where an episode starts.
+
+    :param previous_mean: [E, H, A]
+    :param episode_start: [E], bool
+    """
+    shifted = th.zeros_like(previous_mean)
+    shifted[:, :-1] = previous_mean[:, 1:]
+    shifted[episode_start] = 0.0
+    return shifted
+
+
+class _Trajectories(NamedTuple):
+    """Action sequences with the part of their value that needs no further randomness."""
+
+    actions: th.Tensor  # [H, E, N, A]
+    rewards: th.Tensor  # discounted sum of predicted rewards, [E, N]
+    last_latent: th.Tensor  # z_H, [E, N, Z]
+    discount: th.Tensor | float  # of the terminal value; 0 where terminated, [E, N]
+
+
+def _evaluate(
+    model: WorldModel, latent: th.Tensor, actions: th.Tensor, config: PlannerConfig
+) -> _Trajectories:
+    """Rolls action sequences out and sums their rewards.
+
+    :param latent: z_0, [E, 1, Z]
+    :param actions: [H, E, N, A]
+    """
+    dynamics = model.dynamics
+    latents = dynamics.rollout(dynamics.initial_state(latent), actions)  # z_1..z_H [H, E, N, Z]
+    return _sum_rewards(model, latent, latents, actions, config)
+
+
+def _sum_rewards(
+    model: WorldModel,
+    latent: th.Tensor,
+    latents: th.Tensor,
+    actions: th.Tensor,
+    config: PlannerConfig,
+) -> _Trajectories:
+    horizon = actions.shape[0]
+    # z_0 is shared by all samples and broadcasts; the later steps are one batch.
+    rewards = [model.reward(latent, actions[0])]
+    if horizon > 1:
+        rewards.extend(model.reward(latents[:-1], actions[1:]).unbind(0))
+    total = rewards[0]
+    discount: th.Tensor | float = config.gamma
+    if model.episodic:
+        ended = model.termination_logit(latents).sigmoid() > TERMINATION_THRESHOLD  # [H, E, N]
+        alive = 1.0 - ended.float().cumsum(0).clamp(max=1.0)
+        for t in range(1, horizon):
+            # The step that enters a terminal latent keeps its reward; later ones lose theirs.
+            total = total + config.gamma**t * alive[t - 1] * rewards[t]
+        discount = config.gamma**horizon * alive[-1]
+    else:
+        for t in range(1, horizon):
+            total = total + config.gamma**t * rewards[t]
+        discount = config.gamma**horizon
+    return _Trajectories(actions, total, latents[-1], discount)
+
+
+def _terminal_values(
+    model: WorldModel, last_latent: th.Tensor, noise: th.Tensor, heads: th.Tensor
+) -> th.Tensor:
+    """Mean of two Q heads at (z_H, a ~ pi(z_H)), [E, N]."""
+    actions = model.policy_action(last_latent, noise)
+    return model.q_values(last_latent, actions, heads).mean(0)
+
+
+def _policy_trajectories(
+    model: WorldModel, latent: th.Tensor, noise: th.Tensor, config: PlannerConfig
+) -> _Trajectories:
+    """Rolls the policy prior out from z_0; drawn once a plan and reused in every iteration.
+
+    :param latent: z_0, [E, 1, Z]
+    :param noise: [H, E, P, A]
+    """
+    state = model.dynamics.initial_state(latent)
+    z, actions, latents = latent, [], []
+    for step_noise in noise:
+        action = model.policy_action(z, step_noise)  # a ~ pi(z); z_0 broadcasts over P
+        z, state = model.dynamics.step(state, action)
+        actions.append(action)
+        latents.append(z)
+    return _sum_rewards(model, latent, th.stack(latents), th.stack(actions), config)
+
+
+def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
+    discount: th.Tensor | float = second.discount
+    if isinstance(first.discount, th.Tensor) and isinstance(second.discount, th.Tensor):
+        discount = th.cat([first.discount, second.discount], dim=1)
+    return _Trajectories(
+        th.cat([first.actions, second.actions], dim=2),
+        th.cat([first.rewards, second.rewards], dim=1),
+        th.cat([first.last_latent, second.last_latent], dim=1),
+        discount,
+    )
+
+
+@th.no_grad()
+def plan(
+    model: WorldModel,
+    latent: th.Tensor,
+    initial_mean: th.Tensor,
+    noise: PlanNoise,
+    config: PlannerConfig,
+    explore: bool,
+) -> Plan:
+    """Model predictive path integral control (TD-MPC2, section 3.2; arXiv:1509.01149).
+
+    :param model: planned with
+    :param latent: z_0, [E, Z]
+    :param initial_mean: of :func:`shift_plan`, zero for a cold start, [E, H, A]
+    :param noise: of :func:`sample_plan_noise`
+    :param config: settings
+    :param explore: whether noise of the plan's own spread is added to the action
+    """
+    latent = latent.unsqueeze(1)  # [E, 1, Z]
+    mean = initial_mean.transpose(0, 1)  # [H, E, A]
+    std = th.full_like(mean, config.max_std)
+    prior = None
+    if config.num_pi_trajs:
+        prior = _policy_trajectories(model, latent, noise.policy, config)
+
+    for iteration in range(config.num_iterations):
+        gaussian = mean.unsqueeze(2) + std.unsqueeze(2) * noise.samples[iteration]
+        trajectories = _evaluate(model, latent, gaussian.clamp(-1.0, 1.0), config)
+        if prior is not None:
+            trajectories = _joined(prior, trajectories)
+        values = trajectories.rewards + trajectories.discount * _terminal_values(
+            model, trajectories.last_latent, noise.terminal[iteration], noise.heads[iteration]
+        )
+        elite_values, indices = values.nan_to_num(0.0).topk(config.num_elites, dim=1)
+        elite_actions = trajectories.actions.gather(
+            2, indices[None, :, :, None].expand(config.horizon, -1, -1, model.action_dim)
+        )  # [H, E, elites, A]
+        scores = th.exp(config.temperature * (elite_values - elite_values[:, :1]))
+        weights = (scores / scores.sum(1, keepdim=True))[None, :, :, None]  # [1, E, elites, 1]
+        previous_mean = mean
+        mean = (weights * elite_actions).sum(2)  # [H, E, A]
+        variance = (weights * (elite_actions - mean.unsqueeze(2)).square()).sum(2)
+        std = variance.sqrt().clamp(config.min_std, config.max_std)
+
+    weight = weights[0, :, :, 0]  # [E, elites]
+    chosen = (weight.log() + noise.gumbel).argmax(1)  # one elite by its weight
+    action = (
+        elite_actions[0].gather(1, chosen[:, None, None].expand(-1, 1, model.action_dim)).squeeze(1)
+    )
+    if explore:
+        action = action + std[0] * noise.exploration
+    return Plan(
+        action=action.clamp(-1.0, 1.0),
+        mean=mean.transpose(0, 1).contiguous(),
+        std=std.transpose(0, 1).contiguous(),
+        value=(weight * elite_values).sum(1),
+        elite_std=elite_values.std(1, correction=0),
+        effective_samples=weight.square().sum(1).reciprocal(),
+        mean_change=(mean - previous_mean).square().mean((0, 2)),
+    )

@@ -1,0 +1,333 @@
+"""TD-MPC2's policy: the world model, its planner, and SB3's ``predict`` with the plan as its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from tdmpc2_sb3.compilation import compiled
+from tdmpc2_sb3.planner import (
+    DEFAULT_ITERATIONS,
+    EXTRA_ITERATIONS,
+    MANY_ACTIONS,
+    Plan,
+    PlannerConfig,
+    check_planner,
+    plan,
+    sample_plan_noise,
+    shift_plan,
+)
+from tdmpc2_sb3.world_model import WorldModel, resolve_architecture
+
+# Deterministic predictions draw from a generator of this seed, made anew at each call.
+PREDICTION_SEED = 0
+
+PlanState = tuple[np.ndarray, ...]
+
+
+class TDMPC2Policy(BasePolicy):
+    """World model, planner and optimisers of TD-MPC2.
+
+    :param observation_space: Box (vectors, or images for :class:`CnnPolicy`) or Dict of such
+    :param action_space: Box with finite bounds; planning happens in [-1, 1]
+    :param lr_schedule: learning rate as a function of the remaining progress
+    :param gamma: discount factor
+    :param episodic: whether there is a termination head
+    :param model_size: million parameters (1, 5, 19, 48 or 317); sets the sizes left at None
+    :param latent_dim: Z
+    :param enc_dim: width of the state encoder's hidden layers
+    :param mlp_dim: width of all other hidden layers
+    :param num_enc_layers: layers of the state encoder
+    :param num_q: number of Q heads
+    :param simnorm_dim: group size of SimNorm
+    :param num_bins: bins of the discrete regression
+    :param dropout: rate on the Q heads' first layer
+    :param dynamics: kind of latent dynamics, a key of :data:`tdmpc2_sb3.dynamics.DYNAMICS`;
+        None: the policy class's own
+    :param dynamics_kwargs: further arguments of that dynamics
+    :param horizon: H, steps of the plan
+    :param num_samples: N, action sequences evaluated in each iteration
+    :param num_elites: best sequences that shape the next iteration
+    :param num_pi_trajs: how many of the N come from the policy prior
+    :param num_iterations: iterations of MPPI; "auto": 6, or 8 for 20 action dimensions and more
+    :param temperature: inverse temperature of the elites' weights
+    :param min_std: smallest standard deviation of a plan
+    :param max_std: initial and largest standard deviation of a plan
+    :param enc_lr_scale: the encoder's learning rate relative to the others'
+    :param compile: whether planning and updates are compiled; "auto" decides by the device
+    """
+
+    DEFAULT_DYNAMICS = "mlp"
+    scale: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        gamma: float = 0.99,
+        episodic: bool = False,
+        model_size: int = 5,
+        latent_dim: int | None = None,
+        enc_dim: int | None = None,
+        mlp_dim: int | None = None,
+        num_enc_layers: int | None = None,
+        num_q: int | None = None,
+        simnorm_dim: int | None = None,
+        num_bins: int | None = None,
+        dropout: float | None = None,
+        dynamics: str | None = None,
+        dynamics_kwargs: dict[str, Any] | None = None,
+        horizon: int = 3,
+        num_samples: int = 512,
+        num_elites: int = 64,
+        num_pi_trajs: int = 24,
+        num_iterations: int | str = "auto",
+        temperature: float = 0.5,
+        min_std: float = 0.05,
+        max_std: float = 2.0,
+        enc_lr_scale: float = 0.3,
+        compile: bool | str = "auto",
+    ):
+        super().__init__(observation_space, action_space, squash_output=True)
+        action_dim = int(np.prod(action_space.shape))
+        sizes = dict(
+            latent_dim=latent_dim,
+            enc_dim=enc_dim,
+            mlp_dim=mlp_dim,
+            num_enc_layers=num_enc_layers,
+            num_q=num_q,
+            simnorm_dim=simnorm_dim,
+            num_bins=num_bins,
+            dropout=dropout,
+        )
+        if num_iterations == "auto":
+            num_iterations = DEFAULT_ITERATIONS + EXTRA_ITERATIONS * (action_dim >= MANY_ACTIONS)
+        if not isinstance(num_iterations, int):
+            raise ValueError(
+                f"num_iterations is {num_iterations!r}: give a whole number or 'auto'."
+            )
+        self.planner = PlannerConfig(
+            horizon,
+            num_samples,
+            num_elites,
+            num_pi_trajs,
+            num_iterations,
+            temperature,
+            min_std,
+            max_std,
+            gamma,
+        )
+        check_planner(self.planner)
+        self.world_model = WorldModel(
+            observation_space,
+            action_dim,
+            resolve_architecture(model_size, sizes),
+            self.DEFAULT_DYNAMICS if dynamics is None else dynamics,
+            dynamics_kwargs,
+            episodic,
+        )
+        self.register_buffer("scale", th.ones(()))  # S, the running scale of Q
+        self._make_optimizers(lr_schedule(1.0), enc_lr_scale)
+        self.compile = compile
+        self._generator: th.Generator | None = None
+        self._plan = compiled(plan, compile)
+
+    def _make_optimizers(self, learning_rate: float, enc_lr_scale: float) -> None:
+        model = self.world_model
+        slow = list(model.dynamics.slow_parameters())
+        slow_ids = {id(parameter) for parameter in slow}
+        encoder = list(model.encoder.parameters())
+        heads: list[nn.Module] = [model.dynamics, model.reward_net, model.q_ensemble]
+        if model.termination_net is not None:
+            heads.append(model.termination_net)
+        others = [p for head in heads for p in head.parameters() if id(p) not in slow_ids]
+        groups = [
+            {"params": encoder, "lr_scale": enc_lr_scale},
+            {"params": others, "lr_scale": 1.0},
+        ]
+        if slow:
+            groups.append({"params": slow, "lr_scale": model.dynamics.SLOW_LR_SCALE})
+        self.model_parameters = [*encoder, *others, *slow]
+        self.prior_parameters = list(model.policy_net.parameters())
+        self.model_optimizer = th.optim.Adam(groups, lr=learning_rate, fused=True)
+        self.prior_optimizer = th.optim.Adam(
+            [{"params": self.prior_parameters, "lr_scale": 1.0}],
+            lr=learning_rate,
+            eps=1e-5,
+            fused=True,
+        )
+        self.set_learning_rate(learning_rate)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Sets every optimiser group's rate: the given one times the group's own scale."""
+        for optimizer in (self.model_optimizer, self.prior_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group["lr_scale"]
+
+    @property
+    def generator(self) -> th.Generator:
+        """Random stream of predictions that are not deterministic; training has its own."""
+        if self._generator is None or self._generator.device != self.device:
+            self.seed_predictions(int(np.random.default_rng().integers(2**31)))
+            assert self._generator is not None
+        return self._generator
+
+    def seed_predictions(self, seed: int) -> None:
+        """Starts the random stream of predictions that are not deterministic anew."""
+        self._generator = th.Generator(self.device).manual_seed(seed)
+
+    @th.no_grad()
+    def plan(
+        self,
+        observation: PyTorchObs,
+        previous_mean: th.Tensor,
+        episode_start: th.Tensor,
+        generator: th.Generator,
+        explore: bool,
+        shared_noise: bool = False,
+    ) -> Plan:
+        """Plans one action for every environment.
+
+        :param observation: of E environments
+        :param previous_mean: the previous plans' means, [E, H, A]
+        :param episode_start: where the previous plan is void, [E], bool
+        :param generator: drawn from
+        :param explore: whether the plan's spread is added to the action
+        :param shared_noise: whether all environments get the same random numbers
+        """
+        num_envs = previous_mean.shape[0]
+        noise = sample_plan_noise(self.world_model, self.planner, num_envs, generator, shared_noise)
+        latent = self.world_model.encode(observation, noise.offsets)
+        initial_mean = shift_plan(previous_mean, episode_start)
+        return self._plan(self.world_model, latent, initial_mean, noise, self.planner, explore)
+
+    @th.no_grad()
+    def prior_action(
+        self, observation: PyTorchObs, num_envs: int, generator: th.Generator, deterministic: bool
+    ) -> th.Tensor:
+        """An action of the policy prior alone, [E, A]; its squashed mean if deterministic."""
+        model = self.world_model
+        offsets = model.encoder.sample_offsets(1 if deterministic else num_envs, generator)
+        if offsets is not None:
+            offsets = offsets.expand(-1, num_envs, -1)
+        noise = None
+        if not deterministic:
+            shape = (num_envs, model.action_dim)
+            noise = th.randn(shape, generator=generator, device=generator.device)
+        return model.policy_action(model.encode(observation, offsets), noise)
+
+    def zero_plan(self, num_envs: int) -> th.Tensor:
+        """The mean of a cold start, [E, H, A]."""
+        shape = (num_envs, self.planner.horizon, self.world_model.action_dim)
+        return th.zeros(shape, device=self.device)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: PlanState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        use_planner: bool = True,
+    ) -> tuple[np.ndarray, PlanState | None]:
+        """Acts by planning, warm-started from the previous call's plan.
+
+        Without a state every call is a cold start: correct, but at some loss of return. Pass the
+        returned state and SB3's ``episode_start`` on, as ``evaluate_policy`` does.
+
+        :param observation: of one environment or of E
+        :param state: the previous call's second result: plan means [E, H, A]
+        :param episode_start: [E], bool; a true row is a cold start
+        :param deterministic: whether to act without exploration noise. The plan then draws from a
+            generator seeded anew at each call: the same observation and plan, the same action
+        :param use_planner: if False, acts with the policy prior alone and passes the state through
+        :return: actions in the action space's bounds, state for the next call
+        :raises ValueError: if the observation or the state is of the wrong shape
+        """
+        self.set_training_mode(False)
+        if isinstance(observation, tuple):
+            raise ValueError(
+                "The observation is a tuple: pass the first item of gymnasium's "
+                "`obs, info = env.reset()` alone."
+            )
+        tensor, vectorized = self.obs_to_tensor(observation)
+        num_envs = len(next(iter(tensor.values())) if isinstance(tensor, dict) else tensor)
+        generator = self.generator
+        if deterministic:
+            generator = th.Generator(self.device).manual_seed(PREDICTION_SEED)
+        if use_planner:
+            previous_mean, start = self._read_state(state, episode_start, num_envs)
+            result = self.plan(
+                tensor, previous_mean, start, generator, not deterministic, deterministic
+            )
+            scaled, state = result.action, (result.mean.cpu().numpy(),)
+        else:
+            scaled = self.prior_action(tensor, num_envs, generator, deterministic)
+        actions = self.unscale(scaled)
+        return (actions if vectorized else actions[0]), state
+
+    def unscale(self, scaled: th.Tensor) -> np.ndarray:
+        """Actions in [-1, 1], [E, A], as actions within the space's bounds, [E, *shape]."""
+        assert isinstance(self.action_space, spaces.Box)
+        array = scaled.cpu().numpy().reshape(-1, *self.action_space.shape)
+        # Rounding may step over a bound by an ulp.
+        return np.clip(
+            self.unscale_action(array), self.action_space.low, self.action_space.high
+        ).astype(self.action_space.dtype, copy=False)
+
+    def _read_state(
+        self, state: PlanState | None, episode_start: np.ndarray | None, num_envs: int
+    ) -> tuple[th.Tensor, th.Tensor]:
+        if state is None:
+            return self.zero_plan(num_envs), th.ones(num_envs, dtype=th.bool, device=self.device)
+        expected = (num_envs, self.planner.horizon, self.world_model.action_dim)
+        mean = np.asarray(state[0], dtype=np.float32)
+        if mean.shape != expected:
+            raise ValueError(
+                f"The plan passed as state has shape {mean.shape}, but {expected} (environments, "
+                "horizon, action) is needed: pass the state of the previous call, or None."
+            )
+        start = np.zeros(num_envs, dtype=bool) if episode_start is None else episode_start
+        start = np.asarray(start, dtype=bool).reshape(num_envs)
+        return th.as_tensor(mean, device=self.device), th.as_tensor(start, device=self.device)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """A cold-start plan's action in [-1, 1], [E, A]."""
+        num_envs = len(
+            next(iter(observation.values())) if isinstance(observation, dict) else observation
+        )
+        generator = self.generator
+        if deterministic:
+            generator = th.Generator(self.device).manual_seed(PREDICTION_SEED)
+        mean = self.zero_plan(num_envs)
+        start = th.ones(num_envs, dtype=th.bool, device=self.device)
+        return self.plan(
+            observation, mean, start, generator, not deterministic, deterministic
+        ).action
+
+    def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(observation, deterministic)
+
+
+class MlpPolicy(TDMPC2Policy):
+    """TD-MPC2 on vector observations, with MLP dynamics."""
+
+
+class SSMPolicy(TDMPC2Policy):
+    """TD-MPC2 with structured state-space dynamics; everything else is shared."""
+
+    DEFAULT_DYNAMICS = "ssm"
+
+
+class CnnPolicy(TDMPC2Policy):
+    """TD-MPC2 on images, with the paper's pixel encoder."""
+
+
+class MultiInputPolicy(TDMPC2Policy):
+    """TD-MPC2 on dictionaries of vectors and images."""

@@ -1,0 +1,864 @@
+"""TD-MPC2 (Hansen, Su, Wang: TD-MPC2, ICLR 2024, arXiv:2310.16828) as an SB3 algorithm."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import sys
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    RolloutReturn,
+    Schedule,
+    TrainFreq,
+    TrainFrequencyUnit,
+)
+from stable_baselines3.common.utils import (
+    check_for_correct_spaces,
+    get_system_info,
+    should_collect_more_steps,
+)
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
+
+from tdmpc2_sb3 import episode_state
+from tdmpc2_sb3.environment_facts import (
+    EnvironmentFacts,
+    automatic_gamma,
+    automatic_learning_starts,
+    check_action_space,
+    read_facts,
+)
+from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.planner import Plan
+from tdmpc2_sb3.policies import (
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    PlanState,
+    SSMPolicy,
+    TDMPC2Policy,
+)
+from tdmpc2_sb3.saving import read_archive, write_archive
+from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+from tdmpc2_sb3.statistics import RunningMeans
+from tdmpc2_sb3.update import UpdateStep
+
+SelfTDMPC2 = TypeVar("SelfTDMPC2", bound="TDMPC2")
+
+RHO = 0.5
+RHO_EPISODIC = 0.7
+SEED_RANGE = 2**31
+# Arguments that the policy is built from; policy_kwargs override them.
+POLICY_ARGUMENTS = (
+    "gamma",
+    "episodic",
+    "model_size",
+    "latent_dim",
+    "enc_dim",
+    "mlp_dim",
+    "num_enc_layers",
+    "num_q",
+    "simnorm_dim",
+    "num_bins",
+    "dropout",
+    "dynamics",
+    "dynamics_kwargs",
+    "horizon",
+    "num_samples",
+    "num_elites",
+    "num_pi_trajs",
+    "num_iterations",
+    "temperature",
+    "min_std",
+    "max_std",
+    "enc_lr_scale",
+    "compile",
+)
+
+
+class TDMPC2(OffPolicyAlgorithm):
+    """Model-based reinforcement learning by planning in the latent space of a learned world model.
+
+    The defaults are the paper's for one task with the 5M model. Steps are the agent's: with an
+    action repeat of 2, one step is two frames.
+
+    :param policy: "MlpPolicy", "SSMPolicy", "CnnPolicy", "MultiInputPolicy" or a policy class
+    :param env: environment with a bounded Box action space, or its id
+    :param learning_rate: of Adam; may be a function of the remaining progress
+    :param buffer_size: steps that the replay buffer holds
+    :param learning_starts: steps of random actions before learning; "auto": five episodes, at
+        least 1000
+    :param batch_size: B, sub-sequences a gradient step
+    :param tau: rate at which the target Q heads and the running scale of Q move
+    :param gamma: discount factor; "auto": from the episode length
+    :param train_freq: steps between updates, or (n, "episode")
+    :param gradient_steps: gradient steps an update; -1: as many as steps were collected
+    :param replay_buffer_class: :class:`SequenceReplayBuffer` or a subclass
+    :param replay_buffer_kwargs: further arguments of the buffer
+    :param initial_gradient_steps: gradient steps made at once when learning starts; "auto": as
+        many as the later steps of that number would have got
+    :param horizon: H, steps of the plan
+    :param train_horizon: T, steps of a training sub-sequence; None: as many as the plan's
+    :param model_size: million parameters (1, 5, 19, 48 or 317); sets the sizes left at None
+    :param latent_dim: Z, a multiple of simnorm_dim
+    :param enc_dim: width of the state encoder's hidden layers
+    :param mlp_dim: width of all other hidden layers
+    :param num_enc_layers: layers of the state encoder
+    :param num_q: number of Q heads
+    :param simnorm_dim: group size of SimNorm
+    :param num_bins: bins of the discrete regression
+    :param dropout: rate on the Q heads' first layer
+    :param dynamics: "mlp", "ssm" or another registered kind; None: the policy's own
+    :param dynamics_kwargs: further arguments of the dynamics
+    :param num_samples: N, action sequences evaluated in each iteration of planning
+    :param num_elites: best sequences that shape the next iteration
+    :param num_pi_trajs: how many of the N come from the policy prior
+    :param num_iterations: iterations of planning; "auto": 6, or 8 from 20 action dimensions on
+    :param temperature: inverse temperature of the elites' weights
+    :param min_std: smallest standard deviation of a plan
+    :param max_std: initial and largest standard deviation of a plan
+    :param consistency_coef: weight of the latent consistency loss
+    :param reward_coef: weight of the reward loss
+    :param value_coef: weight of the value loss
+    :param termination_coef: weight of the termination loss
+    :param entropy_coef: weight of the policy prior's scaled entropy
+    :param rho: decay of the loss over a sub-sequence's steps, rho^t / T; "auto": 0.5 (0.7 if
+        episodic) at T = 3, adapted to any other T so that its last step keeps its weight
+    :param enc_lr_scale: the encoder's learning rate relative to the others'
+    :param max_grad_norm: gradients are clipped to this norm
+    :param episodic: whether episodes may terminate, which adds a termination head; "auto": asked
+        of the environment
+    :param use_planner: if False, the policy prior acts alone; may be changed at any time
+    :param compile: whether to compile planning and updates; "auto" decides by the device
+    :param stats_window_size: episodes that the rollout statistics are averaged over
+    :param tensorboard_log: folder of the TensorBoard log, None for none
+    :param policy_kwargs: arguments of the policy, over those given here
+    :param verbose: 0 silent, 1 information, 2 debugging
+    :param seed: of every random stream
+    :param device: "auto", "cpu", "cuda", "mps", ...
+    :param _init_setup_model: whether to build the networks at once
+    :raises ValueError: naming the argument that is out of range
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "SSMPolicy": SSMPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: TDMPC2Policy
+
+    def __init__(
+        self,
+        policy: str | type[TDMPC2Policy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int | str = "auto",
+        batch_size: int = 256,
+        tau: float = 0.01,
+        gamma: float | str = "auto",
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        replay_buffer_class: type[SequenceReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        initial_gradient_steps: int | str = "auto",
+        horizon: int = 3,
+        train_horizon: int | None = None,
+        model_size: int = 5,
+        latent_dim: int | None = None,
+        enc_dim: int | None = None,
+        mlp_dim: int | None = None,
+        num_enc_layers: int | None = None,
+        num_q: int | None = None,
+        simnorm_dim: int | None = None,
+        num_bins: int | None = None,
+        dropout: float | None = None,
+        dynamics: str | None = None,
+        dynamics_kwargs: dict[str, Any] | None = None,
+        num_samples: int = 512,
+        num_elites: int = 64,
+        num_pi_trajs: int = 24,
+        num_iterations: int | str = "auto",
+        temperature: float = 0.5,
+        min_std: float = 0.05,
+        max_std: float = 2.0,
+        consistency_coef: float = 20.0,
+        reward_coef: float = 0.1,
+        value_coef: float = 0.1,
+        termination_coef: float = 1.0,
+        entropy_coef: float = 1e-4,
+        rho: float | str = "auto",
+        enc_lr_scale: float = 0.3,
+        max_grad_norm: float = 20.0,
+        episodic: bool | str = "auto",
+        use_planner: bool = True,
+        compile: bool | str = "auto",
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,  # type: ignore[arg-type]
+            learning_rate,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            tau=tau,
+            gamma=gamma,  # type: ignore[arg-type]
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            support_multi_env=True,
+            sde_support=False,
+        )
+        self.initial_gradient_steps = initial_gradient_steps
+        self.horizon = horizon
+        self.train_horizon = train_horizon
+        self.model_size = model_size
+        self.latent_dim = latent_dim
+        self.enc_dim = enc_dim
+        self.mlp_dim = mlp_dim
+        self.num_enc_layers = num_enc_layers
+        self.num_q = num_q
+        self.simnorm_dim = simnorm_dim
+        self.num_bins = num_bins
+        self.dropout = dropout
+        self.dynamics = dynamics
+        self.dynamics_kwargs = dynamics_kwargs
+        self.num_samples = num_samples
+        self.num_elites = num_elites
+        self.num_pi_trajs = num_pi_trajs
+        self.num_iterations = num_iterations
+        self.temperature = temperature
+        self.min_std = min_std
+        self.max_std = max_std
+        self.consistency_coef = consistency_coef
+        self.reward_coef = reward_coef
+        self.value_coef = value_coef
+        self.termination_coef = termination_coef
+        self.entropy_coef = entropy_coef
+        self.rho = rho
+        self.enc_lr_scale = enc_lr_scale
+        self.max_grad_norm = max_grad_norm
+        self.episodic = episodic
+        self.use_planner = use_planner
+        self.compile = compile
+        # Progress that outlives learn() and files: continuing repeats no warm-up and no burst.
+        self._lifetime_steps = 0
+        self._pending_initial_updates: int | None = None  # None: learning has not started
+        self._rollout_steps = 0  # steps and episodes of a rollout that a checkpoint interrupted
+        self._rollout_episodes = 0
+        if _init_setup_model:
+            self._setup_model()
+
+    # -- construction --------------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        """Checks the settings, resolves the automatic ones and builds buffer and policy.
+
+        Loading and the zoo's overrides set attributes past ``__init__`` and then come here, so
+        everything is checked here.
+        """
+        check_action_space(self.action_space)
+        self._convert_train_freq()
+        self._resolve_settings()
+        self._check_settings()
+        self._setup_lr_schedule()
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = SequenceReplayBuffer
+        if self.replay_buffer is None:
+            self.replay_buffer = self.replay_buffer_class(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=self.n_envs,
+                **{"horizon": self.sequence_length, **self.replay_buffer_kwargs},
+            )
+        # Before the weights are drawn, from SB3's global stream.
+        BaseAlgorithm.set_random_seed(self, self.seed)
+        arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS}
+        self.policy = self.policy_class(
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            **{**arguments, **self.policy_kwargs},
+        ).to(self.device)
+        self._seed_streams(self.seed)
+        self._means = RunningMeans()
+        self._plan_mean: th.Tensor | None = None
+        self._saved_episodes: episode_state.EpisodeStates | None = None
+        self._update_step = self._make_update_step()
+
+    def _resolve_settings(self) -> None:
+        automatic = [
+            name
+            for name in ("gamma", "learning_starts", "episodic")
+            if getattr(self, name) == "auto"
+        ]
+        if not automatic:
+            return
+        if self.env is None:
+            raise ValueError(
+                f"{', '.join(automatic)} = 'auto' is read from the environment, but env is None: "
+                "pass an environment or numbers."
+            )
+        facts = read_facts(self.env)
+        if self.episodic == "auto":
+            self.episodic = facts.terminates
+        if self.gamma == "auto":
+            self.gamma = automatic_gamma(facts.episode_steps, bool(self.episodic))
+        if self.learning_starts == "auto":
+            self.learning_starts = automatic_learning_starts(facts.episode_steps)
+        self._announce(automatic, facts)
+
+    def _announce(self, automatic: list[str], facts: EnvironmentFacts) -> None:
+        if self.verbose < 1:
+            return
+        limit = "no time limit" if facts.episode_steps is None else f"{facts.episode_steps} steps"
+        values = ", ".join(f"{name} = {getattr(self, name):g}" for name in automatic)
+        print(f"Automatic settings for episodes of {limit}: {values}")
+        if "episodic" in automatic:
+            kind = "may terminate" if facts.terminates else "never terminates"
+            print(f"The task {kind}: {facts.reason}. Pass episodic=True or False to overrule.")
+
+    def _check_settings(self) -> None:
+        ranges = {
+            "gamma": (0.0, 1.0),
+            "tau": (0.0, 1.0),
+            "max_grad_norm": (1e-12, float("inf")),
+            "enc_lr_scale": (0.0, float("inf")),
+        }
+        if self.rho != "auto":
+            ranges["rho"] = (0.0, 1.0)
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, str) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}: it must lie in [{low:g}, {high:g}].")
+        for name in ("batch_size", "sequence_length", "buffer_size", "horizon"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1.")
+        if isinstance(self.learning_starts, str) or self.learning_starts < 0:
+            raise ValueError(
+                f"learning_starts is {self.learning_starts!r}: give a number of steps or 'auto'."
+            )
+        if not isinstance(self.episodic, bool):
+            raise ValueError(f"episodic is {self.episodic!r}: use True, False or 'auto'.")
+
+    @property
+    def sequence_length(self) -> int:
+        """T, steps of a training sub-sequence."""
+        return self.horizon if self.train_horizon is None else self.train_horizon
+
+    def _make_update_step(self) -> UpdateStep:
+        horizon_aware = self.rho == "auto"
+        rho = (
+            (RHO_EPISODIC if self.policy.world_model.episodic else RHO)
+            if horizon_aware
+            else self.rho
+        )
+        steps = self.sequence_length
+        return UpdateStep(
+            self.policy,
+            LossConfig(
+                self.policy.planner.gamma,
+                self.consistency_coef,
+                self.reward_coef,
+                self.value_coef,
+                self.termination_coef,
+                self.entropy_coef,
+            ),
+            step_weights(steps, steps, float(rho), horizon_aware),
+            step_weights(steps + 1, steps, float(rho), horizon_aware),
+            self.tau,
+            self.max_grad_norm,
+        )
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        super().set_random_seed(seed)
+        if seed is not None:
+            self._seed_streams(seed)
+
+    def _seed_streams(self, seed: int | None) -> None:
+        """Gives training, predictions and the buffer's sampling a random stream each."""
+        children = np.random.SeedSequence(seed).generate_state(3)
+        training, predictions, sampling = (int(child) % SEED_RANGE for child in children)
+        self._training_generator = th.Generator(self.device).manual_seed(training)
+        self.policy.seed_predictions(predictions)
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        self.replay_buffer.seed(sampling)
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def learn(
+        self: SelfTDMPC2,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "TDMPC2",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfTDMPC2:
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        assert self.env is not None and isinstance(self.train_freq, TrainFreq)
+        assert self.replay_buffer is not None
+        while self.num_timesteps < total_timesteps:
+            rollout = self.collect_rollouts(
+                self.env,
+                train_freq=self.train_freq,
+                action_noise=self.action_noise,
+                callback=callback,
+                learning_starts=int(self.learning_starts),
+                replay_buffer=self.replay_buffer,
+                log_interval=log_interval,
+            )
+            if not rollout.continue_training:
+                break
+            self._learn_from(rollout)
+        callback.on_training_end()
+        return self
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        assert self.env is not None, "You must set the environment before calling learn()"
+        if reset_num_timesteps or self._last_obs is None:
+            self._abandon_episodes()
+        elif self._saved_episodes is not None:
+            episode_state.restore(self.env, self._saved_episodes)
+        self._saved_episodes = None
+        return super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+
+    def _abandon_episodes(self) -> None:
+        """The environments will be reset: what was open is over."""
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        closed = self.replay_buffer.close_episodes()
+        if closed and self.verbose >= 1:
+            print(f"The environment starts anew: {closed} open episode(s) closed as truncated.")
+        self._plan_mean = None
+        self._rollout_steps = self._rollout_episodes = 0
+
+    @property
+    def _warming_up(self) -> bool:
+        return self._lifetime_steps < int(self.learning_starts)
+
+    def _learn_from(self, rollout: RolloutReturn) -> None:
+        """The gradient steps that a finished rollout is due."""
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        enough = min(int(self.learning_starts), self.replay_buffer.buffer_size * self.n_envs // 2)
+        enough = max(enough, (self.sequence_length + 1) * self.n_envs)
+        # A run continued without its buffer acts by its policy until there is enough again.
+        if self._warming_up or self.replay_buffer.num_steps < enough:
+            return
+        if self._pending_initial_updates is None:
+            self._pending_initial_updates = self._count_initial_updates()
+        if self._pending_initial_updates > 0:
+            self._make_initial_updates()
+            return
+        steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
+        if steps > 0:
+            self.train(gradient_steps=steps, batch_size=self.batch_size)
+
+    def _count_initial_updates(self) -> int:
+        if self._n_updates > 0:
+            return 0
+        if isinstance(self.initial_gradient_steps, int):
+            return self.initial_gradient_steps
+        assert isinstance(self.train_freq, TrainFreq)
+        if self.gradient_steps < 0:
+            return int(self.learning_starts)
+        if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
+            return self._episode_num * self.gradient_steps // self.train_freq.frequency
+        per_step = self.gradient_steps / (self.train_freq.frequency * self.n_envs)
+        return round(int(self.learning_starts) * per_step)
+
+    def _make_initial_updates(self) -> None:
+        """The burst of gradient steps on the random steps, with its progress shown."""
+        assert self._pending_initial_updates is not None
+        if self.verbose >= 1:
+            print(
+                f"Learning starts with {self._pending_initial_updates} gradient steps on the "
+                f"{self._lifetime_steps} steps collected so far.",
+                flush=True,
+            )
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        with tqdm(
+            total=self._pending_initial_updates,
+            desc="Initial updates",
+            unit="update",
+            mininterval=interval,
+            disable=self.verbose < 1,
+        ) as bar:
+            while self._pending_initial_updates > 0:
+                self.train(gradient_steps=1, batch_size=self.batch_size)
+                self._pending_initial_updates -= 1
+                bar.update()
+
+    def train(self, gradient_steps: int, batch_size: int) -> None:
+        """Makes gradient steps on sampled sub-sequences.
+
+        :param gradient_steps: how many
+        :param batch_size: B, sub-sequences each
+        :raises RuntimeError: if a loss is not finite, naming the gradient step
+        """
+        assert self.replay_buffer is not None
+        learning_rate = self.lr_schedule(self._current_progress_remaining)
+        self.policy.set_learning_rate(learning_rate)
+        for _ in range(gradient_steps):
+            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            noise = sample_update_noise(
+                self.policy.world_model, self.sequence_length, batch_size, self._training_generator
+            )
+            try:
+                statistics = self._update_step(batch, noise)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                raise RuntimeError(f"Gradient step {self._n_updates + 1}: {error}") from error
+            self._n_updates += 1
+            self._means.add(statistics)
+        self.logger.record("train/learning_rate", learning_rate)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def dump_logs(self) -> None:
+        for name, value in self._means.pop().items():
+            self.logger.record(name, value)
+        super().dump_logs()
+
+    # -- acting --------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: PlanState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, PlanState | None]:
+        """See :meth:`TDMPC2Policy.predict`; ``use_planner`` chooses planner or policy prior."""
+        return self.policy.predict(
+            observation, state, episode_start, deterministic, self.use_planner
+        )
+
+    def _sample_action(
+        self,
+        learning_starts: int,
+        action_noise: ActionNoise | None = None,
+        n_envs: int = 1,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self._warming_up:
+            unscaled = np.array([self.action_space.sample() for _ in range(n_envs)])
+            return unscaled, self.policy.scale_action(unscaled).astype(np.float32)
+        assert self._last_obs is not None
+        observation, _ = self.policy.obs_to_tensor(self._last_obs)
+        if self.use_planner:
+            scaled = self._plan_action(observation, n_envs).action
+        else:
+            scaled = self.policy.prior_action(observation, n_envs, self._training_generator, False)
+        if action_noise is not None:
+            noise = th.as_tensor(action_noise(), device=scaled.device).float()
+            scaled = (scaled + noise).clamp(-1.0, 1.0)
+        return self.policy.unscale(scaled), scaled.cpu().numpy()
+
+    def _plan_action(self, observation: Any, n_envs: int) -> Plan:
+        """Plans with training's own plan and random stream."""
+        previous = self._plan_mean
+        starts = np.ones(n_envs, dtype=bool)
+        if previous is None:
+            previous = self.policy.zero_plan(n_envs)
+        elif self._last_episode_starts is not None:
+            starts = np.asarray(self._last_episode_starts, dtype=bool)
+        start = th.as_tensor(starts, device=self.device)
+        result = self.policy.plan(
+            observation, previous, start, self._training_generator, explore=True
+        )
+        self._means.add(
+            {
+                "planner/value": result.value,
+                "planner/elite_value_std": result.elite_std,
+                "planner/effective_samples": result.effective_samples,
+                "planner/std": result.std,
+                "planner/last_mean_change": result.mean_change,
+            }
+        )
+        if not starts.any() and result.mean.shape[1] > 1:
+            change = (result.mean[:, :-1] - previous[:, 1:]).square()
+            self._means.add({"planner/plan_change": change})
+        self._plan_mean = result.mean
+        return result
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        """Collects steps as SB3 does, but stores each before the callbacks see it.
+
+        A checkpoint written by a callback then holds every step that the simulator took, and a
+        resumed run goes on with the rollout that the checkpoint interrupted.
+        """
+        self.policy.set_training_mode(False)
+        if train_freq.frequency < 1:
+            raise ValueError(f"train_freq is {train_freq.frequency}: it must be at least 1.")
+        if env.num_envs > 1 and train_freq.unit != TrainFrequencyUnit.STEP:
+            raise ValueError(
+                f"train_freq counts episodes but there are {env.num_envs} environments: count "
+                "steps, or use one environment."
+            )
+        callback.on_rollout_start()
+        while should_collect_more_steps(train_freq, self._rollout_steps, self._rollout_episodes):
+            actions, buffer_actions = self._sample_action(
+                learning_starts, action_noise, env.num_envs
+            )
+            new_obs, rewards, dones, infos = env.step(actions)
+            try:
+                self._store_transition(
+                    replay_buffer,
+                    buffer_actions,
+                    new_obs,
+                    rewards,
+                    dones,
+                    infos,  # type: ignore[arg-type]
+                )
+            except RuntimeError as error:
+                raise RuntimeError(f"Step {self.num_timesteps + env.num_envs}: {error}") from error
+            self.num_timesteps += env.num_envs
+            self._lifetime_steps += env.num_envs
+            self._rollout_steps += 1
+            self._rollout_episodes += int(dones.sum())
+            self._last_episode_starts = dones
+            self._update_info_buffer(infos, dones)
+            self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+            self._on_step()
+            finished = self._count_episodes(dones, action_noise, env.num_envs)
+
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return RolloutReturn(
+                    self._rollout_steps * env.num_envs, self._rollout_episodes, False
+                )
+            if log_interval is not None and any(n % log_interval == 0 for n in finished):
+                self.dump_logs()
+        callback.on_rollout_end()
+        result = RolloutReturn(self._rollout_steps * env.num_envs, self._rollout_episodes, True)
+        self._rollout_steps = self._rollout_episodes = 0
+        return result
+
+    def _count_episodes(
+        self, dones: np.ndarray, action_noise: ActionNoise | None, n_envs: int
+    ) -> list[int]:
+        """Counts finished episodes; their running numbers."""
+        finished = []
+        for index in np.flatnonzero(dones):
+            self._episode_num += 1
+            finished.append(self._episode_num)
+            if action_noise is not None:
+                kwargs = dict(indices=[index]) if n_envs > 1 else {}
+                action_noise.reset(**kwargs)
+        return finished
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.model_optimizer", "policy.prior_optimizer"], []
+
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "_training_generator",
+            "_means",
+            "_plan_mean",
+            "_saved_episodes",
+            "_update_step",
+        ]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Saves everything but the replay buffer, atomically and without pickled code.
+
+        With :meth:`save_replay_buffer` at the same moment, a run resumes exactly: random streams,
+        the plan and (where the environments can be restored) the episodes in progress are kept.
+
+        :param path: file to write, or a binary stream
+        :param exclude: attributes to leave out besides the usual ones
+        :param include: attributes to keep although they are usually left out
+        :raises TypeError: naming an attribute that cannot be written without pickling
+        """
+        excluded = {*self._excluded_save_params(), *(exclude or ())} - set(include or ())
+        data = {name: value for name, value in self.__dict__.items() if name not in excluded}
+        data["run_state"] = self._run_state()
+        write_archive(path, data, {**self.get_parameters(), "run_streams": self._run_streams()})
+
+    def _run_state(self) -> dict[str, Any]:
+        episodes = self._saved_episodes
+        if episodes is None and self.env is not None and self._last_obs is not None:
+            episodes = episode_state.capture(self.env)
+        return {
+            "episodes": episodes,
+            "action_space_stream": self.action_space.np_random.bit_generator.state,
+        }
+
+    def _run_streams(self) -> dict[str, th.Tensor]:
+        streams = {
+            "training": self._training_generator.get_state(),
+            "predictions": self.policy.generator.get_state(),
+        }
+        if self._plan_mean is not None:
+            streams["plan_mean"] = self._plan_mean.cpu()
+        return streams
+
+    @classmethod
+    def load(
+        cls: type[SelfTDMPC2],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfTDMPC2:
+        """Loads a model saved by :meth:`save`; no pickled code is executed.
+
+        Given an environment that can be restored (``DMC/``), ``learn(...,
+        reset_num_timesteps=False)`` goes on in the very episode that was in progress; any other
+        environment is reset first.
+
+        :param path: file, or a binary stream
+        :param env: environment to go on with; none is needed for predictions
+        :param device: where the model goes
+        :param custom_objects: attributes to use instead of the saved ones
+        :param print_system_info: whether to print the present versions
+        :param force_reset: accepted for SB3's sake; see above
+        :param kwargs: attributes that replace the saved ones
+        :raises ValueError: if the file is no such archive, is damaged, or does not fit the
+            environment
+        """
+        if print_system_info:
+            get_system_info()
+        data, tensors = read_archive(path, device)
+        data.update(custom_objects or {})
+        run_state, streams = data.pop("run_state"), tensors.pop("run_streams")
+        if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
+            raise ValueError(
+                f"policy_kwargs are {kwargs['policy_kwargs']} but the model was saved with "
+                f"{data['policy_kwargs']}: leave them out."
+            )
+        same_envs = False
+        if env is not None:
+            env = cls._wrap_env(env, data["verbose"])
+            check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+            same_envs = env.num_envs == data["n_envs"]
+            data["n_envs"] = env.num_envs
+        model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
+        model.__dict__.update(data)
+        model.__dict__.update(kwargs)
+        model._setup_model()
+        model.set_parameters(tensors, exact_match=True, device=device)
+        if kwargs.get("seed", model.seed) == data.get("seed"):
+            model._restore_streams(streams, run_state)
+        model._restore_run(streams, run_state, same_envs)
+        return model
+
+    def _restore_streams(self, streams: dict[str, th.Tensor], run_state: dict[str, Any]) -> None:
+        self._training_generator.set_state(streams["training"].cpu())
+        self.policy.generator.set_state(streams["predictions"].cpu())
+        self.action_space.np_random.bit_generator.state = run_state["action_space_stream"]
+
+    def _restore_run(
+        self, streams: dict[str, th.Tensor], run_state: dict[str, Any], same_envs: bool
+    ) -> None:
+        """Keeps the episodes in progress for :meth:`learn` if they can be restored."""
+        episodes = run_state["episodes"]
+        if same_envs and episodes is not None and episode_state.can_capture(self.env):  # type: ignore[arg-type]
+            self._saved_episodes = episodes
+            if "plan_mean" in streams:
+                self._plan_mean = streams["plan_mean"].to(self.device)
+        else:
+            self._last_obs = None
+            self._last_original_obs = None
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """Loads parameters from a file of :meth:`save` or a dictionary of state dicts.
+
+        :param load_path_or_dict: see SB3
+        :param exact_match: whether every parameter must be there
+        :param device: where to
+        """
+        parameters = load_path_or_dict
+        if not isinstance(parameters, dict):
+            _, parameters = read_archive(parameters, device)
+            parameters.pop("run_streams")
+        super().set_parameters(parameters, exact_match, device)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        super().set_env(env, force_reset)
+        self._saved_episodes = None
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """Saves the replay buffer atomically, as plain arrays.
+
+        :param path: file, or a binary stream
+        """
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        self.replay_buffer.save(path)
+
+    def load_replay_buffer(
+        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True
+    ) -> None:
+        """Loads a replay buffer saved by :meth:`save_replay_buffer`.
+
+        :param path: file, or a binary stream
+        :param truncate_last_traj: accepted for SB3's sake; an open episode goes on exactly if the
+            environment does, and is closed as truncated otherwise
+        :raises ValueError: if the file is damaged or does not fit this buffer
+        """
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        self.replay_buffer.load(path)

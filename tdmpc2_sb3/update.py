@@ -1,0 +1,113 @@
+"""One gradient step: world model, then policy prior, then running scale and target Q heads."""
+
+from __future__ import annotations
+
+import torch as th
+
+from tdmpc2_sb3.losses import (
+    LossConfig,
+    ModelLosses,
+    PolicyLosses,
+    UpdateNoise,
+    model_losses,
+    policy_loss,
+)
+from tdmpc2_sb3.policies import TDMPC2Policy
+from tdmpc2_sb3.sequence_buffer import SequenceBatch
+
+
+class UpdateStep:
+    """Applies gradient steps to a policy.
+
+    :param policy: whose networks, optimisers and running scale change
+    :param config: coefficients of the losses
+    :param model_weights: weights of the sub-sequence's steps in the model's losses, [T]
+    :param policy_weights: the same in the policy's loss, [T + 1]
+    :param tau: rate of the target Q heads and of the running scale
+    :param max_grad_norm: gradients are clipped to this norm
+    """
+
+    def __init__(
+        self,
+        policy: TDMPC2Policy,
+        config: LossConfig,
+        model_weights: th.Tensor,
+        policy_weights: th.Tensor,
+        tau: float,
+        max_grad_norm: float,
+    ):
+        self.policy = policy
+        self.config = config
+        self.model_weights = model_weights.to(policy.device)
+        self.policy_weights = policy_weights.to(policy.device)
+        self.tau = tau
+        self.max_grad_norm = max_grad_norm
+        model = policy.world_model
+        self._online = list(model.q_ensemble.parameters())
+        self._target = list(model.target_q_ensemble.parameters())
+
+    def __call__(self, batch: SequenceBatch, noise: UpdateNoise) -> dict[str, th.Tensor]:
+        """
+        :param batch: sub-sequences
+        :param noise: the step's random numbers
+        :return: losses and norms by their names in the log
+        :raises RuntimeError: if a loss or gradient is not finite; nothing has changed then
+        """
+        policy, model = self.policy, self.policy.world_model
+        losses = model_losses(model, batch, noise, self.config, self.model_weights)
+        losses.total.backward(inputs=policy.model_parameters)
+        grad_norm = self._step(policy.model_optimizer, policy.model_parameters, losses.total)
+
+        prior = policy_loss(
+            model,
+            losses.latents,
+            policy.scale,
+            noise,
+            self.config,
+            self.policy_weights,
+            self.tau,
+        )
+        prior.total.backward(inputs=policy.prior_parameters)
+        prior_grad_norm = self._step(policy.prior_optimizer, policy.prior_parameters, prior.total)
+
+        with th.no_grad():
+            policy.scale.copy_(prior.scale)
+            th._foreach_lerp_(self._target, self._online, self.tau)
+        return self._statistics(losses, prior, grad_norm, prior_grad_norm)
+
+    def _step(
+        self, optimizer: th.optim.Optimizer, parameters: list[th.nn.Parameter], loss: th.Tensor
+    ) -> th.Tensor:
+        norm = th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        if not bool(th.isfinite(loss + norm)):
+            optimizer.zero_grad()
+            raise RuntimeError(
+                f"loss {float(loss)}, gradient norm {float(norm)}: not finite. Lower the learning "
+                "rate, or check the environment's rewards and observations for huge values."
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def _statistics(
+        self,
+        losses: ModelLosses,
+        prior: PolicyLosses,
+        grad_norm: th.Tensor,
+        prior_grad_norm: th.Tensor,
+    ) -> dict[str, th.Tensor]:
+        statistics = {
+            "train/loss": losses.total,
+            "train/consistency_loss": losses.consistency,
+            "train/reward_loss": losses.reward,
+            "train/value_loss": losses.value,
+            "train/grad_norm": grad_norm,
+            "train/policy_loss": prior.total,
+            "train/policy_entropy": prior.entropy,
+            "train/policy_scaled_entropy": prior.scaled_entropy,
+            "train/policy_grad_norm": prior_grad_norm,
+            "train/q_scale": prior.scale,
+        }
+        if self.policy.world_model.episodic:
+            statistics["train/termination_loss"] = losses.termination
+        return statistics

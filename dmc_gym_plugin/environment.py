@@ -107,6 +107,11 @@ class DMControlEnv(gymnasium.Env):
         self._max_frames = None if steps is None else int(steps) * self.action_repeat
 
     @property
+    def terminates(self) -> bool:
+        """Whether an episode may end before its time limit: LQR's alone do, on convergence."""
+        return self.task_info.domain == "lqr"
+
+    @property
     def episode_step(self) -> int:
         """Agent steps made in the current episode."""
         return self._steps

@@ -1,7 +1,9 @@
 """Files that are written whole or not at all, and arrays stored without pickle.
 
-Everything this package saves goes through :func:`atomic_write`; replay buffers store their arrays with
-:class:`ArrayWriter` and :class:`ArrayReader` (a zip of ``.npy`` members, readable with NumPy alone).
+Everything this package saves goes through :func:`atomic_write`; replay buffers store their arrays
+with
+:class:`ArrayWriter` and :class:`ArrayReader` (a zip of ``.npy`` members, readable with NumPy
+    alone).
 """
 
 from __future__ import annotations
@@ -69,15 +71,17 @@ def atomic_write(
 ) -> pathlib.Path:
     """Write a file so that at every moment ``path`` is the whole old file or the whole new one.
 
-    The content goes to a temporary file in the same folder (renaming is atomic only within a file system), is
-    flushed to the disk, and then takes the place of the old file in one step. Whatever ``writer`` raises, the
-    old file stays and the temporary one is removed; one left by a killed process is removed by the next save.
+    The content goes to a temporary file in the same folder (renaming is atomic only within a file
+    system), is flushed to the disk, and then takes the place of the old file in one step. Whatever
+    ``writer`` raises, the old file stays and the temporary one is removed; one left by a killed
+    process is removed by the next save.
 
     :param path: where to write
     :param writer: called with the open binary file
     :param suffix: suffix (without the dot) to add where the name has none
     :return: the path written
-    :raises OSError: the disk is full or the folder cannot be written; the sentence says that the old file stayed
+    :raises OSError: the disk is full or the folder cannot be written; the sentence says that the
+        old file stayed
     """
     target = writing_path(path, suffix)
     target = pathlib.Path(

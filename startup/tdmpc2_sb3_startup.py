@@ -1,6 +1,7 @@
 """What the start-up hook does once gymnasium or the zoo is imported.
 
-Python runs `tdmpc2_sb3_startup.pth` at every start. All that line does is put a finder on
+Python runs `tdmpc2_sb3_startup.pth` at every start (twice in a virtual environment, so it looks
+whether it has run). All that line does is put a finder on
 `sys.meta_path` that waits for a few module names; this file is first imported when one of them is
 asked for. It then lets the module load as ever and adds what this project brings:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import gymnasium
@@ -9,79 +10,115 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 
 from dmc_gym_plugin import tasks
-from dmc_gym_plugin.simulation import SuiteSimulation
+from dmc_gym_plugin.camera import Photographer, default_camera
+from dmc_gym_plugin.settings import (
+    RENDER_MODES,
+    Settings,
+    check_count,
+    refuse_unknown,
+    usable_render_modes,
+)
+from dmc_gym_plugin.simulation import load
 from dmc_gym_plugin.spaces import ActionMap, Flattener
-
-
-def _rebuild(kwargs: dict[str, Any], state: dict[str, Any]) -> DMControlEnv:
-    env = DMControlEnv(**kwargs)
-    env.set_state(state)
-    return env
+from dmc_gym_plugin.views import DictView, FlatView, PixelView, StatePixelView
 
 
 class DMControlEnv(gymnasium.Env):
     """A DeepMind Control task with Gymnasium's interface.
 
-    Observations are flat float32 vectors in dm_control's order, actions lie in [-1, 1] and are
-    stretched to the actuators' bounds. An episode is truncated at its time limit; only LQR
-    terminates, when its state has converged. ``info`` holds ``physics_time`` (seconds),
+    Actions lie in [-1, 1] and are stretched to the actuators' bounds; beyond them they count as the
+    nearest bound, and what is not finite is refused. An episode is truncated at its time limit;
+    only LQR terminates, when its state has converged. ``info`` holds ``physics_time`` (seconds),
     ``frame_rewards`` (the unrepeated rewards, [action_repeat], zero after an early end) and
     ``frames`` (control steps made).
 
     :param domain: dm_control's domain, such as ``walker``
     :param task: the task in it, such as ``walk``
+    :param observation: ``flat`` (a float32 vector in dm_control's order), ``dict`` (its values by
+        name), ``pixels`` or ``state+pixels`` (a dictionary of the vector and the pixels)
     :param action_repeat: control steps an action is held for; their rewards are summed
     :param max_episode_steps: agent steps until truncation; None takes the task's own limit
         (1000 control steps, so 500 agent steps at action repeat 2), -1 none at all
-    :param render_mode: None or ``rgb_array``
+    :param render_mode: None, ``rgb_array``, ``depth_array`` (metres), ``multi_camera`` (all cameras
+        as tiles) or ``human`` (a window)
+    :param height: of the pixel observation
+    :param width: of the pixel observation
+    :param camera_id: number or name of the camera, -1 the free one; None takes the literature's
+        (2 for quadruped, else 0)
+    :param frame_stack: pictures in a pixel observation
+    :param channels: of the pixel observation: ``first``, [3 F, H, W], or ``last``, [H, W, 3 F]
+    :param render_height: of the pictures that ``render()`` returns
+    :param render_width: of the pictures that ``render()`` returns
     :param task_kwargs: further keyword arguments of dm_control's task constructor
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 50}
+    metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 50}
 
     def __init__(
         self,
         domain: str,
         task: str,
+        *,
+        observation: str = "flat",
         action_repeat: int = 1,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
+        height: int = 64,
+        width: int = 64,
+        camera_id: int | str | None = None,
+        frame_stack: int = 3,
+        channels: str = "first",
+        render_height: int = 240,
+        render_width: int = 320,
         task_kwargs: dict[str, Any] | None = None,
+        **unknown: Any,
     ) -> None:
-        self._kwargs = {
-            "domain": domain,
-            "task": task,
-            "action_repeat": action_repeat,
-            "max_episode_steps": max_episode_steps,
-            "render_mode": render_mode,
-            "task_kwargs": task_kwargs,
-        }
+        known = [field.name for field in dataclasses.fields(Settings)]
+        refuse_unknown(list(unknown), known)
+        given = locals()
+        self.settings = Settings(**{name: given[name] for name in known})
         self.task_info = tasks.find(domain, task)
-        if isinstance(action_repeat, bool) or int(action_repeat) != action_repeat:
-            raise ValueError(f"action_repeat is {action_repeat!r}; give a whole number.")
-        if action_repeat < 1:
-            raise ValueError(f"action_repeat is {action_repeat}; it must be at least 1.")
+        self.simulation = load(self.task_info, task_kwargs)
         self.action_repeat = int(action_repeat)
-        self.simulation = SuiteSimulation(domain, task, task_kwargs)
         self.render_mode = render_mode
+        fps = 1.0 / (self.simulation.control_timestep * self.action_repeat)
+        self.metadata = {"render_modes": usable_render_modes(), "render_fps": max(1, round(fps))}
+        self._photographer: Photographer | None = None
+        self._camera = self._photos().camera_id(
+            default_camera(domain) if camera_id is None else camera_id
+        )
         self._action_map = ActionMap(*self.simulation.action_bounds())
         self.action_space = self._action_map.space
         self.simulation.reset()
-        self._flattener = Flattener(self.simulation.observation())
-        self.observation_space = self._flattener.space
-        fps = 1.0 / (self.simulation.control_timestep * self.action_repeat)
-        self.metadata = {**type(self).metadata, "render_fps": round(fps)}
+        self._view = self._make_view()
+        self.observation_space = self._view.space
         self._steps = 0
         self._frames = 0
         self._running = False
         self._closed = False
-        own = self.simulation.step_limit
-        self._task_frames: int | None = self.task_info.control_steps if own is None else own
-        self._max_frames: int | None = None
-        if max_episode_steps is None:
-            self._max_frames = self._task_frames
-        else:
+        own_limit = self.simulation.step_limit
+        self._max_frames: int | None = own_limit or self.task_info.control_steps
+        if max_episode_steps is not None:
             self.max_episode_steps = None if max_episode_steps == -1 else max_episode_steps
+
+    def _make_view(self) -> Any:
+        settings = self.settings
+        observe = self.simulation.observation
+        flattener = Flattener(observe())
+        if settings.observation == "flat":
+            return FlatView(flattener, observe)
+        if settings.observation == "dict":
+            return DictView(flattener, observe)
+        pixels = PixelView(
+            lambda: self._photos().picture(settings.height, settings.width, self._camera),
+            settings.height,
+            settings.width,
+            settings.frame_stack,
+            settings.channels,
+        )
+        if settings.observation == "pixels":
+            return pixels
+        return StatePixelView(FlatView(flattener, observe), pixels)
 
     # -- properties ----------------------------------------------------------------------------
 
@@ -91,25 +128,22 @@ class DMControlEnv(gymnasium.Env):
         return self.simulation.physics
 
     @property
+    def task(self) -> Any:
+        """dm_control's task."""
+        return self.simulation.task
+
+    @property
     def max_episode_steps(self) -> int | None:
-        """Agent steps until truncation, None without a limit."""
+        """Agent steps until truncation, None without a limit; may be set at any time."""
         if self._max_frames is None:
             return None
         return -(-self._max_frames // self.action_repeat)
 
     @max_episode_steps.setter
     def max_episode_steps(self, steps: int | None) -> None:
-        if steps is not None and (int(steps) != steps or steps < 1):
-            raise ValueError(
-                f"max_episode_steps is {steps!r}; give a whole number of agent steps of at least "
-                "1, or None for no limit."
-            )
+        if steps is not None:
+            check_count("max_episode_steps", steps)
         self._max_frames = None if steps is None else int(steps) * self.action_repeat
-
-    @property
-    def terminates(self) -> bool:
-        """Whether an episode may end before its time limit: LQR's alone do, on convergence."""
-        return self.task_info.domain == "lqr"
 
     @property
     def episode_step(self) -> int:
@@ -123,8 +157,8 @@ class DMControlEnv(gymnasium.Env):
     ) -> tuple[Any, dict[str, Any]]:
         """Start an episode.
 
-        :param seed: the task's seed; the same seed gives dm_control's own episode
-        :param options: none are known
+        :param seed: the task's seed: the episodes are those of dm_control with ``random=seed``
+        :param options: Gymnasium's; there are none here
         :return: the observation and ``{"physics_time": 0.0}``
         """
         self._check_open()
@@ -135,7 +169,9 @@ class DMControlEnv(gymnasium.Env):
         self._steps = 0
         self._frames = 0
         self._running = True
-        return self._observe(), {"physics_time": self.simulation.time}
+        if self.render_mode == "human":
+            self.render()
+        return self._view.first(), {"physics_time": self.simulation.time}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Hold an action for ``action_repeat`` control steps, or until the episode ends.
@@ -146,55 +182,67 @@ class DMControlEnv(gymnasium.Env):
         if not self._running:
             self._refuse_step()
         control = self._action_map.to_control(action)
-        simulation = self.simulation
+        advance = self.simulation.step
         rewards = np.zeros(self.action_repeat)
         total = 0.0
         terminated = truncated = False
         frames = 0
-        while True:
-            reward, discount = simulation.step(control)
+        while not (terminated or truncated) and frames < self.action_repeat:
+            reward, discount = advance(control)
             rewards[frames] = reward
             total += reward
             frames += 1
-            self._frames += 1
             if discount is not None:
                 terminated, truncated = discount == 0.0, discount != 0.0
-            if self._frames == self._max_frames:
+            if self._frames + frames == self._max_frames:
                 truncated = True
-            if terminated or truncated:
-                self._running = False
-                break
-            if frames == self.action_repeat:
-                break
+        self._frames += frames
         self._steps += 1
+        self._running = not (terminated or truncated)
         info = {
-            "physics_time": simulation.time,
+            "physics_time": self.simulation.time,
             "frame_rewards": rewards,
             "frames": frames,
         }
-        return self._observe(), total, terminated, truncated, info
-
-    def _observe(self) -> Any:
-        return self._flattener.flat(self.simulation.observation())
+        if self.render_mode == "human":
+            self.render()
+        return self._view.next(), total, terminated, truncated, info
 
     def render(self) -> Any:
-        """Return the picture of the render mode."""
-        if self.render_mode is None:
+        """Return the picture of the render mode; ``human`` draws its window and returns None.
+
+        :raises RenderingError: where OpenGL does not work; the message says what to install
+        """
+        self._check_open()
+        mode = self.render_mode
+        if mode is None:
             gymnasium.logger.warn(
                 "render() was called without a render_mode; make the environment with "
                 'render_mode="rgb_array".'
             )
             return None
-        self._check_open()
-        camera = 2 if self.task_info.domain == "quadruped" else 0
-        return self.simulation.physics.render(240, 320, camera_id=camera)
+        photos = self._photos()
+        height, width = self.settings.render_height, self.settings.render_width
+        if mode == "human":
+            return photos.show(height, width, self._camera)
+        if mode == "multi_camera":
+            return photos.all_cameras(height, width)
+        return photos.picture(height, width, self._camera, depth=mode == "depth_array")
 
     def close(self) -> None:
         """Free the simulator; a closed environment cannot be used again."""
         if not self._closed:
             self._closed = True
             self._running = False
+            if self._photographer is not None:
+                self._photographer.close()
             self.simulation.close()
+
+    def _photos(self) -> Photographer:
+        """Return the photographer of the present physics, which some resets replace."""
+        if self._photographer is None or self._photographer.physics is not self.physics:
+            self._photographer = Photographer(self.physics)
+        return self._photographer
 
     def _check_open(self) -> None:
         if self._closed:
@@ -203,13 +251,13 @@ class DMControlEnv(gymnasium.Env):
     def _refuse_step(self) -> None:
         self._check_open()
         if self._steps == 0:
-            raise ResetNeeded(f"{self.task_info.id} was stepped before reset(); call reset() first.")
+            raise ResetNeeded(f"{self.task_info.id} was stepped before reset(); reset it first.")
         raise ResetNeeded(f"The episode of {self.task_info.id} is over; call reset() first.")
 
     # -- exact state ---------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, Any]:
-        """Return the exact state: simulator, model edits, random state and counters.
+        """Return the exact state: simulator, model edits, random state, counters, stacked frames.
 
         :return: nested dictionaries of numbers, strings, None and new arrays, nothing else
         """
@@ -217,6 +265,7 @@ class DMControlEnv(gymnasium.Env):
         return {
             "id": self.task_info.id,
             "simulation": self.simulation.get_state(),
+            "view": self._view.get_state(),
             "steps": self._steps,
             "frames": self._frames,
             "max_frames": self._max_frames,
@@ -231,15 +280,28 @@ class DMControlEnv(gymnasium.Env):
         self._check_open()
         if state.get("id") != self.task_info.id:
             raise ValueError(
-                f"The state is one of {state.get('id')!r}, this environment is {self.task_info.id}; "
-                "use a state of the same task."
+                f"The state is of {state.get('id')!r}, but this environment is "
+                f"{self.task_info.id}; use a state of the same task."
             )
         self.simulation.set_state(state["simulation"])
+        self._view.set_state(state["view"])
         self._steps = int(state["steps"])
         self._frames = int(state["frames"])
         self._max_frames = None if state["max_frames"] is None else int(state["max_frames"])
         self._running = bool(state["running"])
 
     def __reduce__(self) -> Any:
-        outside = {"spec": self.spec, "_np_random": self._np_random, "_np_random_seed": self._np_random_seed}
-        return _rebuild, (self._kwargs, self.get_state()), outside
+        """Copy and pickle by the constructor's arguments and the exact state."""
+        kwargs = {field: getattr(self.settings, field) for field in self.settings.__annotations__}
+        kwargs.update(domain=self.task_info.domain, task=self.task_info.task)
+        outside = {name: vars(self).get(name) for name in ("_np_random", "_np_random_seed", "spec")}
+        return _rebuild, (kwargs, None if self._closed else self.get_state()), outside
+
+
+def _rebuild(kwargs: dict[str, Any], state: dict[str, Any] | None) -> DMControlEnv:
+    env = DMControlEnv(**kwargs)
+    if state is None:
+        env.close()
+    else:
+        env.set_state(state)
+    return env

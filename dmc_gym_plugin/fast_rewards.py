@@ -79,7 +79,7 @@ def use_fast_rewards(task: Any) -> None:
     for name, value in vars(module).items():
         if isinstance(value, types.FunctionType) and value.__module__ == module.__name__:
             names[name] = _rebind(value, names)
-    methods = {}
+    methods: dict[str, Any] = {}
     for name in dir(cls):
         value = getattr(cls, name)
         if isinstance(value, types.FunctionType) and value.__globals__ is vars(module):

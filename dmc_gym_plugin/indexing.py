@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from dm_control.mujoco.index import FieldIndexer
 
-
 _STRINGS = {str}
 
 
@@ -57,9 +56,8 @@ class CachedIndexer(FieldIndexer):
     __slots__ = ("_array", "_known")
 
     def __init__(self, indexer: FieldIndexer, array: np.ndarray) -> None:
-        self._field_name = indexer._field_name
-        self._field = indexer._field
-        self._axes = indexer._axes
+        for name in FieldIndexer.__slots__:
+            setattr(self, name, getattr(indexer, name))
         self._array = array  # without the weak reference's detour
         self._known: dict[Any, Any] = {}
 

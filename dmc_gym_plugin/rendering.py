@@ -1,31 +1,151 @@
-"""Choice of an OpenGL backend before dm_control is imported."""
+"""Choice of a headless OpenGL backend, before dm_control is imported.
+
+dm_control takes the first backend that it can *import*, and GLFW always imports, so on a Linux
+machine without a display its choice fails at the first picture. Here EGL and OSMesa are tried in
+that order for what they can *do*. ``MUJOCO_GL`` set by the user always wins; machines with a
+display, and macOS, keep dm_control's choice.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
+
+VARIABLE = "MUJOCO_GL"
+
+REMEDY = (
+    "install EGL (Debian, Ubuntu: `apt-get install libegl1 libgl1-mesa-dri`) or OSMesa "
+    "(`apt-get install libosmesa6`)"
+)
+
+_EGL_PLATFORM_DEVICE = 0x313F
+_OSMESA_LIBRARIES = ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so")
+
+
+class RenderingError(RuntimeError):
+    """No picture can be made on this machine; the message says what to install."""
+
+
+def is_headless() -> bool:
+    """Return whether this is Linux without a display."""
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return sys.platform.startswith("linux") and not has_display
 
 
 def choose_backend() -> str | None:
-    """Set ``MUJOCO_GL`` where the user did not and Linux has no display: EGL, then OSMesa.
+    """Set ``MUJOCO_GL`` for a headless machine: EGL, then OSMesa, then none.
 
-    :return: the backend now in force, None where dm_control chooses by itself
+    :return: the value of ``MUJOCO_GL`` now, None where dm_control chooses by itself
     """
-    if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux"):
-        return os.environ.get("MUJOCO_GL")
-    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        return None
-    for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+    if os.environ.get(VARIABLE) or not is_headless():
+        return os.environ.get(VARIABLE)
+    if egl_works():
+        os.environ[VARIABLE] = "egl"
+    elif osmesa_loads():
+        os.environ[VARIABLE] = "osmesa"
+    else:
+        os.environ[VARIABLE] = "disable"
+    return os.environ[VARIABLE]
+
+
+def egl_works() -> bool:
+    """Return whether EGL has a device that starts (a driver, or Mesa's software renderer).
+
+    The library alone is not enough: without a driver (``libgl1-mesa-dri``) it loads and then fails.
+    """
+    try:
+        egl = ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        return False
+    pointer = ctypes.c_void_p
+    egl.eglGetProcAddress.restype = pointer
+    egl.eglGetProcAddress.argtypes = [ctypes.c_char_p]
+    egl.eglInitialize.argtypes = [pointer, pointer, pointer]
+    egl.eglTerminate.argtypes = [pointer]
+    query_at = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
+    display_at = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
+    if not query_at or not display_at:
+        return False
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, pointer, pointer)(query_at)
+    get_display = ctypes.CFUNCTYPE(pointer, ctypes.c_uint, pointer, pointer)(display_at)
+    devices = (pointer * 16)()
+    count = ctypes.c_int(0)
+    if not query(len(devices), devices, ctypes.addressof(count)):
+        return False
+    for device in devices[: count.value]:
+        display = get_display(_EGL_PLATFORM_DEVICE, device, None)
+        if display and egl.eglInitialize(display, None, None):
+            egl.eglTerminate(display)
+            return True
+    return False
+
+
+def osmesa_loads() -> bool:
+    """Return whether the OSMesa library is there."""
+    for name in _OSMESA_LIBRARIES:
         try:
-            ctypes.CDLL(library)
+            ctypes.CDLL(name)
         except OSError:
             continue
-        os.environ["MUJOCO_GL"] = name
-        return name
-    return None
+        return True
+    return False
+
+
+def correct_early_import() -> None:
+    """Repair dm_control's choice where the user imported it before this package.
+
+    On a headless machine it has settled on GLFW by then, which cannot work there, so its renderer
+    is replaced by the one that does.
+    """
+    from dm_control import _render
+
+    if _render.BACKEND != "glfw" or not is_headless():
+        return
+    backend = choose_backend()
+    if backend == "egl":
+        _render.Renderer = _render._import_egl()
+    elif backend == "osmesa":
+        _render.Renderer = _render._import_osmesa()
+    else:
+        return
+    _render.BACKEND = backend
+
+
+def explain(error: BaseException) -> RenderingError:
+    """Return an error that says what to install, from whatever the backend raised."""
+    backend = os.environ.get(VARIABLE)
+    if backend in ("disable", "disabled", "off", "false", "0"):
+        cause = "no OpenGL backend works on this machine (neither EGL nor OSMesa)"
+    else:
+        cause = f"the OpenGL backend {backend or 'of the display'} failed ({error})"
+    return RenderingError(f"Cannot render: {cause}; {REMEDY}, or set {VARIABLE}.")
+
+
+def _call_nothing() -> Any:
+    return contextlib.nullcontext(SimpleNamespace(call=lambda *args, **kwargs: None))
+
+
+#: Stands in for dm_control's OpenGL contexts while an episode starts. ``quadruped-escape`` uploads
+#: its terrain to the graphics card at each start, for which dm_control makes a context even where
+#: nothing is ever drawn. A context made later reads the terrain from the model, so nothing is lost
+#: by passing the upload over, and the task runs without OpenGL.
+NO_CONTEXTS = SimpleNamespace(
+    gl=SimpleNamespace(make_current=_call_nothing), mujoco=SimpleNamespace(ptr=None)
+)
 
 
 def upload_terrain(physics: Any) -> None:
-    """Hand an edited height field to the OpenGL context, where there is one."""
+    """Hand an edited height field to the OpenGL context, where there is one already."""
+    if not physics._contexts or not physics.model.nhfield:
+        return
+    import mujoco
+
+    with physics.contexts.gl.make_current() as context:
+        for index in range(physics.model.nhfield):
+            context.call(
+                mujoco.mjr_uploadHField, physics.model.ptr, physics.contexts.mujoco.ptr, index
+            )

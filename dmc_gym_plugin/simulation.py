@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmc_gym_plugin import rendering
+from dmc_gym_plugin.tasks import TaskInfo
 
 
 def check_mujoco(version: str | None = None) -> None:
@@ -117,8 +118,16 @@ class SuiteSimulation:
 
     def reset(self) -> None:
         """Start an episode."""
-        with self.physics.reset_context():
-            self.task.initialize_episode(self.physics)
+        physics = self.physics
+        undrawn = not physics._contexts
+        if undrawn:
+            physics._contexts = rendering.NO_CONTEXTS
+        try:
+            with physics.reset_context():
+                self.task.initialize_episode(physics)
+        finally:
+            if undrawn:
+                physics._contexts = None
 
     def step(self, control: NDArray[np.float64]) -> tuple[float, float | None]:
         """Advance one control step.
@@ -183,10 +192,14 @@ class SuiteSimulation:
         exact.restore_data(self._model, self._data, state["data"])
         exact.restore_attributes(self.task, state["task"])
         self.random.set_state(state["random"])
-        if "hfield_data" in state["model"]:
-            rendering.upload_terrain(self.physics)
+        rendering.upload_terrain(self.physics)
 
     def close(self) -> None:
         """Free the OpenGL contexts and the simulator."""
         self.env.close()
         self.physics.free()
+
+
+def load(info: TaskInfo, task_kwargs: dict[str, Any] | None = None) -> SuiteSimulation:
+    """Return the simulation of a task of the table."""
+    return SuiteSimulation(info.domain, info.task, task_kwargs)

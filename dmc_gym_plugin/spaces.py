@@ -48,7 +48,9 @@ class ActionMap:
         """
         action = np.array(action, dtype=np.float64)  # a copy: the caller keeps his own
         if action.shape != self._shape:
-            raise ValueError(f"The action has shape {action.shape}, but this task takes {self._shape}.")
+            raise ValueError(
+                f"The action has shape {action.shape}, but this task takes {self._shape}."
+            )
         # One product finds NaN and infinity in any place, and is the cheapest such check.
         if not math.isfinite(action.dot(action)):
             raise RuntimeError(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 NAMESPACE = "DMC"
 
-#: Control steps of an episode in every suite task with a time limit (25 s of walker at 0.025 s, ...).
+#: Control steps of an episode in every suite task with a time limit.
 SUITE_STEPS = 1000
 
 #: dm_control gives the LQR tasks no time limit. Learners need episodes that end, so ours end after

@@ -9,7 +9,7 @@ import gymnasium
 import pytest
 from dm_control import suite
 
-import dmc_gym_plugin  # noqa: F401
+import dmc_gym_plugin
 from dmc_gym_plugin import tasks
 
 

@@ -32,13 +32,7 @@ GRACE_SECONDS = 120
 def extend(module: ModuleType) -> None:
     """Wrap the methods of `module.ExperimentManager`."""
     manager = module.ExperimentManager  # type: ignore[attr-defined]
-    for wrap in (_init, _read_hyperparameters, _preprocess_hyperparams, _optimization):
-        name = {
-            _init: "__init__",
-            _read_hyperparameters: "read_hyperparameters",
-            _preprocess_hyperparams: "_preprocess_hyperparams",
-            _optimization: "hyperparameters_optimization",
-        }[wrap]
+    for name, wrap in WRAPPERS.items():
         setattr(manager, name, wrap(getattr(manager, name)))
 
 
@@ -113,6 +107,47 @@ def _preprocess_hyperparams(original: Callable[..., Any]) -> Callable[..., Any]:
     return _preprocess_hyperparams
 
 
+def _learn(original: Callable[..., None]) -> Callable[..., None]:
+    """Keep the environment open until the model is saved.
+
+    The zoo closes it first, and the episode in progress, which the saved model continues when
+    training is resumed, would be lost.
+    """
+
+    @functools.wraps(original)
+    def learn(self: Any, model: Any) -> None:
+        if self.algo not in ALGORITHMS:
+            original(self, model)
+            return
+        env = model.env
+        env.close = lambda: None
+        try:
+            original(self, model)
+        except BaseException:
+            _close(env)
+            raise
+
+    return learn
+
+
+def _save_trained_model(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def save_trained_model(self: Any, model: Any) -> None:
+        try:
+            original(self, model)
+        finally:
+            if self.algo in ALGORITHMS:
+                _close(model.env)
+
+    return save_trained_model
+
+
+def _close(env: Any) -> None:
+    env.__dict__.pop("close", None)  # uncovers the class's own
+    with contextlib.suppress(EOFError, BrokenPipeError):  # workers that Ctrl-C has ended
+        env.close()
+
+
 def _optimization(original: Callable[..., None]) -> Callable[..., None]:
     """Open a database study with a heartbeat: the zoo hands Optuna a plain URL, without one."""
 
@@ -164,3 +199,13 @@ def _studies_with_heartbeat(url: str) -> Iterator[None]:
         yield
     finally:
         optuna.create_study = create_study
+
+
+WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "__init__": _init,
+    "read_hyperparameters": _read_hyperparameters,
+    "_preprocess_hyperparams": _preprocess_hyperparams,
+    "learn": _learn,
+    "save_trained_model": _save_trained_model,
+    "hyperparameters_optimization": _optimization,
+}

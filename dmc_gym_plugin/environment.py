@@ -123,6 +123,11 @@ class DMControlEnv(gymnasium.Env):
     # -- properties ----------------------------------------------------------------------------
 
     @property
+    def terminates(self) -> bool:
+        """Whether an episode may end before its time limit: LQR's alone do, on convergence."""
+        return self.task_info.domain == "lqr"
+
+    @property
     def physics(self) -> Any:
         """dm_control's physics."""
         return self.simulation.physics

@@ -34,9 +34,9 @@ class CorruptFileError(ValueError):
 
 
 def writing_path(path: str | os.PathLike[str], suffix: str | None) -> pathlib.Path:
-    """Return where SB3 would write ``path``: with ``suffix`` if it has none, beside a folder of that name.
+    """Return where SB3 would write ``path``: with ``suffix`` if it has none.
 
-    Missing parent folders are created.
+    Where a folder has that name, ``_2`` is added. Missing parent folders are created.
 
     :param path: the path asked for
     :param suffix: suffix (without the dot) to add where the name has none
@@ -276,8 +276,8 @@ class ArrayReader:
                 ) from error
             if found_shape != shape or found_dtype != dtype:
                 raise CorruptFileError(
-                    f"The part '{name}' of the saved file is {found_dtype}{found_shape} and should be {dtype}{shape}: "
-                    "use another copy."
+                    f"The part '{name}' of the saved file is {found_dtype}{found_shape} and "
+                    f"should be {dtype}{shape}: use another copy."
                 )
             for part in parts:
                 _read_exactly(member, memoryview(part.reshape(-1).view(np.uint8)), name)

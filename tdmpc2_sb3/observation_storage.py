@@ -1,10 +1,11 @@
-"""Where a replay buffer keeps its observations: one storage object per entry of the observation space.
+"""Where a replay buffer keeps observations: one storage per entry of the observation space.
 
-A storage is a flat array of rows; which row holds what is the buffer's business. Stacked image frames, of which
-every one but the newest stands in the previous row already, are stored as single frames.
+A storage is a flat array of rows; which row holds what is the buffer's business. Stacked image
+frames, of which every one but the newest stands in the previous row already, are stored as single
+frames.
 
-Shapes: R rows per environment, E environments (row ``e * R + r`` belongs to environment e), k stacked frames of
-c channels each, ``...`` any index shape.
+Shapes: R rows per environment, E environments (row ``e * R + r`` belongs to environment e), k
+stacked frames of c channels each, ``...`` any index shape.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class ObservationStorage:
         self.dtype = storage_dtype(space)
         self.output_dtype = np.dtype(np.uint8) if _is_image(space) else np.dtype(np.float32)
         self.num_rows = num_rows
-        self.rows: np.ndarray | None = None
+        self.rows = np.zeros((0, *self.row_shape), dtype=self.dtype)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -53,25 +54,15 @@ class ObservationStorage:
 
     def write(self, rows: np.ndarray, obs: np.ndarray) -> None:
         """Store ``obs`` [n, ...] in ``rows`` [n]."""
-        assert self.rows is not None
         self.rows[rows] = obs
 
-    def gather(
-        self, rows: np.ndarray, rows_per_env: int, place: np.ndarray, zero_padded: np.ndarray
-    ) -> np.ndarray:
-        """Return the observations in ``rows`` [...], shaped [..., *obs_shape].
-
-        :param rows: flat rows
-        :param rows_per_env: R
-        :param place: steps since the episode's start, at least up to ``num_frames - 1``
-        :param zero_padded: whether the episode's first stack was filled up with zeros instead of repeats
-        """
-        assert self.rows is not None
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return what is in flat ``rows`` [...], shaped [..., *row_shape]."""
         return self.rows.take(rows, axis=0).astype(self.output_dtype, copy=False)
 
 
 class FrameStorage(ObservationStorage):
-    """Rows of single frames out of which stacked images [k * c, height, width] are put together again.
+    """Rows of single frames out of which stacked images are put together again.
 
     :param space: the stacked images' space
     :param num_rows: rows in all (E x R)
@@ -79,8 +70,8 @@ class FrameStorage(ObservationStorage):
     """
 
     def __init__(self, space: spaces.Space, num_rows: int, frame_channels: int) -> None:
-        super().__init__(space, num_rows)
         self.frame_channels = frame_channels
+        super().__init__(space, num_rows)
         self.num_frames = self.obs_shape[0] // frame_channels
 
     @property
@@ -92,41 +83,51 @@ class FrameStorage(ObservationStorage):
         """Store the newest frame of each stack in ``obs`` [n, k * c, height, width]."""
         super().write(rows, obs[:, -self.frame_channels :])
 
-    def gather(
+    def gather_stacks(
         self, rows: np.ndarray, rows_per_env: int, place: np.ndarray, zero_padded: np.ndarray
     ) -> np.ndarray:
-        """See :meth:`ObservationStorage.gather`; frames before the episode's start repeat the first one or are zero."""
-        assert self.rows is not None
+        """Return the stacks whose newest frames are in flat ``rows`` [...].
+
+        :param rows: flat rows
+        :param rows_per_env: R
+        :param place: steps since the episode's start [...], counted at least up to k - 1
+        :param zero_padded: whether frames before the episode's start are zeros [...], not repeats
+            of its first frame
+        :return: [..., k * c, height, width]
+        """
         ages = np.arange(self.num_frames - 1, -1, -1)  # of the frames in a stack, oldest first
         back = np.minimum(ages, place[..., None])  # [..., k]
-        column = rows // rows_per_env * rows_per_env
-        frame_rows = column[..., None] + (rows - column)[..., None] - back
-        frame_rows += rows_per_env * (frame_rows < column[..., None])
-        frames = self.rows.take(frame_rows, axis=0)  # [..., k, c, height, width]
+        column = (rows // rows_per_env * rows_per_env)[..., None]
+        frame_rows = rows[..., None] - back
+        frame_rows += rows_per_env * (frame_rows < column)
+        frames = self.gather(frame_rows)  # [..., k, c, height, width]
         missing = zero_padded[..., None] & (ages > place[..., None])
         if missing.any():
             frames[missing] = 0
         return frames.reshape(*rows.shape, *self.obs_shape)
 
-    def is_first_stack(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Say of each stack in ``obs`` [n, ...] whether it can start an episode, and whether zeros fill it up.
+    def is_zero_padded(self, obs: np.ndarray) -> np.ndarray:
+        """Say of each stack in ``obs`` [n, ...] whether zeros precede its newest frame."""
+        return ~obs[:, : -self.frame_channels].any(axis=(1, 2, 3))
 
-        :return: two arrays [n]: it is the newest frame repeated or preceded by zeros; it is preceded by zeros
+    def is_first_stack(self, obs: np.ndarray, zero_padded: np.ndarray) -> np.ndarray:
+        """Say of each stack in ``obs`` [n, ...] whether it can start an episode.
+
+        :param obs: stacks
+        :param zero_padded: whether zeros, not repeats, are to fill it up [n]
         """
         frames = obs.reshape(len(obs), self.num_frames, *self.row_shape)
-        axes = tuple(range(1, frames.ndim))
-        repeated = (frames[:, :-1] == frames[:, -1:]).all(axis=axes)
-        zeros = ~frames[:, :-1].any(axis=axes) & ~repeated
-        return repeated | zeros, zeros
+        newest = np.where(zero_padded[:, None, None, None, None], 0, frames[:, -1:])
+        return (frames[:, :-1] == newest).all(axis=(1, 2, 3, 4))
 
     def is_next_stack(self, obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
         """Say of each pair whether ``next_obs`` is ``obs`` moved on by one frame. Returns [n]."""
         old, new = obs[:, self.frame_channels :], next_obs[:, : -self.frame_channels]
-        return (old == new).all(axis=tuple(range(1, old.ndim)))
+        return (old == new).all(axis=(1, 2, 3))
 
 
 def storage_dtype(space: spaces.Space) -> np.dtype:
-    """Return the dtype in which observations of ``space`` are kept: integers and booleans as they are, else float32."""
+    """Return the dtype of stored observations: integers and booleans as they are, else float32."""
     dtype = np.dtype(space.dtype) if space.dtype is not None else np.dtype(np.float32)
     return dtype if dtype.kind in "iub" else np.dtype(np.float32)
 
@@ -134,7 +135,7 @@ def storage_dtype(space: spaces.Space) -> np.dtype:
 def choose_storage(
     space: spaces.Space, num_rows: int, obs: np.ndarray, next_obs: np.ndarray
 ) -> ObservationStorage:
-    """Return single-frame storage if the first observations of the environments prove to be stacked frames.
+    """Return single-frame storage if the first observations prove to be stacked frames.
 
     :param space: the entry's space
     :param num_rows: rows in all
@@ -142,7 +143,8 @@ def choose_storage(
     :param next_obs: the ones that followed [E, ...]
     """
     for storage in _frame_storages(space, num_rows):
-        if storage.is_first_stack(obs)[0].all() and storage.is_next_stack(obs, next_obs).all():
+        starts = storage.is_first_stack(obs, storage.is_zero_padded(obs))
+        if starts.all() and storage.is_next_stack(obs, next_obs).all():
             return storage
     return ObservationStorage(space, num_rows)
 

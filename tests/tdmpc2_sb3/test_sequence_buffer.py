@@ -19,10 +19,10 @@ def make(size=1000, n_envs=1, horizon=3, obs_space=VECTORS, **kwargs) -> Sequenc
 
 
 class Record:
-    """Feeds a buffer and keeps, per environment, the list of all rows ever written, in plain Python.
+    """Feeds a buffer and keeps each environment's list of all rows ever written.
 
-    Every observation is a unique number (its id) in all its coordinates; the reward of the step from id x is x / 2,
-    its action (x, -x).
+    Every observation is a unique number (its id) in all its coordinates; the reward of the step
+    from id x is x / 2, its action (x, -x).
     """
 
     def __init__(self, buffer: SequenceReplayBuffer) -> None:
@@ -108,7 +108,7 @@ def feed_random(
         record.step(ends)
 
 
-@pytest.mark.parametrize("n_envs,horizon", [(1, 1), (1, 3), (3, 2), (3, 5)])
+@pytest.mark.parametrize(("n_envs", "horizon"), [(1, 1), (1, 3), (3, 2), (3, 5)])
 @pytest.mark.parametrize("end_probability", [0.4, 0.1])
 def test_samples_exactly_the_valid_windows_through_wrap_arounds(n_envs, horizon, end_probability):
     rng = np.random.default_rng(horizon)
@@ -170,7 +170,9 @@ def test_rare_starts_are_drawn_evenly_too():
     assert len(expected) == 5 == buffer.num_subsequences
     drawn = sampled_windows(buffer, 5000)
     counts = [drawn.count(window) for window in expected]
-    assert sum(counts) == 5000 and min(counts) > 850 and max(counts) < 1150
+    assert sum(counts) == 5000
+    assert min(counts) > 850
+    assert max(counts) < 1150
 
 
 def test_finished_episodes_only_unless_the_running_one_outweighs_them():
@@ -241,9 +243,9 @@ def test_seeded_sampling_and_its_state():
     other = make(seed=6)
     for buffer in (first, second, other):
         feed_random(Record(buffer), 300, np.random.default_rng(0), 0.05)
-    np.random.seed(0)  # the global stream plays no part
+    np.random.seed(0)  # noqa: NPY002  # the global stream plays no part
     drawn = [sampled_windows(first, 20) for _ in range(3)]
-    np.random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
     assert [sampled_windows(second, 20) for _ in range(3)] == drawn
     assert [sampled_windows(other, 20) for _ in range(3)] != drawn
     first.seed(5)

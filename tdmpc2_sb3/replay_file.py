@@ -1,0 +1,154 @@
+"""The file of a replay buffer: a zip of a JSON header and plain arrays, nothing pickled.
+
+Only the rows in use are written, environment by environment; see :class:`file_io.ArrayWriter`.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from tdmpc2_sb3 import episode_rings
+from tdmpc2_sb3.file_io import (
+    ArrayReader,
+    ArrayWriter,
+    CorruptFileError,
+    PathOrFile,
+    open_zip,
+    write_to,
+)
+from tdmpc2_sb3.observation_storage import FrameStorage, ObservationStorage, storage_dtype
+
+if TYPE_CHECKING:
+    from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+
+_FORMAT = "tdmpc2_sb3 replay buffer"
+_FORMAT_VERSION = 1
+_HEADER = "header.json"
+_SUFFIX = "pkl"  # SB3's name for saved buffers, by which the zoo looks for them
+
+
+def save(buffer: SequenceReplayBuffer, path: PathOrFile) -> None:
+    """Write the buffer, see :meth:`SequenceReplayBuffer.save`."""
+
+    def writer(file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(_HEADER, json.dumps(_header(buffer), indent=1))
+            arrays = ArrayWriter(archive)
+            for name, field in buffer.fields().items():
+                arrays.write(name, _used_parts(buffer, field), field.dtype, _shape(buffer, field))
+
+    write_to(path, writer, _SUFFIX)
+
+
+def load(buffer: SequenceReplayBuffer, path: PathOrFile) -> None:
+    """Fill the buffer, see :meth:`SequenceReplayBuffer.load`."""
+    with open_zip(path, _SUFFIX, "replay buffer") as archive:
+        header = _read_header(buffer, archive)
+        buffer.reset()
+        try:
+            _restore(buffer, header, ArrayReader(archive))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            buffer.reset()
+            if isinstance(error, CorruptFileError):
+                raise
+            raise CorruptFileError(
+                f"The saved replay buffer has a damaged header ({error!r}): use another copy."
+            ) from error
+        except BaseException:
+            buffer.reset()
+            raise
+
+
+def _kind(buffer: SequenceReplayBuffer) -> dict[str, Any]:
+    """What must be equal in a saved buffer and the one it is loaded into."""
+    observations = {
+        key: [storage_dtype(space).str, *(space.shape or ())]
+        for key, space in buffer.entries.items()
+    }
+    return {
+        "rows per environment": buffer.buffer_size,
+        "n_envs": buffer.n_envs,
+        "observations": observations,
+        "action_dim": buffer.action_dim,
+    }
+
+
+def _header(buffer: SequenceReplayBuffer) -> dict[str, Any]:
+    frame_channels = {
+        key: storage.frame_channels
+        for key, storage in buffer.storages.items()
+        if isinstance(storage, FrameStorage)
+    }
+    return {
+        "format": _FORMAT,
+        "version": _FORMAT_VERSION,
+        "kind": _kind(buffer),
+        "allocated": bool(buffer.storages),
+        "frame_channels": frame_channels,
+        "margin": buffer.rings.margin,
+        "num_added": buffer.num_added,
+        "random_state": buffer.rng.bit_generator.state,
+        **{name: getattr(buffer.rings, name).tolist() for name in episode_rings.STATE},
+    }
+
+
+def _read_header(buffer: SequenceReplayBuffer, archive: zipfile.ZipFile) -> dict[str, Any]:
+    try:
+        header = json.loads(archive.read(_HEADER))
+        name, version, kind = header["format"], header["version"], dict(header["kind"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            "The file is not a replay buffer saved by tdmpc2_sb3: check the path."
+        ) from error
+    if name != _FORMAT or version != _FORMAT_VERSION:
+        raise ValueError(
+            f"The file holds '{name}' of version {version} and this package reads '{_FORMAT}' of "
+            f"version {_FORMAT_VERSION}: update tdmpc2_sb3 or save the buffer again."
+        )
+    for key, value in _kind(buffer).items():
+        if kind.get(key) != value:
+            raise ValueError(
+                f"The saved replay buffer has {key} = {kind.get(key)} and this one {value}: load "
+                "it with the buffer_size, n_envs and spaces it was saved with."
+            )
+    return header
+
+
+def _restore(buffer: SequenceReplayBuffer, header: dict[str, Any], arrays: ArrayReader) -> None:
+    rings = buffer.rings
+    for name in episode_rings.STATE:
+        getattr(rings, name)[:] = header[name]
+    buffer.num_added = int(header["num_added"])
+    buffer.rng.bit_generator.state = header["random_state"]
+    if not header["allocated"]:
+        return
+    if not ((rings.used >= 0) & (rings.used <= buffer.buffer_size)).all():
+        raise ValueError(f"used = {header['used']}")
+    channels = header["frame_channels"]
+    buffer.allocate(
+        {
+            key: FrameStorage(space, rings.num_rows, int(channels[key]))
+            if key in channels
+            else ObservationStorage(space, rings.num_rows)
+            for key, space in buffer.entries.items()
+        }
+    )
+    rings.margin = int(header["margin"])
+    for name, field in buffer.fields().items():
+        arrays.read_into(name, _used_parts(buffer, field), field.dtype, _shape(buffer, field))
+    rings.count_and_mark()
+
+
+def _used_parts(buffer: SequenceReplayBuffer, field: np.ndarray) -> list[np.ndarray]:
+    rings = buffer.rings
+    return [
+        field[begin : begin + used] for begin, used in zip(rings.columns, rings.used, strict=True)
+    ]
+
+
+def _shape(buffer: SequenceReplayBuffer, field: np.ndarray) -> tuple[int, ...]:
+    return (int(buffer.rings.used.sum()), *field.shape[1:])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
+import gymnasium
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
 
@@ -250,3 +254,133 @@ def test_seeded_sampling_and_its_state():
     assert [sampled_windows(other, 20) for _ in range(3)] != drawn
     first.seed(5)
     assert sampled_windows(first, 20) == drawn[0]
+
+
+@pytest.mark.parametrize("field", ["obs", "next_obs", "action", "reward"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])  # the last is finite in float64 only
+def test_what_is_not_finite_is_named_and_stays_out(field, value):
+    buffer = make(n_envs=2)
+    record = Record(buffer)
+    for _ in range(7):
+        record.step([None, None])
+    step = {
+        "obs": np.ones((2, 3)),
+        "next_obs": np.ones((2, 3)),
+        "action": np.zeros((2, 2)),
+        "reward": np.zeros(2),
+    }
+    step[field][1] = value
+    name = "observation" if "obs" in field else field
+    before = buffer.num_steps, buffer.actions.copy()
+    with pytest.raises(RuntimeError, match=f"The {name} of environment 1 at step 16 is not finite"):
+        buffer.add(*step.values(), np.zeros(2, dtype=bool), [{}, {}])
+    assert buffer.num_steps == before[0] == 14
+    assert (buffer.actions == before[1]).all()
+    record.step([None, None])  # nothing has been disturbed
+    record.step(["truncated", "truncated"])
+    assert set(sampled_windows(buffer, 1000)) == record.windows(False)
+
+
+def test_normalisation_is_the_vec_env_s():
+    env = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]))
+    buffer = SequenceReplayBuffer(
+        500, env.observation_space, env.action_space, device="cpu", horizon=3, seed=0
+    )
+    env.reset()
+    obs = env.get_original_obs()
+    for _ in range(300):
+        _, _, done, infos = env.step(np.array([env.action_space.sample()]))
+        next_obs = env.get_original_obs()
+        last = infos[0].get("terminal_observation")
+        stored = next_obs if last is None else env.unnormalize_obs(last)[None]
+        buffer.add(obs, stored, np.zeros((1, 1)), env.get_original_reward(), done, infos)
+        obs = next_obs
+    buffer.seed(1)
+    raw = buffer.sample(50)
+    buffer.seed(1)
+    batch = buffer.sample(50, env=env)
+    mean, std = env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)
+    expected = np.clip((raw.observations.numpy() - mean) / std, -10, 10)
+    np.testing.assert_allclose(batch.observations.numpy(), expected, rtol=1e-5, atol=1e-5)
+    scale = np.sqrt(env.ret_rms.var + env.epsilon)
+    expected = np.clip(raw.rewards.numpy() / scale, -10, 10)
+    np.testing.assert_allclose(batch.rewards.numpy(), expected, rtol=1e-5)
+    assert {tensor.dtype for tensor in batch} == {th.float32}
+
+
+def test_a_million_walker_walk_steps_take_at_most_130_mb():
+    obs_space = spaces.Box(-np.inf, np.inf, (24,), np.float64)
+    buffer = SequenceReplayBuffer(
+        1_000_000, obs_space, spaces.Box(-1, 1, (6,), np.float64), device="cpu", n_envs=4
+    )
+    assert buffer.nbytes == 0  # nothing is taken before the first step
+    zeros = np.zeros((4, 24))
+    buffer.add(zeros, zeros, np.zeros((4, 6)), np.zeros(4), np.zeros(4, dtype=bool), [{}] * 4)
+    assert buffer.nbytes == 125_000_000
+    arrays = [value for owner in (buffer, buffer.rings) for value in vars(owner).values()]
+    arrays += [storage.rows for storage in buffer.storages.values()]
+    total = sum(value.nbytes for value in arrays if isinstance(value, np.ndarray))
+    assert total <= 130_000_000
+    buffer.reset()
+    assert buffer.nbytes == 0
+
+
+def test_a_buffer_too_small_says_so_when_used_not_when_made():
+    buffer = make(size=1)  # the zoo loads models with buffer_size=1
+    with pytest.raises(RuntimeError, match=r"1 rows per environment .* 3 steps: .* at least 4"):
+        Record(buffer).step([None])
+    with pytest.raises(ValueError, match="horizon=0"):
+        make(horizon=0)
+
+
+def test_sizes_as_sb3_reads_them():
+    buffer = make(size=21, n_envs=2)
+    assert (buffer.buffer_size, buffer.size(), buffer.pos, buffer.full) == (10, 0, 0, False)
+    record = Record(buffer)
+    for steps in range(1, 10):
+        record.step([None, None])
+        assert (buffer.size(), buffer.pos, buffer.full) == (steps, steps, steps == 9)
+    record.step([None, None])
+    assert (buffer.size(), buffer.pos, buffer.full) == (9, 0, True)
+    buffer.reset()
+    assert (buffer.size(), buffer.pos, buffer.full, buffer.num_steps) == (0, 0, False, 0)
+
+
+def test_extend_equals_add():
+    rng = np.random.default_rng(0)
+    steps = [
+        rng.normal(size=(20, 2, 3)),
+        rng.normal(size=(20, 2, 3)),
+        rng.uniform(-1, 1, size=(20, 2, 2)),
+        rng.normal(size=(20, 2)),
+        rng.random((20, 2)) < 0.1,
+    ]
+    infos = [[{}, {"TimeLimit.truncated": True}]] * 20
+    for step in range(19):  # one trajectory, except where it ends
+        steps[0][step + 1] = np.where(steps[4][step][:, None], steps[0][step + 1], steps[1][step])
+    one, other = make(n_envs=2), make(n_envs=2)
+    one.extend(*steps, infos)
+    for index in range(20):
+        other.add(*(field[index] for field in steps), infos[index])
+    for first, second in zip(one.sample(100), other.sample(100), strict=True):
+        assert th.equal(first, second)
+
+
+@pytest.mark.slow
+def test_a_walker_walk_batch_takes_under_a_millisecond():
+    obs_space = spaces.Box(-np.inf, np.inf, (24,), np.float32)
+    buffer = SequenceReplayBuffer(
+        1_000_000, obs_space, spaces.Box(-1, 1, (6,)), device="cpu", n_envs=1, seed=0
+    )
+    obs = np.zeros((1, 24), dtype=np.float32)
+    for step in range(200_000):
+        obs[0, 0] = step
+        ended = np.array([step % 500 == 499])
+        buffer.add(obs, obs + [1], np.zeros((1, 6)), np.zeros(1), ended, [{}])
+        obs = obs + [1]
+    times = []
+    for _ in range(200):
+        begin = time.perf_counter()
+        buffer.sample(256)
+        times.append(time.perf_counter() - begin)
+    assert np.median(times) < 1e-3

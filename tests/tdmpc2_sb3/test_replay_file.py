@@ -1,0 +1,251 @@
+"""Replay buffers on disk: exact, without pickle, whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+
+from tdmpc2_sb3.file_io import CorruptFileError
+from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+
+OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
+
+
+def make(size=80, n_envs=2, horizon=3, obs_space=OBS, actions=ACTIONS, seed=0):
+    return SequenceReplayBuffer(
+        size, obs_space, actions, device="cpu", n_envs=n_envs, horizon=horizon, seed=seed
+    )
+
+
+class Feeder:
+    """Feeds random steps; two feeders made alike feed alike."""
+
+    def __init__(self, n_envs=2, end_probability=0.1, seed=0) -> None:
+        self.n_envs = n_envs
+        self.end_probability = end_probability
+        self.rng = np.random.default_rng(seed)
+        self.obs = self.rng.normal(size=(n_envs, 3)).astype(np.float32)
+
+    def feed(self, buffers, steps) -> None:
+        for _ in range(steps):
+            shape = (self.n_envs, 3)
+            following = self.rng.normal(size=shape).astype(np.float32)
+            done = self.rng.random(self.n_envs) < self.end_probability
+            rest = self.rng.uniform(-1, 1, shape)
+            infos = [{"TimeLimit.truncated": value > 0} for value in rest[:, 2]]
+            for buffer in buffers:
+                buffer.add(self.obs, following, rest[:, :2], rest[:, 2], done, infos)
+            first = self.rng.normal(size=shape).astype(np.float32)
+            self.obs = np.where(done[:, None], first, following)
+
+
+def assert_equal_from_now_on(one, other, feeder) -> None:
+    for _ in range(5):
+        assert one.num_subsequences == other.num_subsequences
+        assert (one.num_steps, one.pos, one.full) == (other.num_steps, other.pos, other.full)
+        for first, second in zip(one.sample(300), other.sample(300), strict=True):
+            assert th.equal(first, second)
+        feeder.feed([one, other], 17)
+
+
+@pytest.mark.parametrize("steps", [4, 30, 39, 40, 150])
+@pytest.mark.parametrize("end_probability", [0.2, 0.0])
+@pytest.mark.parametrize("target", ["path", "bytes"])
+def test_a_loaded_buffer_goes_on_exactly(tmp_path, steps, end_probability, target):
+    one, other = make(), make(seed=9)
+    feeder = Feeder(end_probability=end_probability)
+    feeder.feed([one], steps)
+    if one.num_subsequences:
+        one.sample(10)
+    Feeder(seed=5).feed([other], 23)  # is replaced
+    file = tmp_path / "replay_buffer" if target == "path" else io.BytesIO()
+    one.save(file)
+    if target == "path":
+        assert os.listdir(tmp_path) == ["replay_buffer.pkl"]
+    else:
+        file.seek(0)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (pickle, cloudpickle):
+            patch.setattr(module, "load", None)
+            patch.setattr(module, "loads", None)
+        patch.setattr(pickle, "Unpickler", None)
+        patch.setattr(th, "load", None)
+        other.load(file)
+    assert other.rings.running.tolist() == one.rings.running.tolist()
+    for name, field in one.fields().items():
+        assert field.tobytes() == other.fields()[name].tobytes()
+    feeder.feed([one, other], 10)  # continues running episodes, without a boundary
+    assert_equal_from_now_on(one, other, feeder)
+
+
+def test_only_the_rows_in_use_are_written(tmp_path):
+    buffer = make(size=100_000, n_envs=1)
+    Feeder(n_envs=1).feed([buffer], 100)
+    buffer.save(tmp_path / "b.pkl")
+    assert (tmp_path / "b.pkl").stat().st_size < 8_000  # 120 rows of 25 bytes, headers
+    with zipfile.ZipFile(tmp_path / "b.pkl") as archive:  # readable with NumPy alone
+        rewards = np.load(io.BytesIO(archive.read("rewards.npy")), allow_pickle=False)
+    used = int(buffer.rings.used[0])
+    assert rewards.tolist() == buffer.rewards[:used].tolist()
+
+
+def test_an_empty_buffer_allocates_nothing_when_loaded(tmp_path):
+    make().save(tmp_path / "b")
+    buffer = make(seed=3)
+    buffer.load(tmp_path / "b")
+    assert buffer.nbytes == 0
+    assert buffer.size() == 0
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 6])
+def test_another_horizon_finds_its_own_sub_sequences(tmp_path, horizon):
+    one, other, fresh = make(horizon=3), make(horizon=horizon), make(horizon=horizon)
+    Feeder().feed([one, fresh], 150)
+    one.save(tmp_path / "b")
+    other.load(tmp_path / "b")
+    assert other.num_subsequences == fresh.num_subsequences
+    other.seed(1)
+    fresh.seed(1)
+    for first, second in zip(other.sample(300), fresh.sample(300), strict=True):
+        assert th.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"size": 100}, "rows per environment = 40 and this one 50"),
+        ({"size": 40, "n_envs": 1}, "n_envs = 2 and this one 1"),
+        ({"obs_space": spaces.Box(-1, 1, (4,))}, "observations = .*3.* and this one .*4"),
+        ({"actions": spaces.Box(-1, 1, (1,))}, "action_dim = 2 and this one 1"),
+    ],
+)
+def test_a_buffer_of_another_kind_is_refused_and_untouched(tmp_path, kwargs, sentence):
+    buffer = make()
+    Feeder().feed([buffer], 20)
+    buffer.save(tmp_path / "b")
+    other = make(**kwargs)
+    with pytest.raises(ValueError, match=sentence):
+        other.load(tmp_path / "b")
+
+
+def test_a_failed_load_leaves_an_empty_buffer_that_works(tmp_path):
+    buffer = make()
+    Feeder().feed([buffer], 60)
+    buffer.save(tmp_path / "b.pkl")
+    content = bytearray((tmp_path / "b.pkl").read_bytes())
+    content[content.index(buffer.rewards[:40].tobytes()) + 5] ^= 1
+    (tmp_path / "b.pkl").write_bytes(content)
+    with pytest.raises(CorruptFileError, match=r"saved replay buffer '.*b\.pkl' is damaged"):
+        buffer.load(tmp_path / "b.pkl")
+    assert buffer.size() == 0
+    Feeder().feed([buffer], 60)
+    buffer.sample(4)
+
+
+def test_truncated_everywhere(tmp_path):
+    buffer = make()
+    Feeder().feed([buffer], 60)
+    buffer.save(tmp_path / "b.pkl")
+    content = (tmp_path / "b.pkl").read_bytes()
+    for length in [*range(0, len(content), max(len(content) // 100, 1)), len(content) - 1]:
+        (tmp_path / "t.pkl").write_bytes(content[:length])
+        with pytest.raises(CorruptFileError, match=r"'.*t\.pkl' is truncated"):
+            make().load(tmp_path / "t.pkl")
+
+
+@pytest.mark.parametrize("change", ["head", "random_state", "used", "version", "format"])
+def test_damaged_headers(tmp_path, change):
+    buffer = make()
+    Feeder().feed([buffer], 60)
+    buffer.save(tmp_path / "b.pkl")
+    with zipfile.ZipFile(tmp_path / "b.pkl") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    header = json.loads(members["header.json"])
+    header[change] = {
+        "head": [1, 2, 3],
+        "random_state": {},
+        "used": [41, 0],
+        "version": 99,
+        "format": "other",
+    }[change]
+    members["header.json"] = json.dumps(header).encode()
+    with zipfile.ZipFile(tmp_path / "b.pkl", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"damaged header|of version") as caught:
+        make().load(tmp_path / "b.pkl")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_replay_buffer(tmp_path):
+    with open(tmp_path / "sb3.pkl", "wb") as file:
+        pickle.dump({"a": 1}, file)
+    with pytest.raises(CorruptFileError, match="not a zip file"):
+        make().load(tmp_path / "sb3.pkl")
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("data.json", "{}")
+    with pytest.raises(ValueError, match="not a replay buffer saved by tdmpc2_sb3"):
+        make().load(tmp_path / "model.zip")
+    with pytest.raises(FileNotFoundError, match=r"absent' and '.*absent\.pkl'"):
+        make().load(tmp_path / "absent")
+
+
+KILLED = """
+import os, random, signal, sys, time
+import numpy as np
+from gymnasium import spaces
+from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+
+path, times = sys.argv[1], int(sys.argv[2])
+generator = random.Random(1)
+
+def make():
+    box = spaces.Box(-1e9, 1e9, (50,), np.float32)
+    return SequenceReplayBuffer(20_000, box, box, device="cpu", seed=0)
+
+def add(buffer, value):
+    row = np.full((1, 50), value, dtype=np.float32)
+    buffer.add(row, row, row, row[:, 0], [True], [{}])
+
+buffer = make()
+for _ in range(5000):
+    add(buffer, 0)
+buffer.save(path)
+seen = []
+for _ in range(times):
+    child = os.fork()
+    if child == 0:
+        while True:
+            add(buffer, 1 + len(seen))
+            buffer.save(path)
+    time.sleep(generator.uniform(0, 0.1))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    loaded = make()
+    loaded.load(path)  # checks every checksum
+    assert loaded.num_steps > 5000 or not seen
+    seen.append(loaded.num_steps)
+    buffer = loaded
+print(len(set(seen)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_file_loads(tmp_path, times):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "b.pkl"), str(times)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(output) > 1
+    assert len(os.listdir(tmp_path)) <= 2

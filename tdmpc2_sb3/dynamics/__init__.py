@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.dynamics.mlp import MLPDynamics
+from tdmpc2_sb3.dynamics.ssm import SSMDynamics
 
 DYNAMICS: dict[str, type[LatentDynamics]] = {
     "mlp": MLPDynamics,
+    "ssm": SSMDynamics,
 }
 
-__all__ = ["DYNAMICS", "DynamicsState", "LatentDynamics", "MLPDynamics"]
+__all__ = ["DYNAMICS", "DynamicsState", "LatentDynamics", "MLPDynamics", "SSMDynamics"]

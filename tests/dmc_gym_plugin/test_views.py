@@ -1,0 +1,192 @@
+"""Views and pictures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from dm_control import suite
+from stable_baselines3.common.preprocessing import is_image_space
+
+import dmc_gym_plugin
+from dmc_gym_plugin import rendering
+from dmc_gym_plugin.views import PixelView
+
+needs_opengl = pytest.mark.skipif(
+    rendering.choose_backend() == "disable", reason=f"no OpenGL: {rendering.REMEDY}"
+)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter without a display."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "DISPLAY", "PYTHONPATH")}
+    kept["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**kept, **environment}
+    )
+
+
+def test_dict_view_has_dm_controls_values() -> None:
+    env = gymnasium.make("DMC/finger-turn_easy-v0", observation="dict")
+    observation, _ = env.reset(seed=2)
+    expected = suite.load("finger", "turn_easy", task_kwargs={"random": 2}).reset().observation
+    assert set(observation) == set(expected)
+    for name, value in observation.items():
+        assert value.dtype == np.float32
+        assert value.ndim == 1
+        np.testing.assert_array_equal(value, np.ravel(expected[name]).astype(np.float32))
+    assert env.observation_space["dist_to_target"].shape == (1,)  # a 0-d value in dm_control
+    assert env.observation_space.contains(observation)
+
+
+def test_frames_are_stacked_oldest_first() -> None:
+    pictures = iter(np.full((2, 2, 3), value, np.uint8) for value in range(1, 9))
+    first = PixelView(lambda: next(pictures), 2, 2, frame_stack=3, channels="first")
+    assert first.space.shape == (9, 2, 2)
+    np.testing.assert_array_equal(first.first()[:, 0, 0], [1] * 9)
+    np.testing.assert_array_equal(first.next()[:, 0, 0], [1] * 6 + [2] * 3)
+    np.testing.assert_array_equal(first.next()[:, 0, 0], [1] * 3 + [2] * 3 + [3] * 3)
+    np.testing.assert_array_equal(first.first()[:, 0, 0], [4] * 9)
+    last = PixelView(lambda: next(pictures), 2, 2, frame_stack=2, channels="last")
+    assert last.space.shape == (2, 2, 6)
+    last.first()
+    np.testing.assert_array_equal(last.next()[0, 0], [5] * 3 + [6] * 3)
+
+
+@needs_opengl
+def test_pixels_are_dm_controls_picture() -> None:
+    env = gymnasium.make("DMC/cartpole-swingup-v0", observation="state+pixels", frame_stack=2)
+    observation, _ = env.reset(seed=4)
+    assert is_image_space(env.observation_space["pixels"], check_channels=False)
+    theirs = suite.load("cartpole", "swingup", task_kwargs={"random": 4})
+    theirs.reset()
+    for _ in range(3):
+        before = observation["pixels"]
+        action = np.array([0.5], np.float32)
+        theirs.step(action)
+        observation = env.step(action)[0]
+    picture = theirs.physics.render(64, 64, camera_id=0).transpose(2, 0, 1)
+    np.testing.assert_array_equal(observation["pixels"][3:], picture)
+    np.testing.assert_array_equal(observation["pixels"][:3], before[3:])
+    assert observation["state"].shape == (5,)
+    env.close()
+
+
+@needs_opengl
+def test_a_restored_stack_holds_the_old_frames() -> None:
+    env = dmc_gym_plugin.DMControlEnv("cartpole", "swingup", observation="pixels")
+    env.reset(seed=0)
+    for _ in range(4):
+        env.step(np.ones(1, np.float32))
+    saved = env.get_state()
+    expected = env.step(np.ones(1, np.float32))[0]
+    fresh = dmc_gym_plugin.DMControlEnv("cartpole", "swingup", observation="pixels")
+    fresh.set_state(saved)
+    np.testing.assert_array_equal(fresh.step(np.ones(1, np.float32))[0], expected)
+    env.close()
+    fresh.close()
+
+
+@needs_opengl
+def test_render_modes() -> None:
+    sizes = {"render_height": 48, "render_width": 80}
+    pictures = {}
+    for mode in ("rgb_array", "depth_array", "multi_camera"):
+        env = gymnasium.make("DMC/quadruped-walk-v0", render_mode=mode, **sizes)
+        env.reset(seed=0)
+        pictures[mode] = env.render()
+        if mode == "rgb_array":
+            expected = env.unwrapped.physics.render(48, 80, camera_id=2)
+            np.testing.assert_array_equal(env.render(), expected)  # the literature's camera
+        env.close()
+    assert pictures["rgb_array"].shape == (48, 80, 3)
+    assert pictures["rgb_array"].dtype == np.uint8
+    assert pictures["depth_array"].shape == (48, 80)
+    assert pictures["depth_array"].dtype == np.float32
+    assert 0 < pictures["depth_array"].min() < 20  # metres
+    tiles = pictures["multi_camera"]  # four cameras, two by two
+    assert tiles.shape == (96, 160, 3)
+    np.testing.assert_array_equal(tiles[48:, :80], pictures["rgb_array"])  # camera 2
+
+
+@needs_opengl
+def test_pictures_may_exceed_the_models_buffer() -> None:
+    env = gymnasium.make(
+        "DMC/pendulum-swingup-v0", render_mode="rgb_array", render_height=490, render_width=650
+    )
+    env.reset(seed=0)
+    assert env.render().shape == (490, 650, 3)
+    env.close()
+
+
+def test_rendering_does_not_change_the_simulation() -> None:
+    def returns(render: bool) -> list[float]:
+        env = gymnasium.make("DMC/walker-walk-v0", render_mode="rgb_array")
+        env.reset(seed=0)
+        rewards = []
+        for _ in range(5):
+            rewards.append(env.step(np.full(6, 0.3, np.float32))[1])
+            if render:
+                env.render()
+        env.close()
+        return rewards
+
+    if rendering.choose_backend() == "disable":
+        pytest.skip(f"no OpenGL: {rendering.REMEDY}")
+    assert returns(True) == returns(False)
+
+
+def test_without_opengl_everything_but_pictures_works() -> None:
+    code = (
+        "import gymnasium, dmc_gym_plugin\n"
+        "env = gymnasium.make('DMC/quadruped-escape-v0', render_mode='rgb_array')\n"
+        "env.reset(seed=0); print(env.step(env.action_space.sample())[0].shape)\n"
+        "try: env.render()\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    done = run(code, MUJOCO_GL="disable")
+    assert done.stdout.startswith("(101,)\nRenderingError Cannot render: no OpenGL"), done
+    assert "apt-get install libegl1 libgl1-mesa-dri" in done.stdout
+    assert "libosmesa6" in done.stdout
+
+
+def test_human_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    if not rendering.is_headless():
+        pytest.skip("macOS and Windows have a display")
+    with pytest.raises(ValueError, match="neither DISPLAY nor WAYLAND_DISPLAY"):
+        gymnasium.make("DMC/walker-walk-v0", render_mode="human")
+
+
+RENDER = (
+    "import gymnasium, os{early}\n"
+    "import dmc_gym_plugin\n"
+    "env = gymnasium.make('DMC/walker-walk-v0', render_mode='rgb_array')\n"
+    "env.reset(seed=0); print(os.environ['MUJOCO_GL'], env.render().std() > 20)\n"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["", "egl", "osmesa"])
+def test_headless_backends_render_and_end_quietly(backend: str) -> None:
+    works = {"": True, "egl": rendering.egl_works(), "osmesa": rendering.osmesa_loads()}
+    if not works[backend]:
+        pytest.skip(f"{backend} is not installed")
+    done = run(RENDER.format(early=""), **({"MUJOCO_GL": backend} if backend else {}))
+    chosen = backend or ("egl" if rendering.egl_works() else "osmesa")
+    assert done.stdout.split() == [chosen, "True"], done.stderr
+    assert "Traceback" not in done.stderr  # OSMesa's context is freed in time
+
+
+@pytest.mark.slow
+@needs_opengl
+def test_dm_control_imported_first_is_corrected() -> None:
+    if not rendering.is_headless():
+        pytest.skip("needs a machine without a display")
+    done = run(RENDER.format(early="; from dm_control import suite"))
+    assert done.stdout.split()[1:] == ["True"], done.stderr

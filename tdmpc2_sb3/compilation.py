@@ -1,4 +1,4 @@
-"""``torch.compile`` that never stops a run: whatever fails, the plain function goes on, said once."""
+"""``torch.compile`` that never stops a run: if it fails, the plain function goes on, said once."""
 
 from __future__ import annotations
 
@@ -7,42 +7,60 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+import torch as th
+
+Result = TypeVar("Result")
 
 
-def compiled(function: Function, compile: bool | str) -> Function:
-    """The function compiled at its first call, if asked for and possible.
+def compiled(
+    function: Callable[..., Result],
+    compile: bool | str,
+    finish: Callable[[Result], object] | None = None,
+) -> Callable[..., Result]:
+    """The function, compiled at its first call if asked for and possible.
+
+    Compiling takes minutes and the layers' own arithmetic is already cheap on a CPU, so "auto"
+    leaves functions as they are.
 
     :param function: pure, of tensors
-    :param compile: True compiles; False does not; "auto" leaves it to :func:`worth_compiling`
-    :raises ValueError: if ``compile`` is neither
+    :param compile: True compiles; False and "auto" do not
+    :param finish: called with each result, e.g. a backward pass, which is compiled along and may
+        fail like the function itself
+    :raises ValueError: if ``compile`` is none of these
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile is {compile!r}: use True, False or 'auto'.")
+
+    def run(chosen: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        result = chosen(*args, **kwargs)
+        if finish is not None:
+            finish(result)
+        return result
+
+    plain = functools.partial(run, function)
     if compile is not True:
-        return function
-
-    import torch as th
-
-    fast = th.compile(function)
+        return plain
+    fast: Callable[..., Result] | None = None
     failed = False
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal failed
+    def call(*args: Any, **kwargs: Any) -> Result:
+        nonlocal fast, failed
         if failed:
-            return function(*args, **kwargs)
+            return plain(*args, **kwargs)
         try:
-            return fast(*args, **kwargs)
+            if fast is None:
+                fast = th.compile(function)
+            return run(fast, *args, **kwargs)
         except Exception as error:  # a compiler may fail in any way
             failed = True
+            reason = (str(error).splitlines() or ["no message"])[0]
+            name = getattr(function, "__name__", "a function")
             warnings.warn(
-                f"torch.compile failed on {function.__name__} ({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else 'no message'}); going on without "
-                "compiling. Pass compile=False to silence this.",
+                f"torch.compile failed on {name} ({type(error).__name__}: {reason}); going on "
+                "without compiling. Pass compile=False to silence this.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return function(*args, **kwargs)
+            return plain(*args, **kwargs)
 
-    return call  # type: ignore[return-value]
+    return call

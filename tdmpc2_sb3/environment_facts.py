@@ -90,7 +90,7 @@ def _terminates(env: VecEnv, specs: list[Any]) -> tuple[bool, str]:
     said = _get(env, "terminates")
     if said:
         return any(said), "the environment says so"
-    ids = {getattr(spec, "id", None) for spec in specs}
-    if ids and all(name is not None and name.startswith(NEVER_TERMINATE) for name in ids):
+    ids = {str(getattr(spec, "id", None)) for spec in specs}
+    if ids and all(name.startswith(NEVER_TERMINATE) for name in ids):
         return False, f"{', '.join(sorted(ids))} is known to end by its time limit alone"
     return True, "nothing says that its episodes end by the time limit alone"

@@ -47,7 +47,7 @@ def capture(env: VecEnv) -> EpisodeStates | None:
     if not can_capture(env):
         return None
     states = [{"environment": state, "wrappers": {}} for state in env.env_method("get_state")]
-    names = WRAPPER_ATTRIBUTES
+    names: tuple[str, ...] = WRAPPER_ATTRIBUTES
     if all(env.env_is_wrapped(Monitor)):
         names = (*names, *MONITOR_TOTALS)
     for name in names:

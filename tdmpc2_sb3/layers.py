@@ -10,6 +10,7 @@ Shapes: ``...`` any leading axes, B rows, Q ensemble members, V simplex size.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -234,8 +235,7 @@ def mlp(
     """
     widths = [in_features, *hidden]
     layers: list[nn.Module] = [
-        NormedLinear(width_in, width_out)
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True)
+        NormedLinear(width_in, width_out) for width_in, width_out in itertools.pairwise(widths)
     ]
     if last_activation is None:
         layers.append(Linear(widths[-1], out_features))

@@ -1,4 +1,4 @@
-"""TD-MPC2's policy: the world model, its planner, and SB3's ``predict`` with the plan as its state."""
+"""TD-MPC2's policy: world model, planner, and SB3's ``predict`` with the plan as its state."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TDMPC2Policy(BasePolicy):
     :param min_std: smallest standard deviation of a plan
     :param max_std: initial and largest standard deviation of a plan
     :param enc_lr_scale: the encoder's learning rate relative to the others'
-    :param compile: whether planning and updates are compiled; "auto" decides by the device
+    :param compile: whether planning is compiled, see :func:`tdmpc2_sb3.compilation.compiled`
     """
 
     DEFAULT_DYNAMICS = "mlp"
@@ -97,16 +97,16 @@ class TDMPC2Policy(BasePolicy):
     ):
         super().__init__(observation_space, action_space, squash_output=True)
         action_dim = int(np.prod(action_space.shape))
-        sizes = dict(
-            latent_dim=latent_dim,
-            enc_dim=enc_dim,
-            mlp_dim=mlp_dim,
-            num_enc_layers=num_enc_layers,
-            num_q=num_q,
-            simnorm_dim=simnorm_dim,
-            num_bins=num_bins,
-            dropout=dropout,
-        )
+        sizes = {
+            "latent_dim": latent_dim,
+            "enc_dim": enc_dim,
+            "mlp_dim": mlp_dim,
+            "num_enc_layers": num_enc_layers,
+            "num_q": num_q,
+            "simnorm_dim": simnorm_dim,
+            "num_bins": num_bins,
+            "dropout": dropout,
+        }
         if num_iterations == "auto":
             num_iterations = DEFAULT_ITERATIONS + EXTRA_ITERATIONS * (action_dim >= MANY_ACTIONS)
         if not isinstance(num_iterations, int):
@@ -135,7 +135,6 @@ class TDMPC2Policy(BasePolicy):
         )
         self.register_buffer("scale", th.ones(()))  # S, the running scale of Q
         self._make_optimizers(lr_schedule(1.0), enc_lr_scale)
-        self.compile = compile
         self._generator: th.Generator | None = None
         self._plan = compiled(plan, compile)
 

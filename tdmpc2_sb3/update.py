@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch as th
 
+from tdmpc2_sb3.compilation import compiled
 from tdmpc2_sb3.losses import (
     LossConfig,
     ModelLosses,
@@ -25,6 +26,7 @@ class UpdateStep:
     :param policy_weights: the same in the policy's loss, [T + 1]
     :param tau: rate of the target Q heads and of the running scale
     :param max_grad_norm: gradients are clipped to this norm
+    :param compile: whether losses and gradients are compiled
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class UpdateStep:
         policy_weights: th.Tensor,
         tau: float,
         max_grad_norm: float,
+        compile: bool | str = False,
     ):
         self.policy = policy
         self.config = config
@@ -43,8 +46,17 @@ class UpdateStep:
         self.tau = tau
         self.max_grad_norm = max_grad_norm
         model = policy.world_model
-        self._online = list(model.q_ensemble.parameters())
-        self._target = list(model.target_q_ensemble.parameters())
+        self._online: list[th.Tensor] = list(model.q_ensemble.parameters())
+        self._target: list[th.Tensor] = list(model.target_q_ensemble.parameters())
+
+        def model_backward(losses: ModelLosses) -> None:
+            losses.total.backward(inputs=policy.model_parameters)
+
+        def policy_backward(losses: PolicyLosses) -> None:
+            losses.total.backward(inputs=policy.prior_parameters)
+
+        self._model_losses = compiled(model_losses, compile, model_backward)
+        self._policy_loss = compiled(policy_loss, compile, policy_backward)
 
     def __call__(self, batch: SequenceBatch, noise: UpdateNoise) -> dict[str, th.Tensor]:
         """
@@ -54,11 +66,10 @@ class UpdateStep:
         :raises RuntimeError: if a loss or gradient is not finite; nothing has changed then
         """
         policy, model = self.policy, self.policy.world_model
-        losses = model_losses(model, batch, noise, self.config, self.model_weights)
-        losses.total.backward(inputs=policy.model_parameters)
+        losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
         grad_norm = self._step(policy.model_optimizer, policy.model_parameters, losses.total)
 
-        prior = policy_loss(
+        prior = self._policy_loss(
             model,
             losses.latents,
             policy.scale,
@@ -67,7 +78,6 @@ class UpdateStep:
             self.policy_weights,
             self.tau,
         )
-        prior.total.backward(inputs=policy.prior_parameters)
         prior_grad_norm = self._step(policy.prior_optimizer, policy.prior_parameters, prior.total)
 
         with th.no_grad():

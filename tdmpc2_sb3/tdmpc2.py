@@ -32,7 +32,7 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from tdmpc2_sb3 import episode_state
+from tdmpc2_sb3 import episode_state, official_checkpoint
 from tdmpc2_sb3.environment_facts import (
     EnvironmentFacts,
     automatic_gamma,
@@ -141,7 +141,8 @@ class TDMPC2(OffPolicyAlgorithm):
     :param episodic: whether episodes may terminate, which adds a termination head; "auto": asked
         of the environment
     :param use_planner: if False, the policy prior acts alone; may be changed at any time
-    :param compile: whether to compile planning and updates; "auto" decides by the device
+    :param compile: whether planning and updates go through ``torch.compile``, which takes minutes
+        at the start and falls back with a warning if it fails; "auto": they do not
     :param stats_window_size: episodes that the rollout statistics are averaged over
     :param tensorboard_log: folder of the TensorBoard log, None for none
     :param policy_kwargs: arguments of the policy, over those given here
@@ -303,12 +304,18 @@ class TDMPC2(OffPolicyAlgorithm):
         # Before the weights are drawn, from SB3's global stream.
         BaseAlgorithm.set_random_seed(self, self.seed)
         arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS}
-        self.policy = self.policy_class(
+        policy = self.policy_class(
             self.observation_space,
             self.action_space,
             self.lr_schedule,
             **{**arguments, **self.policy_kwargs},
-        ).to(self.device)
+        )
+        if not isinstance(policy, TDMPC2Policy):
+            raise ValueError(
+                f"policy is {self.policy_class.__name__}: use one of {sorted(self.policy_aliases)} "
+                "or a subclass of TDMPC2Policy."
+            )
+        self.policy = policy.to(self.device)
         self._seed_streams(self.seed)
         self._means = RunningMeans()
         self._plan_mean: th.Tensor | None = None
@@ -398,6 +405,7 @@ class TDMPC2(OffPolicyAlgorithm):
             step_weights(steps + 1, steps, float(rho), horizon_aware),
             self.tau,
             self.max_grad_norm,
+            self.compile,
         )
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -653,10 +661,10 @@ class TDMPC2(OffPolicyAlgorithm):
                 self._store_transition(
                     replay_buffer,
                     buffer_actions,
-                    new_obs,
+                    new_obs,  # type: ignore[arg-type]
                     rewards,
                     dones,
-                    infos,  # type: ignore[arg-type]
+                    infos,
                 )
             except RuntimeError as error:
                 raise RuntimeError(f"Step {self.num_timesteps + env.num_envs}: {error}") from error
@@ -837,6 +845,50 @@ class TDMPC2(OffPolicyAlgorithm):
             _, parameters = read_archive(parameters, device)
             parameters.pop("run_streams")
         super().set_parameters(parameters, exact_match, device)
+
+    @classmethod
+    def load_official(
+        cls: type[SelfTDMPC2],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | str,
+        **kwargs: Any,
+    ) -> SelfTDMPC2:
+        """Builds an agent from one of the authors' single-task checkpoints (tdmpc2.com).
+
+        Both of their formats are read; the sizes are those of the file. A checkpoint holds the
+        networks alone: predictions need no more, but learning starts with fresh optimisers and
+        its usual random steps (pass ``learning_starts=0`` to act by the agent at once).
+
+        :param path: file, or a binary stream
+        :param env: environment of the checkpoint's task, with its action repeat (theirs is 2 on
+            DMControl)
+        :param kwargs: further arguments of :class:`TDMPC2`
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if it is damaged, no single-task checkpoint, or does not fit the
+            environment or the arguments
+        """
+        tensors = official_checkpoint.read_checkpoint(path)
+        settings = official_checkpoint.merged_settings(
+            official_checkpoint.infer_settings(tensors), kwargs
+        )
+        model = cls(settings.pop("policy"), env, **settings)
+        official_checkpoint.load_tensors(model.policy.world_model, tensors)
+        return model
+
+    def save_official(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        module_placeholders: bool = False,
+    ) -> None:
+        """Writes the networks as a checkpoint of the authors' code, atomically.
+
+        :param path: file (``.pt`` is added if it has no suffix), or a binary stream
+        :param module_placeholders: whether to add empty entries that their code asks for under
+            tensordict 0.14 and later, and refuses under earlier versions (they pin 0.8)
+        :raises ValueError: if their code has no such model: SSM dynamics, dictionaries, images
+            that are not 64x64
+        """
+        official_checkpoint.write_checkpoint(path, self.policy.world_model, module_placeholders)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         super().set_env(env, force_reset)

@@ -42,6 +42,7 @@ from dm_control.rl.control import PhysicsError  # noqa: E402
 from dm_control.rl.control import Task as ControlTask  # noqa: E402
 from dm_control.suite.base import Task  # noqa: E402
 
+from dmc_gym_plugin import extended  # noqa: E402
 from dmc_gym_plugin import state as exact  # noqa: E402
 from dmc_gym_plugin.fast_rewards import use_fast_rewards  # noqa: E402
 from dmc_gym_plugin.indexing import cache_named_indexing  # noqa: E402
@@ -64,7 +65,10 @@ class SuiteSimulation:
         self._build(self._task_kwargs.pop("random", None))
 
     def _load(self, task_kwargs: dict[str, Any]) -> Any:
-        return suite.load(self._domain, self._task_name, task_kwargs=task_kwargs)
+        name = (self._domain, self._task_name)
+        if name in extended.BUILDERS:
+            return extended.load(*name, **task_kwargs)
+        return suite.load(*name, task_kwargs=task_kwargs)
 
     def _build(self, random: Any) -> None:
         self.env = self._load({**self._task_kwargs, "random": random})

@@ -49,6 +49,17 @@ SUITE: dict[str, tuple[str, ...]] = {
 }
 
 
+#: The extra tasks of the TD-MPC2 literature; see ``extended.py`` for their rewards.
+EXTENDED: dict[str, tuple[str, ...]] = {
+    "ball_in_cup": ("spin",),
+    "cheetah": ("run_backwards", "run_front", "run_back", "jump"),
+    "hopper": ("hop_backwards",),
+    "pendulum": ("spin",),
+    "reacher": ("three_easy", "three_hard"),
+    "walker": ("walk_backwards", "run_backwards"),
+}
+
+
 class TaskInfo(NamedTuple):
     """One row of the table.
 
@@ -83,6 +94,8 @@ def _build_table() -> dict[tuple[str, str], TaskInfo]:
     for domain, names in SUITE.items():
         steps = LQR_STEPS if domain == "lqr" else SUITE_STEPS
         rows += [TaskInfo(domain, name, "suite", steps) for name in names]
+    for domain, names in EXTENDED.items():
+        rows += [TaskInfo(domain, name, "extended", SUITE_STEPS) for name in names]
     return {(row.domain, row.task): row for row in rows}
 
 

@@ -1,0 +1,207 @@
+"""Checkpoints: a killed run goes on as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+from tdmpc2_sb3 import TDMPC2
+from tdmpc2_sb3.callbacks import (
+    BUFFER_FILE,
+    MODEL_FILE,
+    ResumableCheckpointCallback,
+    latest_checkpoint,
+    load_checkpoint,
+    write_checkpoint,
+)
+
+TINY = {
+    "latent_dim": 16,
+    "enc_dim": 16,
+    "mlp_dim": 16,
+    "num_q": 2,
+    "num_samples": 16,
+    "num_pi_trajs": 2,
+    "num_elites": 4,
+    "num_iterations": 2,
+    "batch_size": 8,
+    "learning_starts": 40,
+    "initial_gradient_steps": 5,
+    "seed": 5,
+    "device": "cpu",
+}
+
+
+def make_env(n_envs: int = 1, kind: type[VecEnv] = DummyVecEnv) -> VecEnv:
+    # reacher edits its model at each episode's start; 30 steps an episode leave one open at a stop
+    return make_vec_env(
+        "DMC/reacher-easy-v0",
+        n_envs=n_envs,
+        seed=3,
+        vec_env_cls=kind,
+        env_kwargs={"action_repeat": 2, "max_episode_steps": 30},
+    )
+
+
+def same_weights(first: TDMPC2, second: TDMPC2) -> bool:
+    mine, theirs = first.policy.state_dict(), second.policy.state_dict()
+    return all(th.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "kind", "extra"),
+    [
+        (1, DummyVecEnv, {}),
+        (1, DummyVecEnv, {"train_freq": (1, "episode"), "gradient_steps": 3}),
+        (3, DummyVecEnv, {"gradient_steps": -1, "train_freq": 4}),
+        (2, SubprocVecEnv, {}),
+    ],
+)
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(
+    tmp_path: Path, n_envs: int, kind: type[VecEnv], extra: dict[str, object]
+) -> None:
+    settings = {**TINY, **extra}
+    whole = TDMPC2("MlpPolicy", make_env(n_envs, kind), **settings).learn(200)
+    callback = ResumableCheckpointCallback(100, tmp_path)
+    stopped = TDMPC2("MlpPolicy", make_env(n_envs, kind), **settings)
+    stopped.learn(150, callback=callback)
+    resumed, restore = load_checkpoint(TDMPC2, tmp_path, make_env(n_envs, kind))
+    assert 100 <= resumed.num_timesteps < 104
+    resumed.learn(200 - resumed.num_timesteps, callback=restore, reset_num_timesteps=False)
+
+    assert resumed.num_timesteps == whole.num_timesteps
+    assert resumed._n_updates == whole._n_updates > 0
+    assert same_weights(whole, resumed)
+    assert [each["r"] for each in resumed.ep_info_buffer] == [
+        each["r"] for each in whole.ep_info_buffer
+    ]
+    for model in (whole, stopped, resumed):
+        model.env.close()
+
+
+def test_resuming_after_learn_returned_needs_no_callback(tmp_path: Path) -> None:
+    whole = TDMPC2("MlpPolicy", make_env(), **TINY).learn(130)
+    first = TDMPC2("MlpPolicy", make_env(), **TINY).learn(95)
+    first.save(tmp_path / "model")
+    first.save_replay_buffer(tmp_path / "buffer")
+    second = TDMPC2.load(tmp_path / "model", env=make_env())
+    second.load_replay_buffer(tmp_path / "buffer")
+    second.learn(35, reset_num_timesteps=False)
+    assert same_weights(whole, second)
+
+
+def test_resuming_restores_normalisation(tmp_path: Path) -> None:
+    def make() -> VecNormalize:
+        return VecNormalize(make_env())
+
+    whole = TDMPC2("MlpPolicy", make(), **TINY).learn(120)
+    stopped = TDMPC2("MlpPolicy", make(), **TINY)
+    stopped.learn(110, callback=ResumableCheckpointCallback(80, tmp_path))
+    resumed, restore = load_checkpoint(TDMPC2, tmp_path, make())
+    resumed.learn(40, callback=restore, reset_num_timesteps=False)
+    assert same_weights(whole, resumed)
+    np.testing.assert_array_equal(whole.env.obs_rms.mean, resumed.env.obs_rms.mean)
+    np.testing.assert_array_equal(whole.env.returns, resumed.env.returns)
+
+
+def test_resuming_keeps_the_schedule_of_evaluations_and_their_file(tmp_path: Path) -> None:
+    def callbacks() -> list:
+        return [
+            EvalCallback(make_env(), eval_freq=40, n_eval_episodes=1, log_path=str(tmp_path)),
+            ResumableCheckpointCallback(50, tmp_path),
+        ]
+
+    TDMPC2("MlpPolicy", make_env(), **TINY).learn(110, callback=callbacks())
+    resumed, restore = load_checkpoint(TDMPC2, tmp_path, make_env())
+    assert resumed.num_timesteps == 100
+    resumed.learn(70, callback=[restore, *callbacks()], reset_num_timesteps=False)
+    with np.load(tmp_path / "evaluations.npz") as evaluations:
+        assert evaluations["timesteps"].tolist() == [40, 80, 120, 160]
+
+
+def test_only_the_newest_checkpoint_stays(tmp_path: Path) -> None:
+    model = TDMPC2("MlpPolicy", make_env(), **TINY)
+    model.learn(25, callback=ResumableCheckpointCallback(10, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_000000000020"]
+    again = write_checkpoint(model, tmp_path)
+    assert latest_checkpoint(tmp_path) == again
+    twice = write_checkpoint(model, tmp_path)
+    assert [path for path in tmp_path.iterdir()] == [twice]
+    assert (twice / MODEL_FILE).is_file()
+    assert (twice / BUFFER_FILE).is_file()
+
+
+def test_a_failed_checkpoint_leaves_the_one_before(tmp_path: Path, monkeypatch) -> None:
+    model = TDMPC2("MlpPolicy", make_env(), **TINY).learn(10)
+    before = write_checkpoint(model, tmp_path)
+    model.learn(10, reset_num_timesteps=False)
+
+    def fail(self: object, path: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TDMPC2, "save_replay_buffer", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(model, tmp_path)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [before]
+    resumed, _ = load_checkpoint(TDMPC2, tmp_path, make_env())
+    assert resumed.num_timesteps == 10
+
+
+def test_a_folder_without_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No checkpoint in"):
+        load_checkpoint(TDMPC2, tmp_path, make_env())
+
+
+KILLED_RUN = """
+import sys
+from test_callbacks import TINY, make_env
+from tdmpc2_sb3 import TDMPC2
+from tdmpc2_sb3.callbacks import ResumableCheckpointCallback, latest_checkpoint, load_checkpoint
+folder = sys.argv[1]
+callbacks = [ResumableCheckpointCallback(5, folder)]
+if latest_checkpoint(folder) is None:
+    model = TDMPC2("MlpPolicy", make_env(), **TINY)
+else:
+    model, restore = load_checkpoint(TDMPC2, folder, make_env())
+    callbacks.append(restore)
+print("ready", flush=True)
+model.learn(260 - model.num_timesteps, callback=callbacks, reset_num_timesteps=False)
+model.save(folder + "/final")
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = TDMPC2("MlpPolicy", make_env(), **TINY).learn(260)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    chance = random.Random(0)
+    kills = 0
+    while not (tmp_path / "final.zip").exists():
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED_RUN, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if kills < 6:
+            time.sleep(chance.uniform(0.2, 1.0))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 3
+    assert same_weights(whole, TDMPC2.load(tmp_path / "final"))

@@ -21,7 +21,7 @@ from torch import nn
 
 INIT_STD = 0.02
 INIT_CUT = 2.0
-SIMNORM_CLAMP = 80.0  # e^80 and sums of it stay finite; a layer norm's output stays far inside
+SIMNORM_CLAMP = 120.0  # 2^120 and sums of 64 of it stay finite; a layer norm's output is below
 LOG2_E = math.log2(math.e)
 # Elements worked on at once: the intermediate results of more would fall out of a core's cache.
 CHUNK = 65536

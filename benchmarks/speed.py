@@ -1,0 +1,375 @@
+"""Milliseconds to plan one action and to make one update, and the share of the machine's peak.
+
+    python benchmarks/speed.py
+    python benchmarks/speed.py --models 1 5 --authors PATH/TO/tdmpc2 --output benchmarks/speed.md
+    python benchmarks/speed.py --models zoo 5 --dynamics mlp ssm --device cuda
+
+Everything measured takes turns within a round, so that a busy machine slows all alike; times are
+medians over the rounds and ratios are medians of the ratios within a round. The peak is that of
+512 x 512 x 512 float32 products in the same rounds; operations are those of matrix products, as
+torch counts them. ``--authors`` runs a checkout of the authors' repository beside ours, its device
+changed to this one as it is imported (it needs their requirements, above all tensordict).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+import yaml
+from gymnasium import spaces
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdmpc2_sb3 import TDMPC2
+
+OBSERVATION_DIM = 24  # walker-walk's
+ACTION_DIM = 6
+EPISODE_STEPS = 500
+PEAK_SIZE = 512
+ZOO_YAML = Path(__file__).parents[1] / "hyperparams" / "tdmpc2.yml"
+NOT_ARGUMENTS = ("policy", "n_timesteps", "eval_freq", "env_kwargs", "callback", "buffer_size")
+
+
+class Contender(NamedTuple):
+    """Something timed."""
+
+    name: str
+    run: Callable[[], object]
+    flops: int | None = None
+
+
+class ConstantTask(gym.Env):
+    """Walker-walk's spaces without its physics: only the learner's time is measured."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+    terminates = False
+    max_episode_steps = EPISODE_STEPS
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps += 1
+        return self._observe(), 0.5, False, self.steps >= EPISODE_STEPS, {}
+
+    def _observe(self) -> np.ndarray:
+        return self.np_random.standard_normal(OBSERVATION_DIM).astype(np.float32)
+
+
+def settings_of(model: str) -> dict[str, Any]:
+    """Constructor arguments: the paper's for a model size, or the zoo's default entry."""
+    if model != "zoo":
+        return {"model_size": int(model)}
+    entry = yaml.safe_load(ZOO_YAML.read_text())["default"]
+    return {key: value for key, value in entry.items() if key not in NOT_ARGUMENTS}
+
+
+def build(model: str, dynamics: str, args: argparse.Namespace) -> TDMPC2:
+    """An agent with a filled buffer and nonzero heads."""
+    settings = settings_of(model)
+    if args.horizon is not None:
+        settings["horizon"] = args.horizon
+    agent = TDMPC2(
+        "MlpPolicy",
+        ConstantTask(),
+        dynamics=dynamics,
+        compile=args.compile,
+        device=args.device,
+        seed=0,
+        learning_starts=2 * EPISODE_STEPS,
+        initial_gradient_steps=1,
+        **settings,
+    )
+    agent.learn(2 * EPISODE_STEPS)
+    return agent
+
+
+def synchronize(device: th.device) -> None:
+    if device.type == "cuda":
+        th.cuda.synchronize()
+    elif device.type == "mps":
+        th.mps.synchronize()
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def our_contenders(model: str, dynamics: str, args: argparse.Namespace) -> list[Contender]:
+    agent = build(model, dynamics, args)
+    observation = np.random.default_rng(0).standard_normal((1, OBSERVATION_DIM), np.float32)
+    state = agent.predict(observation)[1]
+
+    def plan() -> None:
+        agent.predict(observation, state, np.array([False]))
+        synchronize(agent.device)
+
+    def update() -> None:
+        agent.train(gradient_steps=1, batch_size=agent.batch_size)
+        synchronize(agent.device)
+
+    label = f"{model}, {dynamics}"
+    contenders = []
+    for what, run in (("plan", plan), ("update", update)):
+        run()  # whatever is set up at the first call
+        contenders.append(Contender(f"{what} ({label})", run, count_flops(run)))
+    return contenders
+
+
+def authors_contenders(model: str, args: argparse.Namespace) -> list[Contender]:
+    """Planning and updating of the authors' agent with the same sizes and data shapes."""
+    root = Path(args.authors) / "tdmpc2"
+    _import_with_device(root, args.device)
+    sizes = importlib.import_module("common").MODEL_SIZE[int(model)]
+    agent_class = importlib.import_module("tdmpc2").TDMPC2
+    config = {
+        key: value
+        for key, value in yaml.safe_load((root / "config.yaml").read_text()).items()
+        if value != "???"
+    }
+    config.update(
+        obs="state",
+        obs_shape={"state": (OBSERVATION_DIM,)},
+        action_dim=ACTION_DIM,
+        episode_length=EPISODE_STEPS,
+        episode_lengths=[EPISODE_STEPS],
+        multitask=False,
+        task_dim=0,
+        compile=args.compile,
+        bin_size=(config["vmax"] - config["vmin"]) / (config["num_bins"] - 1),
+        **sizes,
+    )
+    config.setdefault("episodic", False)
+    agent = agent_class(types.SimpleNamespace(**_numbers(config)))
+    if th.device(args.device).type != "cuda":
+        for optimizer in (agent.optim, agent.pi_optim):
+            for group in optimizer.param_groups:
+                group["capturable"] = False  # exists for CUDA graphs alone
+    batch, horizon = agent.cfg.batch_size, agent.cfg.horizon
+    generator = th.Generator().manual_seed(0)
+    data = (
+        th.randn(horizon + 1, batch, OBSERVATION_DIM, generator=generator),
+        th.rand(horizon, batch, ACTION_DIM, generator=generator) * 2 - 1,
+        th.rand(horizon, batch, 1, generator=generator),
+        th.zeros(horizon, batch, 1),
+    )
+    device = th.device(args.device)
+    data = tuple(each.to(device) for each in data)
+    observation = th.randn(OBSERVATION_DIM, generator=generator)
+
+    def plan() -> None:
+        agent.act(observation, t0=False, eval_mode=False)
+        synchronize(device)
+
+    def update() -> None:
+        agent._update(*data)
+        synchronize(device)
+
+    update()
+    return [
+        Contender(f"authors' plan ({model})", plan),
+        Contender(f"authors' update ({model})", update),
+    ]
+
+
+def _numbers(config: dict[str, Any]) -> dict[str, Any]:
+    # YAML 1.1 reads 3e-4 as a string.
+    result = dict(config)
+    for key, value in config.items():
+        if isinstance(value, str):
+            try:
+                result[key] = float(value)
+            except ValueError:
+                continue
+    return result
+
+
+def _import_with_device(root: Path, device: str) -> None:
+    """Makes the checkout importable with its hard-coded CUDA device replaced by this one."""
+
+    class Loader(importlib.machinery.SourceFileLoader):
+        def get_data(self, path: str) -> bytes:
+            data = super().get_data(path)
+            return data.replace(b"cuda:0", device.encode()) if path.endswith(".py") else data
+
+        def path_stats(self, path: str) -> Any:
+            raise OSError  # neither reads nor writes compiled files
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+            base = root.joinpath(*name.split("."))
+            for file in (base / "__init__.py", base.with_suffix(".py")):
+                if file.is_file():
+                    folder = [str(base)] if file.name == "__init__.py" else None
+                    return importlib.util.spec_from_file_location(
+                        name,
+                        file,
+                        loader=Loader(name, str(file)),
+                        submodule_search_locations=folder,
+                    )
+            return None
+
+    if not any(type(finder).__name__ == "Finder" for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder())
+
+
+def measure(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every contender in every round."""
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            start = time.perf_counter()
+            contender.run()
+            times[contender.name].append(time.perf_counter() - start)
+    return times
+
+
+def peak_contender(device: th.device) -> Contender:
+    first, second = th.randn(2, PEAK_SIZE, PEAK_SIZE, device=device)
+    repeats = 8 if device.type == "cpu" else 200
+
+    def run() -> None:
+        for _ in range(repeats):
+            first @ second
+        synchronize(device)
+
+    return Contender("peak", run, 2 * PEAK_SIZE**3 * repeats)
+
+
+def report(contenders: list[Contender], times: dict[str, list[float]], command: str) -> str:
+    peak = contenders[0]
+    assert peak.flops is not None
+    peak_rates = [peak.flops / seconds for seconds in times[peak.name]]
+    lines = [
+        f"Command: `{command}`, {date.today()}",
+        "",
+        machine(),
+        "",
+        f"Peak of float32 matrix products: {statistics.median(peak_rates) / 1e9:.0f} GFLOP/s",
+        "",
+        "| what | median ms | best ms | GFLOP | share of peak |",
+        "|---|---|---|---|---|",
+    ]
+    for contender in contenders[1:]:
+        seconds = times[contender.name]
+        row = f"| {contender.name} | {1e3 * statistics.median(seconds):.1f} "
+        row += f"| {1e3 * min(seconds):.1f} "
+        if contender.flops is None:
+            row += "| | |"
+        else:
+            share = statistics.median(
+                contender.flops / each / rate
+                for each, rate in zip(seconds, peak_rates, strict=True)
+            )
+            row += f"| {contender.flops / 1e9:.2f} | {share:.0%} |"
+        lines.append(row)
+    lines += ratios(contenders, times)
+    return "\n".join(lines) + "\n"
+
+
+def ratios(contenders: list[Contender], times: dict[str, list[float]]) -> list[str]:
+    """The authors' time over ours, for plan, update and both."""
+    lines = []
+    names = {contender.name for contender in contenders}
+    models = {name.split("(")[1][:-1] for name in names if name.startswith("authors'")}
+    for model in sorted(models):
+        pairs = {
+            what: [
+                (theirs, ours)
+                for theirs, ours in zip(
+                    times[f"authors' {what} ({model})"],
+                    times[f"{what} ({model}, mlp)"],
+                    strict=True,
+                )
+            ]
+            for what in ("plan", "update")
+        }
+        both = [
+            (first[0] + second[0], first[1] + second[1])
+            for first, second in zip(pairs["plan"], pairs["update"], strict=True)
+        ]
+        for what, values in (*pairs.items(), ("plan + update", both)):
+            ratio = statistics.median(theirs / ours for theirs, ours in values)
+            lines.append(f"| {what} | {model} | {ratio:.2f} |")
+    if lines:
+        header = ["", "| authors' time / ours | model | median ratio |", "|---|---|---|"]
+        lines = header + lines
+    return lines
+
+
+def machine() -> str:
+    packages = ("torch", "numpy", "stable-baselines3", "gymnasium")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":")[1].strip()
+                break
+    gpu = f", {th.cuda.get_device_name()}" if th.cuda.is_available() else ""
+    return (
+        f"Machine: {cpu}, {os.cpu_count()} cores ({th.get_num_threads()} used){gpu}; "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["zoo", "1", "5"], help="million parameters, or 'zoo'"
+    )
+    parser.add_argument("--dynamics", nargs="+", default=["mlp"], help="mlp, ssm, ...")
+    parser.add_argument("--horizon", type=int, help="steps of the plan (default: the setting's)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument("--authors", help="a checkout of the authors' repository")
+    parser.add_argument("--output", type=Path, help="Markdown file to write as well")
+    args = parser.parse_args()
+    th.set_num_threads(args.threads)
+
+    contenders = [peak_contender(th.device(args.device))]
+    for model in args.models:
+        for dynamics in args.dynamics:
+            contenders += our_contenders(model, dynamics, args)
+        if args.authors and model != "zoo":
+            contenders += authors_contenders(model, args)
+    measure(contenders, 2)  # warm
+    command = "python " + " ".join([str(Path("benchmarks") / "speed.py"), *sys.argv[1:]])
+    if args.authors:
+        command = command.replace(args.authors, "PATH/TO/tdmpc2")
+    text = report(contenders, measure(contenders, args.rounds), command)
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -80,7 +80,7 @@ class PixelEncoder(nn.Module):
         if min(size) < 1:
             raise ValueError(
                 f"An image of {shape[1]}x{shape[2]} pixels is too small for the pixel encoder: "
-                "use at least 42x42, best 64x64."
+                "use at least 39x39, best 64x64."
             )
         layers: list[nn.Module] = []
         for kernel, stride in CONV_KERNEL_STRIDE:

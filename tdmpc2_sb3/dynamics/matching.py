@@ -110,7 +110,7 @@ def match_sizes(
 
 
 def _widths(mlp_dim: int) -> Iterator[int]:
-    """Candidate widths, widest first: multiples of 16 (whole vector registers), then any."""
-    widest = max(2 * mlp_dim, 16)
-    yield from range(widest - widest % 16, 15, -16)
-    yield from range(min(widest, 64), 0, -1)
+    """Candidate widths, widest first: multiples of 8 (whole vector registers), then any."""
+    widest = max(2 * mlp_dim, 64)
+    yield from range(widest - widest % 8, 63, -8)
+    yield from range(63, 0, -1)

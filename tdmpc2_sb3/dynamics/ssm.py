@@ -81,7 +81,7 @@ def discretise(alpha: th.Tensor, omega: th.Tensor, dt: th.Tensor) -> Discretisat
 
 def gelu(x: th.Tensor) -> th.Tensor:
     """GELU in its tanh approximation, written with the single exponential of a sigmoid."""
-    return x * th.sigmoid(x * (1.5957691216057308 + 0.07135481282553494 * x * x))
+    return x * th.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
 
 
 class SSMLayer(nn.Module):

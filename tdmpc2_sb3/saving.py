@@ -68,7 +68,12 @@ def write_archive(path: PathOrFile, data: dict[str, Any], tensors: dict[str, Any
     :raises OSError: the disk is full or the folder not writable; the old file is unchanged
     """
     encoded = {name: encode(value, name) for name, value in data.items()}
-    document = {"format": _FORMAT, "version": _FORMAT_VERSION, "data": encoded}
+    document = {
+        "format": _FORMAT,
+        "version": _FORMAT_VERSION,
+        "tensors": list(tensors),
+        "data": encoded,
+    }
     text = json.dumps(document, indent=1, allow_nan=False)
     for name, value in tensors.items():
         _check_tensors(value, name)
@@ -109,21 +114,17 @@ def read_archive(
     where = get_device(device)
     with open_zip(path, "zip", "model") as archive:
         names = archive.namelist()
-        encoded = _read_document(archive, names)
+        document = _read_document(archive, names)
         if print_system_info and "system_info.txt" in names:
             print("== SAVED MODEL SYSTEM INFO ==")
             print(archive.read("system_info.txt").decode())
-        tensors = {
-            name.removesuffix(".pth"): _load_tensors(archive.read(name), name, where)
-            for name in names
-            if name.endswith(".pth")
-        }
+        tensors = {name: _load_tensors(archive, name, where) for name in document["tensors"]}
     data: dict[str, Any] = {}
     if load_data:
         replaced = custom_objects or {}
         data = {
             name: replaced[name] if name in replaced else decode(value)
-            for name, value in encoded.items()
+            for name, value in document["data"].items()
         }
     return data, tensors
 
@@ -143,9 +144,9 @@ def _read_document(archive: zipfile.ZipFile, names: list[str]) -> dict[str, Any]
         )
     try:
         document = json.loads(archive.read(_DATA))
-        kind, version, encoded = document["format"], document["version"], document["data"]
-        if not isinstance(encoded, dict):
-            raise TypeError("data")
+        kind, version = document["format"], document["version"]
+        if not isinstance(document["data"], dict) or not isinstance(document["tensors"], list):
+            raise TypeError("not what write_archive wrote")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
             f"The saved model {_name_of(archive)}has a damaged {_DATA}: "
@@ -157,19 +158,23 @@ def _read_document(archive: zipfile.ZipFile, names: list[str]) -> dict[str, Any]
             f"reads '{_FORMAT}' of version {_FORMAT_VERSION}: update tdmpc2_sb3 or save the model "
             "again."
         )
-    return encoded
+    return document
 
 
 def _name_of(archive: zipfile.ZipFile) -> str:
     return f"'{archive.filename}' " if archive.filename else ""
 
 
-def _load_tensors(content: bytes, name: str, device: th.device) -> Any:
+def _load_tensors(archive: zipfile.ZipFile, name: str, device: th.device) -> Any:
+    try:
+        content = archive.read(f"{name}.pth")  # compares the checksum
+    except KeyError as error:
+        raise CorruptFileError(
+            f"The saved model {_name_of(archive)}lacks its part '{name}': use another copy."
+        ) from error
     try:
         return th.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except (
-        Exception
-    ) as error:  # th.load raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
+    except Exception as error:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...
         raise CorruptFileError(
             f"The part '{name}' of the saved model is damaged or holds more than tensors: "
             "use another copy or an earlier checkpoint."

@@ -261,10 +261,11 @@ class SequenceReplayBuffer(ReplayBuffer):
         finite = np.isfinite(values).reshape(self.n_envs, -1)
         env = int(np.flatnonzero(~finite.all(axis=1))[0])
         value = values.reshape(self.n_envs, -1)[env][~finite[env]][0]
+        step = (self.num_added + 1) * self.n_envs
         raise RuntimeError(
-            f"The {name} of environment {env} at step {(self.num_added + 1) * self.n_envs} is not "
-            f"finite in float32 ({value}) and was not stored: check the environment (SB3's "
-            "VecCheckNan finds where it arises)."
+            f"The {name} of environment {env} at the buffer's step {step} is not finite in float32 "
+            f"({value}) and was not stored: check the environment (SB3's VecCheckNan finds where "
+            "it arises)."
         )
 
     def _allocate(self, obs: dict[str, np.ndarray], next_obs: dict[str, np.ndarray]) -> None:

@@ -786,7 +786,7 @@ class TDMPC2(OffPolicyAlgorithm):
         """
         if print_system_info:
             get_system_info()
-        data, tensors = read_archive(path, device)
+        data, tensors = read_archive(path, device, custom_objects, True, print_system_info)
         data.update(custom_objects or {})
         run_state, streams = data.pop("run_state"), tensors.pop("run_streams")
         if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:

@@ -144,15 +144,24 @@ def test_custom_objects_replace_and_spare_what_is_saved(tmp_path):
         read_archive(tmp_path / "m", custom_objects=[1])
 
 
-def rewrite_json(path, change):
+def rewrite(path, member, change):
+    """Replaces a member of a zip by ``change(content)``; None leaves it out."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    document = json.loads(members["data.json"])
-    change(document)
-    members["data.json"] = json.dumps(document).encode()
+    members[member] = change(members[member])
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            if content is not None:
+                archive.writestr(name, content)
+
+
+def rewrite_json(path, change):
+    def changed(content):
+        document = json.loads(content)
+        change(document)
+        return json.dumps(document)
+
+    rewrite(path, "data.json", changed)
 
 
 @pytest.mark.parametrize("where", ["data", "tensors"])
@@ -218,7 +227,8 @@ def test_a_pickled_model_is_refused_without_opening_it(tmp_path):
 
 
 def test_tensors_that_hide_code_are_refused(tmp_path):
-    write_archive(tmp_path / "m", *example())
+    data, tensors = example()
+    write_archive(tmp_path / "m", data, {**tensors, "evil": {}})
 
     class Evil:
         def __reduce__(self):
@@ -226,11 +236,17 @@ def test_tensors_that_hide_code_are_refused(tmp_path):
 
     stream = io.BytesIO()
     th.save({"weight": Evil()}, stream)
-    with zipfile.ZipFile(tmp_path / "m.zip", "a") as archive:
-        archive.writestr("evil.pth", stream.getvalue())
-    with pytest.raises(CorruptFileError, match=r"'evil\.pth'.*holds more than tensors"):
+    rewrite(tmp_path / "m.zip", "evil.pth", lambda content: stream.getvalue())
+    with pytest.raises(CorruptFileError, match=r"'evil'.*holds more than tensors"):
         read_archive(tmp_path / "m")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_part_is_named(tmp_path):
+    write_archive(tmp_path / "m", *example())
+    rewrite(tmp_path / "m.zip", "policy.optimizer.pth", lambda content: None)
+    with pytest.raises(CorruptFileError, match=r"m\.zip' lacks its part 'policy\.optimizer'"):
+        read_archive(tmp_path / "m")
 
 
 def test_other_zips_and_versions(tmp_path):

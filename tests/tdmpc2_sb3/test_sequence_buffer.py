@@ -272,7 +272,7 @@ def test_what_is_not_finite_is_named_and_stays_out(field, value):
     step[field][1] = value
     name = "observation" if "obs" in field else field
     before = buffer.num_steps, buffer.actions.copy()
-    with pytest.raises(RuntimeError, match=f"The {name} of environment 1 at step 16 is not finite"):
+    with pytest.raises(RuntimeError, match=f"The {name} of environment 1 at the buffer's step 16 "):
         buffer.add(*step.values(), np.zeros(2, dtype=bool), [{}, {}])
     assert buffer.num_steps == before[0] == 14
     assert (buffer.actions == before[1]).all()
@@ -373,7 +373,7 @@ def test_a_walker_walk_batch_takes_under_a_millisecond():
         1_000_000, obs_space, spaces.Box(-1, 1, (6,)), device="cpu", n_envs=1, seed=0
     )
     obs = np.zeros((1, 24), dtype=np.float32)
-    for step in range(200_000):
+    for step in range(50_000):
         obs[0, 0] = step
         ended = np.array([step % 500 == 499])
         buffer.add(obs, obs + [1], np.zeros((1, 6)), np.zeros(1), ended, [{}])

@@ -60,25 +60,25 @@ import resource, signal, sys
 from tdmpc2_sb3.file_io import atomic_write
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the kernel refuses to write more
-try:
-    atomic_write(sys.argv[1], lambda file: file.write(bytes(200_000)))
-except OSError as error:
-    print(error.errno, error)
+for path in sys.argv[1:]:
+    try:
+        atomic_write(path, lambda file: file.write(bytes(200_000)))
+    except OSError as error:
+        print(error.errno, error)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
-@pytest.mark.parametrize("existed", [True, False])
-def test_a_write_that_the_system_refuses_is_one_sentence(tmp_path, existed):
-    path = tmp_path / "model.zip"
-    if existed:
-        path.write_bytes(b"old")
-    output = run_python(FULL_DISK, path)
-    assert output.startswith(f"{errno.EFBIG} ")
-    assert f"Could not save '{path}' (File too large)" in output
-    assert ("the file that was there is unchanged" in output) is existed
-    assert os.listdir(tmp_path) == (["model.zip"] if existed else [])
-    assert not existed or path.read_bytes() == b"old"
+def test_a_write_that_the_system_refuses_is_one_sentence(tmp_path):
+    (tmp_path / "old").write_bytes(b"old")
+    old, new = run_python(FULL_DISK, tmp_path / "old", tmp_path / "new").splitlines()
+    for name, output in (("old", old), ("new", new)):
+        sentence = f"{errno.EFBIG} [Errno {errno.EFBIG}] Could not save '{tmp_path / name}'"
+        assert output.startswith(f"{sentence} (File too large); ")
+    assert "the file that was there is unchanged: free space" in old
+    assert "no file was written: free space" in new
+    assert os.listdir(tmp_path) == ["old"]
+    assert (tmp_path / "old").read_bytes() == b"old"
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")

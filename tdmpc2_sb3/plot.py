@@ -4,8 +4,8 @@ One row an environment: return against frames, and against wall-clock time. Runs
 are one line, the mean over them, with a band from the lowest to the highest. The published curves
 of TD-MPC2 and SAC (means over three seeds) are dashed.
 
-Evaluations come from `evaluations.npz`, which the zoo's evaluation callback writes; their times from
-the training episodes in `*.monitor.csv`; the frames a step has from the saved configuration.
+Evaluations come from `evaluations.npz`, which the zoo's evaluation callback writes, their times
+from the training episodes in `*.monitor.csv`, the frames of a step from the saved configuration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ import numpy as np
 import yaml
 
 PUBLISHED = Path(__file__).parent / "data" / "published_curves.csv"
-PUBLISHED_LABELS = {"tdmpc2": "TD-MPC2, published", "sac": "SAC, published"}
+PUBLISHED_LABELS = {  # points every 100,000 frames, straight lines between them
+    "tdmpc2": "TD-MPC2, published (every 100k)",
+    "sac": "SAC, published (every 100k)",
+}
 COLOURS = {"tdmpc2": "C0", "sac": "C1", "ppo": "C2", "tdmpc2_ssm": "C3"}
 #: Our curves are drawn beside this much more of the published ones.
 PUBLISHED_MARGIN = 1.25

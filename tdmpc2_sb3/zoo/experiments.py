@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +25,11 @@ from tdmpc2_sb3.zoo.register import (
 #: The zoo's `--eval-freq` when the user gives none.
 ZOO_EVAL_FREQ = 25_000
 
-#: Seconds between the signs of life of a trial in a database, and without one until it is failed.
+#: Seconds between the signs of life of a trial in a database; TDMPC2_SB3_HEARTBEAT changes it.
 HEARTBEAT_SECONDS = 30
-GRACE_SECONDS = 120
+
+#: A trial is failed after so many missed signs. A long one holds the GIL now and then.
+MISSED_HEARTBEATS = 4
 
 
 def extend(module: ModuleType) -> None:
@@ -172,10 +175,11 @@ def heartbeat_storage(url: str) -> Any:
     """
     import optuna
 
+    interval = int(os.environ.get("TDMPC2_SB3_HEARTBEAT", HEARTBEAT_SECONDS))
     return optuna.storages.RDBStorage(
         url,
-        heartbeat_interval=HEARTBEAT_SECONDS,
-        grace_period=GRACE_SECONDS,
+        heartbeat_interval=interval,
+        grace_period=MISSED_HEARTBEATS * interval,
         heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(
             max_retry=3
         ),

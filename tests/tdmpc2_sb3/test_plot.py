@@ -114,7 +114,8 @@ def test_the_picture(tmp_path, capsys):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50  # lines, bands and text
     figure = plot.draw(plot.read_runs([tmp_path / "logs"]))
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert set(labels) == {"tdmpc2 (2 runs)", "SAC, published", "TD-MPC2, published"}
+    published = {f"{algo}, published (every 100k)" for algo in ("SAC", "TD-MPC2")}
+    assert set(labels) == {"tdmpc2 (2 runs)", *published}
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [10_000, 20_000, 30_000])
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [120, 420, 820])
 

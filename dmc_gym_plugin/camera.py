@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from dmc_gym_plugin import rendering
 
 #: The cameras that the literature films with; camera 0 elsewhere.
-DEFAULT_CAMERAS = {"quadruped": 2}
+DEFAULT_CAMERAS: dict[str, int | str] = {"quadruped": 2, "locomotion": "walker/side"}
 
 _open_photographers: weakref.WeakSet[Photographer] = weakref.WeakSet()
 
 
-def default_camera(domain: str) -> int:
+def default_camera(domain: str) -> int | str:
     """Return the camera that the literature uses for a domain."""
     return DEFAULT_CAMERAS.get(domain, 0)
 

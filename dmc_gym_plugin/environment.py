@@ -35,7 +35,8 @@ class DMControlEnv(gymnasium.Env):
     :param domain: dm_control's domain, such as ``walker``
     :param task: the task in it, such as ``walk``
     :param observation: ``flat`` (a float32 vector in dm_control's order), ``dict`` (its values by
-        name), ``pixels`` or ``state+pixels`` (a dictionary of the vector and the pixels)
+        name, a vision task's own pictures among them), ``pixels`` or ``state+pixels`` (a
+        dictionary of the vector and the pixels)
     :param action_repeat: control steps an action is held for; their rewards are summed
     :param max_episode_steps: agent steps until truncation; None takes the task's own limit
         (1000 control steps, so 500 agent steps at action repeat 2), -1 none at all
@@ -78,7 +79,7 @@ class DMControlEnv(gymnasium.Env):
         given = locals()
         self.settings = Settings(**{name: given[name] for name in known})
         self.task_info = tasks.find(domain, task)
-        self.simulation = load(self.task_info, task_kwargs)
+        self.simulation = load(self.task_info, task_kwargs, images=observation == "dict")
         self.action_repeat = int(action_repeat)
         self.render_mode = render_mode
         fps = 1.0 / (self.simulation.control_timestep * self.action_repeat)
@@ -104,7 +105,7 @@ class DMControlEnv(gymnasium.Env):
     def _make_view(self) -> Any:
         settings = self.settings
         observe = self.simulation.observation
-        flattener = Flattener(observe())
+        flattener = Flattener(observe(), settings.channels)
         if settings.observation == "flat":
             return FlatView(flattener, observe)
         if settings.observation == "dict":

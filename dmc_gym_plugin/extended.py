@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from dm_control.rl import control
 from dm_control.suite import ball_in_cup, base, cheetah, common, hopper, pendulum, reacher, walker
-from lxml import etree
+from lxml import etree  # type: ignore[import-untyped]
 
 from dmc_gym_plugin.fast_rewards import tolerance
 
@@ -98,8 +98,9 @@ class CheetahOneFoot(cheetah.Cheetah):
 class CheetahJump(cheetah.Cheetah):
     """Raise torso and both feet, without travelling.
 
-    Reward: the mean over both feet of (5 bell((torso height + foot height) / 2, 1.2 m) + still) / 6,
-    where still is 1 up to 0.5 m/s in either direction and falls linearly to 0 at 1 m/s.
+    Reward: the mean over both feet of (5 bell(h, 1.2 m) + still) / 6, where h is the mean height of
+    torso and foot, and still is 1 up to 0.5 m/s in either direction and falls linearly to 0 at
+    1 m/s.
     """
 
     def get_reward(self, physics: Any) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import gymnasium
 from gymnasium.envs.registration import WrapperSpec
 
-from dmc_gym_plugin.tasks import NAMESPACE, TASKS, TaskInfo
+from dmc_gym_plugin.tasks import NAMESPACE, TASKS, TaskInfo, has_labmaze
 
 ENTRY_POINT = "dmc_gym_plugin.environment:DMControlEnv"
 
@@ -62,6 +62,7 @@ def register_task(info: TaskInfo) -> None:
         id=info.id,
         entry_point=ENTRY_POINT,
         kwargs={"domain": info.domain, "task": info.task},
+        nondeterministic=info.nondeterministic,
         max_episode_steps=TaskSteps(info.control_steps),
         # The environment refuses a step before reset() itself, and the tests run the checker.
         order_enforce=False,
@@ -75,6 +76,8 @@ def register_all() -> list[str]:
 
     :return: all registered ids of the namespace
     """
+    locomotion = has_labmaze()
     for info in TASKS.values():
-        register_task(info)
+        if info.group != "locomotion" or locomotion:
+            register_task(info)
     return [name for name in gymnasium.registry if name.startswith(NAMESPACE + "/")]

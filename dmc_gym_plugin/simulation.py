@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmc_gym_plugin import rendering
 from dmc_gym_plugin.tasks import TaskInfo
+
+if TYPE_CHECKING:
+    from dmc_gym_plugin.composer_simulation import ComposerSimulation
 
 
 def check_mujoco(version: str | None = None) -> None:
@@ -204,6 +207,22 @@ class SuiteSimulation:
         self.physics.free()
 
 
-def load(info: TaskInfo, task_kwargs: dict[str, Any] | None = None) -> SuiteSimulation:
-    """Return the simulation of a task of the table."""
-    return SuiteSimulation(info.domain, info.task, task_kwargs)
+def load(
+    info: TaskInfo, task_kwargs: dict[str, Any] | None = None, images: bool = False
+) -> SuiteSimulation | ComposerSimulation:
+    """Return the simulation of a task of the table.
+
+    :param info: the row of the table
+    :param task_kwargs: keyword arguments of the suite's task constructor
+    :param images: whether a composer task's own camera observations are wanted
+    """
+    if info.group in ("suite", "extended"):
+        return SuiteSimulation(info.domain, info.task, task_kwargs)
+    if task_kwargs:
+        raise ValueError(
+            f"{info.id} takes no task_kwargs, but got {sorted(task_kwargs)}; only suite tasks do."
+        )
+    # Here, because composer is slow to import and most users never need it.
+    from dmc_gym_plugin.composer_simulation import ComposerSimulation
+
+    return ComposerSimulation(info, images)

@@ -70,29 +70,41 @@ class ActionMap:
         return np.where(self._same, control, action).astype(np.float32)
 
 
+def is_image(value: Any) -> bool:
+    """Return whether an observed value is a camera picture (only composer tasks have some)."""
+    return getattr(value, "dtype", None) == np.uint8 and np.ndim(value) >= 3
+
+
 class Flattener:
-    """Writes an observation dictionary into one float32 vector.
+    """Turns an observation dictionary into one float32 vector, or into a dictionary of vectors.
+
+    Pictures among the values have no place in the vector; the dictionary keeps them as uint8.
 
     :param example: an observation of the task: name -> number or array
+    :param channels: where a picture's colours go: ``first`` or ``last``
     """
 
-    def __init__(self, example: Mapping[str, Any]) -> None:
+    def __init__(self, example: Mapping[str, Any], channels: str = "first") -> None:
         self.slices: dict[str, slice] = {}
+        self.images = [name for name, value in example.items() if is_image(value)]
+        self._channels_first = channels == "first"
         start = 0
         for name, value in example.items():
-            stop = start + int(np.size(value))
-            self.slices[name] = slice(start, stop)
-            start = stop
+            if name not in self.images:
+                stop = start + int(np.size(value))
+                self.slices[name] = slice(start, stop)
+                start = stop
         self.size = start
         # Where all values are vectors, one call joins and casts them.
         self._vectors = all(np.ndim(value) == 1 for value in example.values())
-        self.space = gymnasium.spaces.Box(-np.inf, np.inf, (start,), np.float32)
-        self.dict_space = gymnasium.spaces.Dict(
-            {
-                name: gymnasium.spaces.Box(-np.inf, np.inf, (s.stop - s.start,), np.float32)
-                for name, s in self.slices.items()
-            }
-        )
+        box = gymnasium.spaces.Box
+        self.space = box(-np.inf, np.inf, (start,), np.float32)
+        spaces: dict[str, gymnasium.Space] = {}
+        for name, value in self.dict(example).items():
+            image = name in self.images
+            low, high = (0, 255) if image else (-np.inf, np.inf)
+            spaces[name] = box(low, high, value.shape, np.uint8 if image else np.float32)
+        self.dict_space = gymnasium.spaces.Dict(spaces)
 
     def flat(self, observation: Mapping[str, Any]) -> NDArray[np.float32]:
         """Return the values in dm_control's order as one new vector, [O]."""
@@ -105,8 +117,14 @@ class Flattener:
             out[where] = value.ravel() if getattr(value, "ndim", 0) > 1 else value
         return out
 
-    def dict(self, observation: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
-        """Return the values by name, each as a new 1-D float32 array."""
-        return {
-            name: np.array(observation[name], dtype=np.float32).reshape(-1) for name in self.slices
-        }
+    def dict(self, observation: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Return the values by name: new 1-D float32 vectors, and pictures as uint8."""
+        found: dict[str, NDArray[Any]] = {}
+        for name, value in observation.items():
+            if name in self.images:
+                picture = value.reshape(value.shape[-3:])  # without composer's buffer axis
+                found[name] = picture.transpose(2, 0, 1) if self._channels_first else picture
+                found[name] = found[name].copy()
+            else:
+                found[name] = np.array(value, dtype=np.float32).reshape(-1)
+        return found

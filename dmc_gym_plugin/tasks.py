@@ -7,6 +7,7 @@ A test compares the table with what the installed dm_control offers.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from typing import NamedTuple
 
 NAMESPACE = "DMC"
@@ -60,6 +61,55 @@ EXTENDED: dict[str, tuple[str, ...]] = {
 }
 
 
+#: ``dm_control.manipulation``: ``_features`` observes the objects, ``_vision`` a camera.
+MANIPULATION: tuple[str, ...] = (
+    "lift_brick_features",
+    "lift_brick_vision",
+    "lift_large_box_features",
+    "lift_large_box_vision",
+    "place_brick_features",
+    "place_brick_vision",
+    "place_cradle_features",
+    "place_cradle_vision",
+    "reach_duplo_features",
+    "reach_duplo_vision",
+    "reach_site_features",
+    "reach_site_vision",
+    "reassemble_3_bricks_fixed_order_features",
+    "reassemble_3_bricks_fixed_order_vision",
+    "reassemble_5_bricks_random_order_features",
+    "reassemble_5_bricks_random_order_vision",
+    "stack_2_bricks_features",
+    "stack_2_bricks_moveable_base_features",
+    "stack_2_bricks_moveable_base_vision",
+    "stack_2_bricks_vision",
+    "stack_2_of_3_bricks_random_order_features",
+    "stack_2_of_3_bricks_random_order_vision",
+    "stack_3_bricks_features",
+    "stack_3_bricks_random_order_features",
+    "stack_3_bricks_vision",
+)
+MANIPULATION_STEPS = 250
+
+#: ``dm_control.locomotion.examples`` -> control steps; they need labmaze.
+LOCOMOTION: dict[str, int] = {
+    "cmu_humanoid_go_to_target": 1001,
+    "cmu_humanoid_heterogeneous_forage": 834,
+    "cmu_humanoid_maze_forage": 1001,
+    "cmu_humanoid_run_gaps": 1001,
+    "cmu_humanoid_run_walls": 1001,
+    "rodent_escape_bowl": 1000,
+    "rodent_maze_forage": 1500,
+    "rodent_run_gaps": 1500,
+    "rodent_two_touch": 1500,
+}
+
+
+#: These draw from generators outside the task's random state (numpy's global one, labmaze's own):
+#: a seed does not fix their episodes, and their state cannot be stored exactly.
+NONDETERMINISTIC = ("cmu_humanoid_maze_forage", "rodent_maze_forage", "rodent_two_touch")
+
+
 class TaskInfo(NamedTuple):
     """One row of the table.
 
@@ -79,6 +129,11 @@ class TaskInfo(NamedTuple):
         """The Gymnasium id."""
         return env_id(self.domain, self.task)
 
+    @property
+    def nondeterministic(self) -> bool:
+        """Whether a seed leaves the episodes open."""
+        return self.group == "locomotion" and self.task in NONDETERMINISTIC
+
 
 def env_id(domain: str, task: str) -> str:
     """Return the Gymnasium id of a task.
@@ -96,11 +151,20 @@ def _build_table() -> dict[tuple[str, str], TaskInfo]:
         rows += [TaskInfo(domain, name, "suite", steps) for name in names]
     for domain, names in EXTENDED.items():
         rows += [TaskInfo(domain, name, "extended", SUITE_STEPS) for name in names]
+    rows += [
+        TaskInfo("manipulation", name, "manipulation", MANIPULATION_STEPS) for name in MANIPULATION
+    ]
+    rows += [TaskInfo("locomotion", name, "locomotion", n) for name, n in LOCOMOTION.items()]
     return {(row.domain, row.task): row for row in rows}
 
 
 #: (domain, task) -> row, for every task that can be registered.
 TASKS: dict[tuple[str, str], TaskInfo] = _build_table()
+
+
+def has_labmaze() -> bool:
+    """Return whether labmaze is installed, without importing it."""
+    return importlib.util.find_spec("labmaze") is not None
 
 
 def find(domain: str, task: str) -> TaskInfo:
@@ -113,6 +177,11 @@ def find(domain: str, task: str) -> TaskInfo:
         raise ValueError(
             f"Unknown DeepMind Control task {domain}-{task}; did you mean "
             f"{nearest(domain, task)}? `python -m dmc_gym_plugin list` prints all of them."
+        )
+    if row.group == "locomotion" and not has_labmaze():
+        raise ValueError(
+            f"{row.id} needs labmaze, which is not installed; run `pip install labmaze` (it has "
+            "wheels for Python 3.12 and older)."
         )
     return row
 

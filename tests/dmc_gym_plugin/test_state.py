@@ -13,11 +13,13 @@ from dm_control import suite
 
 import dmc_gym_plugin
 from dmc_gym_plugin import state as exact
+from dmc_gym_plugin import tasks
 
 SLOW_DOMAINS = ("dog",)  # their models take seconds to compile
+EXTENDED = [(domain, task) for domain, names in tasks.EXTENDED.items() for task in names]
 TASKS = [
     pytest.param(*pair, marks=pytest.mark.slow if pair[0] in SLOW_DOMAINS else ())
-    for pair in suite.ALL_TASKS
+    for pair in [*suite.ALL_TASKS, *EXTENDED]
 ]
 
 #: Parts of mjData outside the state: workspace, statistics and the constraint solver's arrays,

@@ -1,0 +1,172 @@
+"""dm_control's composer tasks (manipulation, locomotion) as simulations.
+
+A composer task compiles a new model at every episode and keeps state in many small objects, so
+nothing can be spared here as in :class:`~dmc_gym_plugin.simulation.SuiteSimulation`: every control
+step is dm_control's own. The exact state is the random state at the episode's start and the
+controls since; restoring it replays them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import numpy as np
+from dm_control import composer
+from dm_control.composer.observation import observable
+from numpy.typing import NDArray
+
+from dmc_gym_plugin import rendering
+from dmc_gym_plugin import state as exact
+from dmc_gym_plugin.tasks import TaskInfo
+
+#: Locomotion tasks and the dm_control module that builds them.
+LOCOMOTION_MODULES = {
+    "cmu_humanoid": "dm_control.locomotion.examples.basic_cmu_2019",
+    "rodent": "dm_control.locomotion.examples.basic_rodent_2020",
+}
+
+_CAMERAS = (observable.MJCFCamera, observable.MujocoCamera)
+
+
+def _manipulation(task: str, images: bool) -> composer.Environment:
+    from dm_control import manipulation
+    from dm_control.manipulation.shared import registry
+
+    made = registry.get_constructor(task)()
+    if not images:
+        _disable_cameras(made)
+    return composer.Environment(made, time_limit=manipulation._TIME_LIMIT)
+
+
+def _locomotion(task: str, images: bool) -> composer.Environment:
+    builder = next(name for prefix, name in LOCOMOTION_MODULES.items() if task.startswith(prefix))
+    make = getattr(importlib.import_module(builder), task)
+    try:
+        env = make()
+    except RuntimeError as error:  # dm_control films while it builds them
+        raise rendering.explain(error) from error
+    if not images:
+        _disable_cameras(env.task)
+    return env
+
+
+def _disable_cameras(task: Any) -> None:
+    """Spare the pictures that nobody looks at: one costs more than the physics."""
+    for item in task.observables.values():
+        if isinstance(item, _CAMERAS):
+            item.enabled = False
+
+
+def count_steps(limit: float, timestep: float, n_sub_steps: int) -> int | None:
+    """Return after how many control steps composer's ``physics.time() >= limit`` comes true.
+
+    The clock is a sum of rounded time steps, so the sum decides and not the quotient.
+    """
+    if math.isinf(limit):
+        return None
+    steps, clock = 0, 0.0
+    while clock < limit:
+        for _ in range(n_sub_steps):
+            clock += timestep
+        steps += 1
+    return steps
+
+
+class ComposerSimulation:
+    """A composer task; the interface is that of ``SuiteSimulation``.
+
+    :param info: the task
+    :param images: whether the task's own camera observations are wanted
+    """
+
+    def __init__(self, info: TaskInfo, images: bool) -> None:
+        build = _manipulation if info.domain == "manipulation" else _locomotion
+        self._info = info
+        self.env = build(info.task, images)
+        self.task = self.env.task
+        self.n_sub_steps: int = self.env._n_sub_steps
+        self.control_timestep: float = self.env.control_timestep()
+        self.step_limit = count_steps(
+            self.env._time_limit, self.physics.timestep(), self.n_sub_steps
+        )
+        self.env._time_limit = math.inf  # the environment counts the steps itself
+        self._start: dict[str, Any] | None = None
+        self._controls: list[NDArray[np.float64]] = []
+        self._observation: Any = None
+
+    @property
+    def physics(self) -> Any:
+        """dm_control's physics; every episode has a new one."""
+        return self.env._physics
+
+    @property
+    def random(self) -> np.random.RandomState:
+        """The task's random generator."""
+        return self.env._random_state
+
+    @property
+    def time(self) -> float:
+        """Seconds of simulated time since the episode began."""
+        return self.env._physics.time()
+
+    def action_bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the actuators' bounds, as dm_control states them."""
+        spec = self.env.action_spec()
+        shape = spec.shape
+        return np.broadcast_to(spec.minimum, shape), np.broadcast_to(spec.maximum, shape)
+
+    def seed(self, seed: int) -> None:
+        """Give the task the random generator that dm_control builds from a seed."""
+        self.env._random_state = exact.random_state_from_seed(seed)
+
+    def reset(self) -> None:
+        """Start an episode."""
+        self._start = exact.copy_random_state(self.random)
+        self._controls = []
+        self._observation = self.env.reset().observation
+
+    def step(self, control: NDArray[np.float64]) -> tuple[float, float | None]:
+        """Advance one control step.
+
+        :return: the reward, and the discount of a task that ends here or None
+        """
+        self._controls.append(control.copy())
+        step = self.env.step(control)
+        self._observation = step.observation
+        return float(step.reward), float(step.discount) if step.last() else None
+
+    def observation(self) -> Any:
+        """Return the observation of the last step."""
+        return self._observation
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the random state at the episode's start and the controls since, [steps, A].
+
+        :raises NotImplementedError: for tasks that draw random numbers from elsewhere too
+        """
+        if self._info.nondeterministic:
+            raise NotImplementedError(
+                f"{self._info.id} draws random numbers outside the task's random state, so its "
+                "exact state cannot be stored; use a task that a seed determines."
+            )
+        size = self.env.action_spec().shape[0]
+        return {
+            "start": self._start,
+            "controls": np.array(self._controls).reshape(-1, size),
+            "random": exact.copy_random_state(self.random),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Replay the episode up to where :meth:`get_state` was called."""
+        if state["start"] is not None:
+            self.random.set_state(state["start"])
+            self.reset()
+            for control in np.asarray(state["controls"], np.float64):
+                self.step(control)
+        self.random.set_state(state["random"])
+
+    def close(self) -> None:
+        """Free the OpenGL contexts and the simulator."""
+        self.env.close()

@@ -1,0 +1,149 @@
+"""Manipulation and locomotion tasks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import dmc_gym_plugin
+from dmc_gym_plugin import rendering, tasks
+
+FEATURES = [name for name in tasks.MANIPULATION if name.endswith("_features")]
+needs_opengl = pytest.mark.skipif(
+    rendering.choose_backend() == "disable", reason=f"no OpenGL: {rendering.REMEDY}"
+)
+
+
+def compare_with_dm_control(name: str, steps: int) -> None:
+    """Play one episode beside dm_control's own environment."""
+    from dm_control import manipulation
+
+    theirs = manipulation.load(name, seed=2)
+    env = gymnasium.make(f"DMC/manipulation-{name}-v0")
+    spec = theirs.action_spec()
+    first, (observation, _) = theirs.reset(), env.reset(seed=2)
+    random = np.random.RandomState(0)
+    for step in range(steps):
+        flat = np.concatenate([np.ravel(value) for value in first.observation.values()])
+        np.testing.assert_array_equal(observation, flat.astype(np.float32), f"step {step}")
+        action = random.uniform(-1, 1, spec.shape).astype(np.float32)
+        wide = action.astype(np.float64)
+        control = spec.minimum * ((1 - wide) / 2) + spec.maximum * ((1 + wide) / 2)
+        control = np.where((spec.minimum == -1) & (spec.maximum == 1), wide, control)
+        first = theirs.step(control)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        assert reward == first.reward
+        assert (terminated, truncated) == (False, first.last())
+    if steps == 250:
+        assert truncated
+    env.close()
+
+
+def play(env: Any, seed: int, steps: int) -> list[Any]:
+    random = np.random.RandomState(seed)
+    seen = []
+    for _ in range(steps):
+        action = random.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        seen.append((observation.tobytes(), reward, terminated, truncated))
+        if terminated or truncated:
+            seen.append(env.reset()[0].tobytes())
+    return [*seen, env.reset()[0].tobytes()]
+
+
+def check_state(domain: str, name: str) -> None:
+    """Restore a second episode's middle in a fresh instance, and go on into the third."""
+    env = dmc_gym_plugin.DMControlEnv(domain, name)
+    env.reset(seed=1)
+    play(env, seed=0, steps=2)
+    play(env, seed=1, steps=0)
+    play_on = np.full(env.action_space.shape, 0.2, np.float32)
+    for _ in range(4):
+        env.step(play_on)
+    saved = env.get_state()
+    expected = play(env, seed=2, steps=4)
+    fresh = dmc_gym_plugin.DMControlEnv(domain, name)
+    fresh.set_state(saved)
+    assert play(fresh, seed=2, steps=4) == expected
+
+
+def test_table_is_the_installed_manipulation() -> None:
+    from dm_control import manipulation
+
+    assert set(tasks.MANIPULATION) == set(manipulation.ALL)
+
+
+def test_reach_site_equals_dm_control() -> None:
+    compare_with_dm_control("reach_site_features", 250)
+
+
+def test_reach_site_state() -> None:
+    check_state("manipulation", "reach_site_features")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEATURES)
+def test_equals_dm_control(name: str) -> None:
+    compare_with_dm_control(name, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEATURES)
+def test_state(name: str) -> None:
+    check_state("manipulation", name)
+
+
+@needs_opengl
+def test_vision_task_shows_its_own_camera() -> None:
+    env = gymnasium.make("DMC/manipulation-reach_site_vision-v0", observation="dict")
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space["front_close"].shape == (3, 84, 84)
+    assert observation["front_close"].dtype == np.uint8
+    assert env.observation_space.contains(observation)
+    picture = env.unwrapped.physics.render(84, 84, camera_id="front_close")
+    np.testing.assert_array_equal(observation["front_close"], picture.transpose(2, 0, 1))
+    env.close()
+    # The flat view has no place for pictures, and makes none.
+    flat = gymnasium.make("DMC/manipulation-reach_site_vision-v0")
+    assert flat.observation_space.shape == (42,)
+    flat.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tasks.MANIPULATION)
+def test_manipulation_passes_the_checker(name: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        env = gymnasium.make(f"DMC/manipulation-{name}-v0")
+        check_env(env.unwrapped, skip_render_check=True)
+    messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    assert [text for text in messages if "inf" not in text] == []
+
+
+def test_locomotion_needs_labmaze(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "has_labmaze", lambda: False)
+    with pytest.raises(ValueError, match="needs labmaze, which is not installed"):
+        dmc_gym_plugin.DMControlEnv("locomotion", "cmu_humanoid_go_to_target")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not tasks.has_labmaze(), reason="labmaze is not installed")
+@pytest.mark.parametrize("name", tasks.LOCOMOTION)
+def test_locomotion(name: str) -> None:
+    env = gymnasium.make(f"DMC/locomotion-{name}-v0")
+    assert env.unwrapped.max_episode_steps == tasks.LOCOMOTION[name]
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert env.step(env.action_space.sample())[0].shape == observation.shape
+    if name in tasks.NONDETERMINISTIC:
+        assert env.spec.nondeterministic
+        with pytest.raises(NotImplementedError, match="outside the task's random state"):
+            env.unwrapped.get_state()
+    else:
+        check_state("locomotion", name)
+    env.close()

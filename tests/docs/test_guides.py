@@ -1,0 +1,121 @@
+"""Every command of every guide is executed, in the guide's order, in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from postgres_server import PostgresServer, find_binaries
+from short_python import shorten
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GUIDES = ["train", "tune", "share", "resume", "compare"]
+
+
+def commands(guide: str) -> str:
+    """Return all shell commands of a guide as one script."""
+    text = (REPOSITORY / "docs" / f"{guide}.md").read_text()
+    return "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M))
+
+
+def run_guide(guide: str, folder: Path, **environment: str) -> str:
+    """Execute a guide and return what it printed; `python` is a shortening stand-in."""
+    tools = folder / "tools"
+    tools.mkdir()
+    helper = REPOSITORY / "tests" / "helpers" / "short_python.py"
+    (tools / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{helper}" "$@"\n')
+    (tools / "python").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands(guide)],
+        cwd=folder,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            **environment,
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def test_every_guide_is_in_the_readme_and_here():
+    readme = (REPOSITORY / "README.md").read_text()
+    for guide in GUIDES:
+        assert f"(docs/{guide}.md)" in readme
+        assert commands(guide)
+
+
+def test_options_in_the_guides_are_kept_when_shortened():
+    given = "--algo tdmpc2 --env DMC/walker-walk-v0 -n 15000 -P -params horizon:5 batch_size:256"
+    short = shorten("rl_zoo3.train", given.split())
+    assert short[short.index("-n") + 1] == "60"
+    assert "-P" in short
+    # The zoo takes the last of equal names.
+    assert short.index("batch_size:8") < short.index("batch_size:256")
+    assert "horizon:5" in short
+    assert "env_kwargs:dict(action_repeat=50)" in short
+
+
+@pytest.mark.slow
+def test_train(tmp_path):
+    printed = run_guide("train", tmp_path)
+    runs = {path.name for path in (tmp_path / "logs" / "tdmpc2").iterdir()}
+    assert runs == {"Pendulum-v1_1", *(f"DMC-walker-walk-v0_{n}" for n in (1, 2, 3, 4))}
+    assert (tmp_path / "logs" / "tdmpc2_ssm" / "DMC-walker-walk-v0_1").is_dir()
+    assert printed.count("Episode Length 20") == 2
+    videos = tmp_path / "logs" / "tdmpc2" / "DMC-walker-walk-v0_4" / "videos"
+    assert (videos / "training.mp4").is_file()
+
+
+@pytest.mark.slow
+def test_tune(tmp_path):
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip("PostgreSQL is not installed: apt install postgresql")
+    with PostgresServer(binaries) as server:
+        printed = run_guide("tune", tmp_path, STORAGE=server.url)
+    assert printed.count("Number of finished trials:  1") == 2
+    assert re.search(r"^0 [-\d.]+ \{.*'num_elites': \d+", printed, re.M)
+
+
+@pytest.mark.slow
+def test_share(tmp_path):
+    with HubServer() as server:
+        printed = run_guide(
+            "share",
+            tmp_path,
+            HF_ENDPOINT=server.url,
+            HF_HOME=str(tmp_path / "hf_home"),
+            HF_TOKEN="hf_loopback",
+            HF_HUB_DISABLE_XET="1",
+        )
+        files = server.repositories["ORG/tdmpc2-DMC-walker-walk-v0"].files
+    assert {"README.md", "replay.mp4", "tdmpc2-DMC-walker-walk-v0.zip"} <= set(files)
+    assert printed.count("Episode Length 20") == 1
+
+
+@pytest.mark.slow
+def test_resume(tmp_path):
+    printed = run_guide("resume", tmp_path)
+    assert "Loading replay buffer" in printed
+
+
+@pytest.mark.slow
+def test_compare(tmp_path):
+    run_guide("compare", tmp_path)
+    for file in ("curves.png", "results.pkl", "results.svg"):
+        assert (tmp_path / file).stat().st_size > 1000
+    for run in ("ppo/DMC-walker-walk-v0_1", "sac/DMC-cheetah-run-v0_1"):
+        assert (tmp_path / "brief" / run / "evaluations.npz").is_file()

@@ -14,11 +14,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
+    CheckpointCallback,
     EvalCallback,
     EventCallback,
 )
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
+
+from tdmpc2_sb3 import episode_state, run_files
+from tdmpc2_sb3.json_codec import decode, encode
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
@@ -26,9 +30,13 @@ CHECKPOINT_PREFIX = "checkpoint_"
 MODEL_FILE = "model.zip"
 BUFFER_FILE = "replay_buffer.zip"
 NORMALIZER_FILE = "vecnormalize.pkl"
-CALLBACKS_FILE = "callbacks.json"
+RUN_FILE = "run.json"
 # What callbacks remember that a run's course or its files depend on.
 CALLBACK_COUNTERS = ("n_calls", "best_mean_reward", "last_mean_reward", "last_time_trigger")
+# What EvalCallback remembers of the evaluations made so far.
+EVALUATION_LISTS = ("timesteps", "results", "length", "successes")
+# Callbacks that ask for nothing but the model: a step that they missed is made up for.
+SELF_CONTAINED = (EvalCallback, CheckpointCallback)
 
 
 class ResumableCheckpointCallback(BaseCallback):
@@ -78,12 +86,21 @@ class ResumableCheckpointCallback(BaseCallback):
     def _on_step(self) -> bool:
         # num_timesteps grows by the number of environments, so a multiple may be stepped over.
         if self.num_timesteps // self.save_freq > self._last_steps // self.save_freq:
-            assert self.folder is not None
-            path = write_checkpoint(self.model, self.folder, self.locals.get("callback"))
-            if self.verbose >= 1:
-                print(f"Checkpoint written: {path}")
+            self.write()
         self._last_steps = self.num_timesteps
         return True
+
+    def write(self) -> pathlib.Path | None:
+        """Writes a checkpoint now, such as after Ctrl-C.
+
+        :return: the checkpoint's folder; None if training has not started
+        """
+        if self.folder is None or "callback" not in getattr(self, "locals", {}):
+            return None
+        path = write_checkpoint(self.model, self.folder, self.locals["callback"])
+        if self.verbose >= 1:
+            print(f"Checkpoint written: {path}")
+        return path
 
 
 def walk_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
@@ -123,8 +140,12 @@ def write_checkpoint(
         normalizer = model.get_vec_normalize_env()
         if normalizer is not None:
             normalizer.save(str(partial / NORMALIZER_FILE))
-        counters = [] if callback is None else callback_counters(callback)
-        (partial / CALLBACKS_FILE).write_text(json.dumps(counters))
+        run = {
+            "num_timesteps": model.num_timesteps,
+            "callbacks": [] if callback is None else callback_states(callback, model),
+            "files": run_files.describe(folder, getattr(model, "_logger", None)),
+        }
+        (partial / RUN_FILE).write_text(json.dumps(encode(run, "run")))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -142,19 +163,54 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> pathlib.Path | None:
     return max(pathlib.Path(folder).glob(f"{CHECKPOINT_PREFIX}*"), default=None)
 
 
-def callback_counters(callback: BaseCallback) -> list[dict[str, Any]]:
-    """Class and counters of every callback, in order."""
-    return [
-        {
-            "class": type(each).__name__,
-            **{
-                name: float(getattr(each, name)) if "reward" in name else int(getattr(each, name))
-                for name in CALLBACK_COUNTERS
-                if hasattr(each, name)
-            },
-        }
-        for each in walk_callbacks(callback)
-    ]
+def read_run(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint tells of the run beside the model: steps, callbacks and log files."""
+    return decode(json.loads((pathlib.Path(checkpoint) / RUN_FILE).read_text()))
+
+
+def callback_states(callback: BaseCallback, model: BaseAlgorithm) -> list[dict[str, Any]]:
+    """Class, counters and evaluations of every callback, in order.
+
+    A callback that the present step has not reached, or that Ctrl-C stopped in its evaluation,
+    is marked as due.
+    """
+    top_level = [callback]
+    if isinstance(callback, CallbackList):
+        top_level += callback.callbacks
+    states = []
+    for each in walk_callbacks(callback):
+        state: dict[str, Any] = {"class": type(each).__name__}
+        for name in CALLBACK_COUNTERS:
+            if hasattr(each, name):
+                kind = float if "reward" in name else int
+                state[name] = kind(getattr(each, name))
+        reached = each.num_timesteps == model.num_timesteps
+        broken_off = isinstance(each, EvalCallback) and reached and _lacks_evaluation(each)
+        state["due"] = each in top_level and (broken_off or not reached)
+        if broken_off:
+            state["n_calls"] -= 1
+        if isinstance(each, EvalCallback):
+            state["evaluations"] = _evaluations(each)
+            # Before its first evaluation the environment is new, and so it is in the resumed run.
+            if each.evaluations_timesteps and not broken_off:
+                state["environments"] = episode_state.capture(each.eval_env)
+        states.append(state)
+    return states
+
+
+def _lacks_evaluation(callback: EvalCallback) -> bool:
+    return (
+        callback.log_path is not None
+        and callback.eval_freq > 0
+        and callback.n_calls > 0
+        and callback.n_calls % callback.eval_freq == 0
+        and callback.evaluations_timesteps[-1:] != [callback.num_timesteps]
+    )
+
+
+def _evaluations(callback: EvalCallback) -> dict[str, list[Any]]:
+    lists = {name: getattr(callback, f"evaluations_{name}") for name in EVALUATION_LISTS}
+    return {name: np.asarray(rows).tolist() for name, rows in lists.items()}
 
 
 class RestoreCallbacks(BaseCallback):
@@ -165,38 +221,54 @@ class RestoreCallbacks(BaseCallback):
 
     def __init__(self, checkpoint: str | os.PathLike[str]):
         super().__init__()
-        text = (pathlib.Path(checkpoint) / CALLBACKS_FILE).read_text()
-        self._counters: list[dict[str, Any]] = json.loads(text)
+        self._states: list[dict[str, Any]] = read_run(checkpoint)["callbacks"]
+        self._go_on = True
 
     def _on_training_start(self) -> None:
-        waiting = list(self._counters)
+        waiting = list(self._states)
+        due = []
         for callback in walk_callbacks(self.locals["callback"]):
             name = type(callback).__name__
-            match = next((counters for counters in waiting if counters["class"] == name), None)
+            match = next((state for state in waiting if state["class"] == name), None)
             if match is None:
                 continue
             waiting.remove(match)
-            for key, value in match.items():
-                if key != "class":
-                    setattr(callback, key, value)
+            for key in CALLBACK_COUNTERS:
+                if key in match:
+                    setattr(callback, key, match[key])
             if isinstance(callback, EvalCallback):
-                self._reload_evaluations(callback)
+                self._restore_evaluations(callback, match)
+            if match["due"]:
+                due.append(callback)
+        for callback in due:
+            if isinstance(callback, SELF_CONTAINED):
+                self._go_on = callback.on_step() and self._go_on
+            else:
+                callback.n_calls += 1
 
-    def _reload_evaluations(self, callback: EvalCallback) -> None:
-        """EvalCallback writes its file anew at each evaluation; what it held must not be lost."""
-        path = pathlib.Path(f"{callback.log_path}.npz") if callback.log_path else None
-        if path is None or not path.is_file():
+    def _restore_evaluations(self, callback: EvalCallback, state: dict[str, Any]) -> None:
+        for name, rows in state["evaluations"].items():
+            setattr(callback, f"evaluations_{name}", rows)
+        environments = state.get("environments")
+        if environments is not None and episode_state.can_capture(callback.eval_env):
+            episode_state.restore(callback.eval_env, environments)
+        if callback.log_path is None:
             return
-        with np.load(path) as saved:
-            keep = saved["timesteps"] <= self.model.num_timesteps
-            callback.evaluations_timesteps = saved["timesteps"][keep].tolist()
-            callback.evaluations_results = [list(row) for row in saved["results"][keep]]
-            callback.evaluations_length = [list(row) for row in saved["ep_lengths"][keep]]
-            if "successes" in saved:
-                callback.evaluations_successes = [list(row) for row in saved["successes"][keep]]
+        # EvalCallback writes its file anew at each evaluation, and a kill may have cut it off.
+        if not callback.evaluations_timesteps:
+            pathlib.Path(f"{callback.log_path}.npz").unlink(missing_ok=True)
+            return
+        arrays = {
+            "timesteps": callback.evaluations_timesteps,
+            "results": callback.evaluations_results,
+            "ep_lengths": callback.evaluations_length,
+        }
+        if callback.evaluations_successes:
+            arrays["successes"] = callback.evaluations_successes
+        np.savez(callback.log_path, **arrays)  # type: ignore[arg-type]
 
     def _on_step(self) -> bool:
-        return True
+        return self._go_on
 
 
 def load_checkpoint(

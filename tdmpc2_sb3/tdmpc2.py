@@ -32,7 +32,7 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from tdmpc2_sb3 import episode_state, official_checkpoint
+from tdmpc2_sb3 import episode_state, interrupts, official_checkpoint
 from tdmpc2_sb3.environment_facts import (
     EnvironmentFacts,
     automatic_gamma,
@@ -272,6 +272,7 @@ class TDMPC2(OffPolicyAlgorithm):
         # Progress that outlives learn() and files: continuing repeats no warm-up and no burst.
         self._lifetime_steps = 0
         self._pending_initial_updates: int | None = None  # None: learning has not started
+        self._pending_updates = 0  # gradient steps that the latest rollout is still due
         self._rollout_steps = 0  # steps and episodes of a rollout that a checkpoint interrupted
         self._rollout_episodes = 0
         if _init_setup_model:
@@ -439,7 +440,8 @@ class TDMPC2(OffPolicyAlgorithm):
         callback.on_training_start(locals(), globals())
         assert self.env is not None and isinstance(self.train_freq, TrainFreq)
         assert self.replay_buffer is not None
-        while self.num_timesteps < total_timesteps:
+        self._make_interrupted_updates()
+        while self.num_timesteps < total_timesteps or self._rollout_is_complete:
             rollout = self.collect_rollouts(
                 self.env,
                 train_freq=self.train_freq,
@@ -486,13 +488,17 @@ class TDMPC2(OffPolicyAlgorithm):
     def _warming_up(self) -> bool:
         return self._lifetime_steps < int(self.learning_starts)
 
+    @property
+    def _rollout_is_complete(self) -> bool:
+        """Whether a rollout that a checkpoint interrupted lacks only its gradient steps."""
+        assert isinstance(self.train_freq, TrainFreq)
+        return not should_collect_more_steps(
+            self.train_freq, self._rollout_steps, self._rollout_episodes
+        )
+
     def _learn_from(self, rollout: RolloutReturn) -> None:
         """The gradient steps that a finished rollout is due."""
-        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
-        enough = min(int(self.learning_starts), self.replay_buffer.buffer_size * self.n_envs // 2)
-        enough = max(enough, (self.sequence_length + 1) * self.n_envs)
-        # A run continued without its buffer acts by its policy until there is enough again.
-        if self._warming_up or self.replay_buffer.num_steps < enough:
+        if not self._has_enough_steps:
             return
         if self._pending_initial_updates is None:
             self._pending_initial_updates = self._count_initial_updates()
@@ -500,8 +506,30 @@ class TDMPC2(OffPolicyAlgorithm):
             self._make_initial_updates()
             return
         steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
-        if steps > 0:
-            self.train(gradient_steps=steps, batch_size=self.batch_size)
+        self._pending_updates = max(steps, 0)
+        self._make_pending_updates()
+
+    @property
+    def _has_enough_steps(self) -> bool:
+        # A run continued without its buffer acts by its policy until there is enough again.
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        enough = min(int(self.learning_starts), self.replay_buffer.buffer_size * self.n_envs // 2)
+        enough = max(enough, (self.sequence_length + 1) * self.n_envs)
+        return not self._warming_up and self.replay_buffer.num_steps >= enough
+
+    def _make_interrupted_updates(self) -> None:
+        """The gradient steps that Ctrl-C kept the run from making."""
+        if not self._has_enough_steps:
+            return
+        if self._pending_initial_updates:
+            self._make_initial_updates()
+        self._make_pending_updates()
+
+    def _make_pending_updates(self) -> None:
+        while self._pending_updates > 0:
+            with interrupts.deferred():
+                self.train(gradient_steps=1, batch_size=self.batch_size)
+                self._pending_updates -= 1
 
     def _count_initial_updates(self) -> int:
         if self._n_updates > 0:
@@ -534,8 +562,9 @@ class TDMPC2(OffPolicyAlgorithm):
             disable=self.verbose < 1,
         ) as bar:
             while self._pending_initial_updates > 0:
-                self.train(gradient_steps=1, batch_size=self.batch_size)
-                self._pending_initial_updates -= 1
+                with interrupts.deferred():
+                    self.train(gradient_steps=1, batch_size=self.batch_size)
+                    self._pending_initial_updates -= 1
                 bar.update()
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
@@ -653,30 +682,32 @@ class TDMPC2(OffPolicyAlgorithm):
             )
         callback.on_rollout_start()
         while should_collect_more_steps(train_freq, self._rollout_steps, self._rollout_episodes):
-            actions, buffer_actions = self._sample_action(
-                learning_starts, action_noise, env.num_envs
-            )
-            new_obs, rewards, dones, infos = env.step(actions)
-            try:
-                self._store_transition(
-                    replay_buffer,
-                    buffer_actions,
-                    new_obs,  # type: ignore[arg-type]
-                    rewards,
-                    dones,
-                    infos,
+            with interrupts.deferred():
+                actions, buffer_actions = self._sample_action(
+                    learning_starts, action_noise, env.num_envs
                 )
-            except RuntimeError as error:
-                raise RuntimeError(f"Step {self.num_timesteps + env.num_envs}: {error}") from error
-            self.num_timesteps += env.num_envs
-            self._lifetime_steps += env.num_envs
-            self._rollout_steps += 1
-            self._rollout_episodes += int(dones.sum())
-            self._last_episode_starts = dones
-            self._update_info_buffer(infos, dones)
-            self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
-            self._on_step()
-            finished = self._count_episodes(dones, action_noise, env.num_envs)
+                new_obs, rewards, dones, infos = env.step(actions)
+                try:
+                    self._store_transition(
+                        replay_buffer,
+                        buffer_actions,
+                        new_obs,  # type: ignore[arg-type]
+                        rewards,
+                        dones,
+                        infos,
+                    )
+                except RuntimeError as error:
+                    step = self.num_timesteps + env.num_envs
+                    raise RuntimeError(f"Step {step}: {error}") from error
+                self.num_timesteps += env.num_envs
+                self._lifetime_steps += env.num_envs
+                self._rollout_steps += 1
+                self._rollout_episodes += int(dones.sum())
+                self._last_episode_starts = dones
+                self._update_info_buffer(infos, dones)
+                self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+                self._on_step()
+                finished = self._count_episodes(dones, action_noise, env.num_envs)
 
             callback.update_locals(locals())
             if not callback.on_step():
@@ -741,7 +772,8 @@ class TDMPC2(OffPolicyAlgorithm):
 
     def _run_state(self) -> dict[str, Any]:
         episodes = self._saved_episodes
-        if episodes is None and self.env is not None and self._last_obs is not None:
+        known = self._last_obs is not None and not interrupts.broken_off()
+        if episodes is None and self.env is not None and known:
             episodes = episode_state.capture(self.env)
         return {
             "episodes": episodes,

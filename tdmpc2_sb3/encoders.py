@@ -57,7 +57,8 @@ class StateEncoder(nn.Module):
         self.net = mlp(in_features, hidden, latent_dim, SimNorm(simnorm_dim))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        return self.net(x)  # type: ignore[no-any-return]
+        # Integers and double precision become what the weights are.
+        return self.net(x.to(self.net[0].bias.dtype))  # type: ignore[no-any-return, arg-type, union-attr]
 
 
 class PixelEncoder(nn.Module):
@@ -205,7 +206,7 @@ def _flatten_entry(value: th.Tensor, space: spaces.Space) -> th.Tensor:
     if is_image_space(space):
         return value
     batch = value.shape[: value.dim() - len(space.shape)]
-    return value.reshape(*batch, math.prod(space.shape)).float()
+    return value.reshape(*batch, math.prod(space.shape))
 
 
 __all__ = [

@@ -127,8 +127,13 @@ def test_vectors_of_any_shape_are_flattened_behind_the_batch_axes():
     assert th.equal(flat, x.view(2, 2, 6))
     single = flatten_vectors(th.tensor([1.0, 2.0]), vector_space())  # 0-d observations
     assert single.shape == (2, 1)
-    whole = flatten_vectors(th.tensor([[1, 2]]), spaces.Box(0, 5, (2,), np.int64))
-    assert whole.dtype == th.float32
+
+
+def test_integers_and_double_precision_become_what_the_weights_are():
+    encoder = StateEncoder(2, 7, 16, 2, 8)
+    expected = encoder(th.tensor([[1.0, 2.0]]))
+    for dtype in (th.int64, th.uint8, th.float64):
+        assert th.equal(encoder(th.tensor([[1, 2]], dtype=dtype)), expected)
 
 
 def test_offsets_are_uniform_over_seven_places_in_both_directions():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -190,3 +191,33 @@ def test_dm_control_imported_first_is_corrected() -> None:
         pytest.skip("needs a machine without a display")
     done = run(RENDER.format(early="; from dm_control import suite"))
     assert done.stdout.split()[1:] == ["True"], done.stderr
+
+
+HUMAN = (
+    "import gymnasium, dmc_gym_plugin, glfw\n"
+    "env = gymnasium.make('DMC/cartpole-swingup-v0', render_mode='human')\n"
+    "env.reset(seed=0); env.step(env.action_space.sample())\n"
+    "window = env.unwrapped._photographer._window.viewer.window\n"
+    "print(glfw.get_window_attrib(window, glfw.VISIBLE), *glfw.get_window_size(window))\n"
+    "env.close()\n"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("Xvfb") is None, reason="Xvfb is not installed")
+def test_human_opens_a_window() -> None:
+    read, write = os.pipe()
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(write), "-screen", "0", "800x600x24"],
+        pass_fds=[write],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        number = os.read(read, 16).decode().strip()
+        done = run(HUMAN, DISPLAY=f":{number}")
+        assert done.stdout.split() == ["1", "320", "240"], done.stderr
+    finally:
+        server.terminate()
+        server.wait()
+        os.close(read)
+        os.close(write)

@@ -13,6 +13,8 @@ from hub_server import HubServer
 from postgres_server import PostgresServer, find_binaries
 from short_python import shorten
 
+from tdmpc2_sb3 import TDMPC2
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUIDES = ["train", "tune", "share", "resume", "compare"]
 
@@ -109,7 +111,10 @@ def test_share(tmp_path):
 @pytest.mark.slow
 def test_resume(tmp_path):
     printed = run_guide("resume", tmp_path)
-    assert "Loading replay buffer" in printed
+    assert "DMC-walker-walk-v0_1' at step 60 of 120" in printed
+    assert printed.count("Loading replay buffer") == 1
+    run = tmp_path / "logs" / "tdmpc2" / "DMC-walker-walk-v0_1"
+    assert TDMPC2.load(run / "DMC-walker-walk-v0").num_timesteps == 120
 
 
 @pytest.mark.slow

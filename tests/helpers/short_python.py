@@ -19,7 +19,7 @@ TINY = {
     "num_iterations": "1",
     "batch_size": "8",
     "learning_starts": "36",
-    "compile": "False",
+    "initial_gradient_steps": "4",
 }
 
 
@@ -59,6 +59,8 @@ def shorten(module: str, arguments: list[str]) -> list[str]:
             add_params(arguments, params)
     elif module in ("rl_zoo3.enjoy", "rl_zoo3.record_video", "rl_zoo3.push_to_hub"):
         replace(arguments, "-n", "20")
+    elif module == "tdmpc2_sb3.zoo" and arguments[0] == "resume":
+        replace(arguments, "-n", "120")
     elif module == "rl_zoo3.record_training":
         replace(arguments, "-n", "10")
     return arguments

@@ -23,7 +23,7 @@ TINY = [
     "num_iterations:1",
     "batch_size:8",
     "learning_starts:40",
-    "compile:False",
+    "initial_gradient_steps:4",
 ]
 
 
@@ -46,7 +46,7 @@ def zoo(tmp_path: Path) -> Run:
         module: str | None = None,
         check: bool = True,
         environment: dict[str, str] | None = None,
-        timeout: int = 600,
+        timeout: int = 1200,
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", module or f"rl_zoo3.{program}", *arguments]
         done = subprocess.run(

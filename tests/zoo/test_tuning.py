@@ -17,13 +17,18 @@ from postgres_server import PostgresServer, find_binaries
 from tdmpc2_sb3.zoo import experiments, search_space
 
 CHEETAH = "DMC/cheetah-run-v0"
-#: A trial of 40 steps in episodes of 20: everything runs, nothing is learnt.
+#: A trial of 24 steps in episodes of 20: everything runs, nothing is learnt.
 TRIAL = [
-    "-optimize", "--algo", "tdmpc2", "--env", CHEETAH, "-n", "40", "--eval-episodes", "1",
+    "-optimize", "--algo", "tdmpc2", "--env", CHEETAH, "-n", "24", "--eval-episodes", "1",
     "--n-evaluations", "1", "--pruner", "none", "--sampler", "random", "--device", "cpu",
     "--no-optim-plots",
 ]  # fmt: skip
-PARAMS = ["-params", "env_kwargs:dict(action_repeat=50)", "learning_starts:36", "compile:False"]
+PARAMS = [
+    "-params",
+    "env_kwargs:dict(action_repeat=50)",
+    "learning_starts:20",
+    "initial_gradient_steps:1",
+]
 
 
 def test_foreign_studies_get_no_heartbeat(monkeypatch):

@@ -1,0 +1,101 @@
+"""What the package asks for, and that the tested versions satisfy it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+PINS = [
+    Requirement(line)
+    for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def requirements() -> list[Requirement]:
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    lines = [line.replace("{root:uri}", "file:///x") for group in groups for line in group]
+    return [Requirement(line) for line in lines]
+
+
+def pins_for(python: str) -> dict[str, Version]:
+    environment = {"python_version": python}
+    chosen = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate(environment)]
+    names = [canonicalize_name(pin.name) for pin in chosen]
+    assert len(names) == len(set(names)), "a package is pinned twice"
+    return {
+        name: Version(str(pin.specifier).removeprefix("=="))
+        for name, pin in zip(names, chosen, strict=True)
+    }
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_requirement_is_pinned_to_a_version_it_allows(python):
+    pins = pins_for(python)
+    for requirement in requirements():
+        name = canonicalize_name(requirement.name)
+        if name == "labmaze":
+            continue
+        assert pins[name] in requirement.specifier, requirement
+
+
+def test_all_pins_are_exact():
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in PINS)
+
+
+def test_mujoco_is_capped():
+    (mujoco,) = [item for item in requirements() if item.name == "mujoco"]
+    assert Version("3.17.0") in mujoco.specifier
+    assert Version("4.0.0") not in mujoco.specifier
+
+
+def test_the_older_hub_integration_is_not_asked_for():
+    # It installs the same module as the one that the zoo needs, and breaks the zoo.
+    assert "huggingface-sb3" not in {canonicalize_name(item.name) for item in requirements()}
+    assert "huggingface-sb3" not in pins_for("3.11")
+
+
+def test_labmaze_is_replaced_where_it_has_no_wheel():
+    (labmaze,) = [item for item in requirements() if item.name == "labmaze"]
+    assert labmaze.url.endswith("placeholders/labmaze")
+    needed = {p: labmaze.marker.evaluate({"python_version": p}) for p in ("3.12", "3.13", "3.14")}
+    assert needed == {"3.12": False, "3.13": True, "3.14": True}
+    placeholder = tomllib.loads(
+        (REPOSITORY / "placeholders" / "labmaze" / "pyproject.toml").read_text()
+    )["project"]
+    assert placeholder["name"] == "labmaze"
+    assert Version(placeholder["version"]).local == "placeholder"
+
+
+def test_the_suite_runs_without_labmaze(tmp_path):
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'labmaze':\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Absent)\n"
+        "import gymnasium\n"
+        "env = gymnasium.make('DMC/cheetah-run-v0')\n"
+        "env.reset(seed=0)\n"
+        "print(env.step(env.action_space.sample())[0].shape, 'labmaze' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "(17,) False"

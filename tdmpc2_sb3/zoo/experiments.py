@@ -15,6 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from stable_baselines3.common.vec_env import SubprocVecEnv
+
+from tdmpc2_sb3.zoo import checkpoints
 from tdmpc2_sb3.zoo.register import (
     ALGORITHMS,
     concerns_us,
@@ -85,6 +88,8 @@ def _read_hyperparameters(original: Callable[..., Any]) -> Callable[..., Any]:
         eval_freq = hyperparams.pop("eval_freq", None)
         if eval_freq is not None and self.eval_freq == ZOO_EVAL_FREQ and not _eval_freq_given():
             self.eval_freq = int(eval_freq)
+        if eval_freq is not None:
+            saved["eval_freq"] = self.eval_freq  # resuming reads it from the saved configuration
         return hyperparams, saved
 
     return read_hyperparameters
@@ -96,7 +101,10 @@ def _eval_freq_given() -> bool:
 
 
 def _preprocess_hyperparams(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the evaluation environment the YAML's `env_kwargs`, which the zoo keeps from it."""
+    """Give the evaluation environment the YAML's `env_kwargs`, which the zoo keeps from it.
+
+    And keep the YAML's checkpoint callback from trials.
+    """
 
     @functools.wraps(original)
     def _preprocess_hyperparams(self: Any, hyperparams: dict[str, Any]) -> Any:
@@ -105,9 +113,35 @@ def _preprocess_hyperparams(original: Callable[..., Any]) -> Callable[..., Any]:
             # --eval-env-kwargs adds to the training environment's and wins over them: an agent
             # trained at action repeat 2 must not be evaluated at 1 because a camera was chosen.
             self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
+        if self.optimize_hyperparameters:
+            self.specified_callbacks = checkpoints.without_checkpoints(self.specified_callbacks)
         return result
 
     return _preprocess_hyperparams
+
+
+def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:
+    """Let the checkpoint callback know the run's folder."""
+
+    @functools.wraps(original)
+    def create_callbacks(self: Any) -> None:
+        original(self)
+        self.callbacks = checkpoints.adopt(self.callbacks, self.save_path)
+
+    return create_callbacks
+
+
+def _create_envs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let Ctrl-C reach the main process alone: it still needs the environments to save them."""
+
+    @functools.wraps(original)
+    def create_envs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.algo not in ALGORITHMS or not issubclass(self.vec_env_class, SubprocVecEnv):
+            return original(self, *args, **kwargs)
+        with checkpoints.ctrl_c_spares_workers():
+            return original(self, *args, **kwargs)
+
+    return create_envs
 
 
 def _learn(original: Callable[..., None]) -> Callable[..., None]:
@@ -125,6 +159,7 @@ def _learn(original: Callable[..., None]) -> Callable[..., None]:
         env = model.env
         env.close = lambda: None
         try:
+            self._run_lock = checkpoints.lock(self.save_path)
             original(self, model)
         except BaseException:
             _close(env)
@@ -134,13 +169,20 @@ def _learn(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _save_trained_model(original: Callable[..., None]) -> Callable[..., None]:
+    """Write a last checkpoint beside the model, from which a stopped run goes on."""
+
     @functools.wraps(original)
     def save_trained_model(self: Any, model: Any) -> None:
+        if self.algo not in ALGORITHMS:
+            original(self, model)
+            return
         try:
             original(self, model)
+            checkpoints.write_last(self.callbacks, self.save_path, model, self.n_timesteps)
         finally:
-            if self.algo in ALGORITHMS:
-                _close(model.env)
+            _close(model.env)
+            if self.__dict__.get("_run_lock") is not None:
+                self._run_lock.close()
 
     return save_trained_model
 
@@ -209,6 +251,8 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "__init__": _init,
     "read_hyperparameters": _read_hyperparameters,
     "_preprocess_hyperparams": _preprocess_hyperparams,
+    "create_callbacks": _create_callbacks,
+    "create_envs": _create_envs,
     "learn": _learn,
     "save_trained_model": _save_trained_model,
     "hyperparameters_optimization": _optimization,

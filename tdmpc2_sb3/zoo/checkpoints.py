@@ -1,0 +1,114 @@
+"""What the zoo's runs do so that they can be resumed; `resume.py` then resumes them.
+
+The YAML names :class:`tdmpc2_sb3.callbacks.ResumableCheckpointCallback`. Here it learns the run's
+folder, stays out of tuning, and writes a last checkpoint when the run ends or Ctrl-C stops it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tdmpc2_sb3 import interrupts
+from tdmpc2_sb3.callbacks import ResumableCheckpointCallback
+
+CALLBACK_NAME = f"{ResumableCheckpointCallback.__module__}.{ResumableCheckpointCallback.__name__}"
+
+#: Locked while a process works in the run's folder; the lock goes with the process.
+LOCK_FILE = ".running"
+
+
+def is_checkpoint_entry(entry: Any) -> bool:
+    """Whether an entry of the YAML's `callback` names ours: a name, or a name with arguments."""
+    return CALLBACK_NAME in entry if isinstance(entry, dict) else entry == CALLBACK_NAME
+
+
+def specified(callback: Any) -> list[Any]:
+    """The entries of the YAML's `callback`: the zoo takes one or a list."""
+    if callback is None:
+        return []
+    return callback if isinstance(callback, list) else [callback]
+
+
+def without_checkpoints(callback: Any) -> list[Any]:
+    """The YAML's callbacks for a trial: it is not resumed, and trials share one folder."""
+    return [entry for entry in specified(callback) if not is_checkpoint_entry(entry)]
+
+
+def adopt(callbacks: list[Any], folder: str) -> list[Any]:
+    """Tell the checkpoint callbacks the run's folder and put them last.
+
+    A checkpoint then holds what the others did in the same step; and the zoo closes the first
+    callback's progress bar, whatever that callback is.
+
+    :param callbacks: of the run
+    :param folder: of the run
+    :return: the same callbacks in their new order
+    """
+    ours = [each for each in callbacks if isinstance(each, ResumableCheckpointCallback)]
+    for each in ours:
+        if each.folder is None:
+            each.folder = Path(folder)
+    return [each for each in callbacks if each not in ours] + ours
+
+
+def write_last(callbacks: list[Any], folder: str, model: Any, total_steps: int) -> None:
+    """Write a checkpoint of the ended run, and say how to go on if it was stopped early.
+
+    :param callbacks: of the run
+    :param folder: of the run
+    :param model: as it is now
+    :param total_steps: that the run was to make
+    """
+    ours = [each for each in callbacks if isinstance(each, ResumableCheckpointCallback)]
+    written = [path for path in (each.write() for each in ours) if path is not None]
+    if model.num_timesteps >= total_steps or not written:
+        return
+    print(f"Stopped after {model.num_timesteps} of {total_steps} steps. To go on:")
+    print(f"  python -m tdmpc2_sb3.zoo resume {folder}")
+    if interrupts.broken_off():
+        print("The last step was broken off: the resumed run starts with new episodes.")
+
+
+@contextlib.contextmanager
+def ctrl_c_spares_workers() -> Iterator[None]:
+    """Let environment processes that are started in this block ignore Ctrl-C.
+
+    The terminal sends it to them, too; without them the model could not save the episodes in
+    progress. They end with the main process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def lock(folder: str | Path) -> IO[str] | None:
+    """Claim a run's folder until the returned file is closed or the process ends.
+
+    :param folder: of the run
+    :return: None where the file system has no locks
+    :raises RuntimeError: if a process works in it
+    """
+    file = open(Path(folder) / LOCK_FILE, "w")  # noqa: SIM115  (it stays open)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise RuntimeError(
+            f"A process is still at work in '{folder}': wait for it, or stop it first."
+        ) from error
+    except (ImportError, OSError):
+        file.close()
+        return None
+    return file

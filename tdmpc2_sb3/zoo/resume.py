@@ -1,0 +1,299 @@
+"""`python -m tdmpc2_sb3.zoo resume RUN`: go on with a run that was stopped or killed.
+
+The zoo's own ExperimentManager rebuilds the run from its `args.yml` and `config.yml`; what differs
+is below: the model comes from the newest checkpoint, and the folder and its logs are continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch as th
+import yaml
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.utils import set_random_seed
+
+from tdmpc2_sb3 import run_files
+from tdmpc2_sb3.callbacks import latest_checkpoint, load_checkpoint, read_run
+from tdmpc2_sb3.saving import read_archive
+from tdmpc2_sb3.zoo import checkpoints
+from tdmpc2_sb3.zoo.register import ALGORITHMS, install
+
+#: In the checkpoint already; the zoo would run strings among them as code.
+SAVED_WITH_THE_MODEL = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
+
+
+class Run(NamedTuple):
+    """A run's folder, as the zoo's train wrote it.
+
+    :param folder: absolute path
+    :param args: the command line's options
+    :param config: the hyperparameters
+    """
+
+    folder: Path
+    args: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The environment's name in file names."""
+        return str(self.args["env"]).replace("/", "-")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps that the run was to make."""
+        asked = int(self.args["n_timesteps"])
+        return asked if asked > 0 else int(self.config["n_timesteps"])
+
+    def finished_steps(self) -> int:
+        """Steps of the final model, 0 if there is none."""
+        path = self.folder / f"{self.name}.zip"
+        return read_archive(path, "cpu")[0]["num_timesteps"] if path.is_file() else 0
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values, and the two kinds of Python object that the zoo's files are made of."""
+
+
+def _ordered_dict(loader: yaml.SafeLoader, node: yaml.Node) -> OrderedDict[str, Any]:
+    assert isinstance(node, yaml.SequenceNode)
+    return OrderedDict(*loader.construct_sequence(node, deep=True))
+
+
+def _tuple(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[Any, ...]:
+    assert isinstance(node, yaml.SequenceNode)
+    return tuple(loader.construct_sequence(node, deep=True))
+
+
+_Loader.add_constructor(
+    "tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered_dict
+)
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _tuple)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a file of the zoo without building any object that could run code.
+
+    :raises ValueError: if it holds other Python objects than dictionaries and tuples, or no YAML
+    """
+    try:
+        return dict(yaml.load(path.read_text(), Loader=_Loader))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        what = str(getattr(error, "problem", None) or error)
+        raise ValueError(
+            f"'{path}' is damaged or holds Python objects, which are not read as they can run "
+            f"code ({what}): replace them by plain values."
+        ) from error
+
+
+def find_run(folder: str | Path) -> Run:
+    """Read a run's options and hyperparameters.
+
+    :param folder: such as `logs/tdmpc2/DMC-walker-walk-v0_1`
+    :raises ValueError: if it is no run of ours
+    """
+    path = Path(folder).resolve()
+    found = sorted(path.glob("*/args.yml"))
+    if len(found) != 1:
+        state = "holds no args.yml" if path.is_dir() else "does not exist"
+        raise ValueError(
+            f"'{folder}' {state}: name the folder of a run, "
+            "such as logs/tdmpc2/DMC-walker-walk-v0_1."
+        )
+    run = Run(path, read_yaml(found[0]), read_yaml(found[0].with_name("config.yml")))
+    if run.args["algo"] not in ALGORITHMS:
+        raise ValueError(
+            f"'{folder}' is a run of {run.args['algo']}: only {' and '.join(ALGORITHMS)} can be "
+            "resumed; continue others with the zoo's --trained-agent."
+        )
+    return run
+
+
+class _Continued:
+    """A model whose `learn` makes the steps that are left of a total, as the zoo calls it."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self.env = model.env
+
+    def learn(self, total_timesteps: int, **kwargs: Any) -> None:
+        left = max(0, total_timesteps - self._model.num_timesteps)
+        self._model.learn(left, reset_num_timesteps=False, **kwargs)
+
+
+class ResumedExperiment(ExperimentManager):
+    """The zoo's experiment, continued in its folder from a checkpoint.
+
+    :param run: to continue
+    :param checkpoint: to start from
+    :param device: in place of the run's own, None to keep that
+    """
+
+    def __init__(self, run: Run, checkpoint: Path, device: str | None = None):
+        args = run.args
+        super().__init__(
+            argparse.Namespace(**args),
+            args["algo"],
+            args["env"],
+            str(run.folder.parent.parent),
+            n_timesteps=run.total_steps,
+            # The YAML's, unless the command line had one: `experiments.py` wrote what it took.
+            eval_freq=run.config.get("eval_freq", args["eval_freq"]),
+            n_eval_episodes=args["eval_episodes"],
+            save_freq=args["save_freq"],
+            env_kwargs=args["env_kwargs"],
+            eval_env_kwargs=args["eval_env_kwargs"],
+            seed=args["seed"],
+            log_interval=args["log_interval"],
+            save_replay_buffer=args["save_replay_buffer"],
+            verbose=args["verbose"],
+            vec_env_type=args["vec_env"],
+            n_eval_envs=args["n_eval_envs"],
+            device=args["device"] if device is None else device,
+            show_progress=args["progress"],
+        )
+        self.run = run
+        self.checkpoint = checkpoint
+        self.continue_training = True
+        self.save_path = str(run.folder)
+        self.params_path = str(run.folder / run.name)
+
+    @staticmethod
+    def is_robotics_env(env_id: str) -> bool:
+        """False, so that the zoo leaves Monitor's arguments to `create_envs` below."""
+        return False
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        left_out = {"eval_freq", *SAVED_WITH_THE_MODEL}
+        config = {name: value for name, value in self.run.config.items() if name not in left_out}
+        return config, self.run.config
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
+        env_id = self.env_name.gym_id
+        kwargs = dict(self.monitor_kwargs)
+        if ExperimentManager.is_robotics_env(env_id) or "parking-v0" in env_id:
+            kwargs.setdefault("info_keywords", ("is_success",))
+        logged = any(self.run.folder.glob(run_files.MONITOR_FILES))
+        self.monitor_kwargs = {**kwargs, "override_existing": not logged}
+        return super().create_envs(n_envs, eval_env, no_log)
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: Any) -> Any:
+        described = read_run(self.checkpoint)
+        run_files.continue_clock(self.run.folder, env)
+        model, restore = load_checkpoint(
+            ALGOS[self.algo],
+            self.checkpoint,
+            env,
+            device=self.device,
+            verbose=self.verbose,
+            tensorboard_log=None,
+        )
+        logger = run_files.reopen_logger(
+            self.run.folder, described["files"], described["num_timesteps"], self.verbose
+        )
+        if logger is not None:
+            model.set_logger(logger)
+        # Behind the progress bar, which the zoo expects first.
+        self.callbacks.insert(1 if self.show_progress else 0, restore)
+        return model
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        """Keeps the run's own files."""
+        print(f"Log path: {self.save_path}")
+
+    def learn(self, model: Any) -> None:
+        super().learn(_Continued(model))  # type: ignore[arg-type]
+
+
+def _explain_missing_checkpoint(run: Run) -> str:
+    entries = checkpoints.specified(run.config.get("callback"))
+    ours = next((entry for entry in entries if checkpoints.is_checkpoint_entry(entry)), None)
+    command_file = run.folder / run.name / "command.txt"
+    command = command_file.read_text() if command_file.is_file() else "the same command"
+    if "--seed" not in command:
+        command += f" --seed {run.args['seed']}"
+    if ours is None:
+        reason = f"its hyperparameters name no {checkpoints.CALLBACK_NAME}"
+    else:
+        freq = ours[checkpoints.CALLBACK_NAME].get("save_freq") if isinstance(ours, dict) else None
+        reason = f"the first is written after {freq or 10_000} steps"
+    return f"'{run.folder}' has no checkpoint: {reason}. Start again with:\n  {command}"
+
+
+def find_checkpoint(run: Run) -> Path:
+    """Return the newest checkpoint of a run in which no process is at work.
+
+    :raises FileNotFoundError: if it has written none
+    :raises RuntimeError: if a process is still at work in it
+    """
+    held = checkpoints.lock(run.folder)
+    if held is not None:
+        held.close()
+    checkpoint = latest_checkpoint(run.folder)
+    if checkpoint is None:
+        raise FileNotFoundError(_explain_missing_checkpoint(run))
+    return checkpoint
+
+
+def resume(run: Run, checkpoint: Path, device: str | None = None) -> None:
+    """Go on with a run until its end, in its folder.
+
+    :param run: from :func:`find_run`
+    :param checkpoint: from :func:`find_checkpoint`
+    :param device: in place of the run's own
+    """
+    described = read_run(checkpoint)
+    print(f"Resuming '{run.folder}' at step {described['num_timesteps']} of {run.total_steps}")
+    if run.args.get("track"):
+        print("Weights & Biases is not continued; the TensorBoard log is.")
+    for module in run.args.get("gym_packages") or ():
+        importlib.import_module(module)
+    set_random_seed(run.args["seed"])
+    if run.args["num_threads"] > 0:
+        th.set_num_threads(run.args["num_threads"])
+    run_files.rewind(run.folder, described["files"])
+    experiment = ResumedExperiment(run, checkpoint, device)
+    setup = experiment.setup_experiment()
+    assert setup is not None
+    model, _ = setup
+    experiment.learn(model)
+    experiment.save_trained_model(model)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    :param arguments: without the program's name; None for this process's
+    """
+    parser = argparse.ArgumentParser(
+        "python -m tdmpc2_sb3.zoo resume",
+        description="Go on with a run that was stopped or killed, from its newest checkpoint.",
+    )
+    parser.add_argument("run", help="its folder, such as logs/tdmpc2/DMC-walker-walk-v0_1")
+    parser.add_argument("-n", "--n-timesteps", type=int, help="total steps, to prolong the run")
+    parser.add_argument("--device", help="in place of the run's own")
+    options = parser.parse_args(arguments)
+    install()
+    try:
+        run = find_run(options.run)
+        if options.n_timesteps is not None:
+            run = run._replace(args={**run.args, "n_timesteps": options.n_timesteps})
+        if run.finished_steps() >= run.total_steps:
+            print(
+                f"'{options.run}' is finished: {run.finished_steps()} of {run.total_steps} steps. "
+                "Prolong it with -n."
+            )
+            return 0
+        checkpoint = find_checkpoint(run)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    resume(run, checkpoint, options.device)
+    return 0

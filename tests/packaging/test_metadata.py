@@ -84,18 +84,13 @@ def test_labmaze_is_replaced_where_it_has_no_wheel():
 def test_the_suite_runs_without_labmaze(tmp_path):
     code = (
         "import sys\n"
-        "class Absent:\n"
-        "    @staticmethod\n"
-        "    def find_spec(name, path=None, target=None):\n"
-        "        if name.partition('.')[0] == 'labmaze':\n"
-        "            raise ModuleNotFoundError(name, name=name)\n"
-        "sys.meta_path.insert(0, Absent)\n"
+        "sys.modules['labmaze'] = None  # as if it were not installed\n"
         "import gymnasium\n"
         "env = gymnasium.make('DMC/cheetah-run-v0')\n"
         "env.reset(seed=0)\n"
-        "print(env.step(env.action_space.sample())[0].shape, 'labmaze' in sys.modules)\n"
+        "print(env.step(env.action_space.sample())[0].shape)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "(17,) False"
+    assert done.stdout.strip() == "(17,)"

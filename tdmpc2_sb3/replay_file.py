@@ -67,7 +67,7 @@ def _kind(buffer: SequenceReplayBuffer) -> dict[str, Any]:
     """What must be equal in a saved buffer and the one it is loaded into."""
     observations = {
         key: [storage_dtype(space).str, *(space.shape or ())]
-        for key, space in buffer.entries.items()
+        for key, space in buffer.stored.entries.items()
     }
     return {
         "rows per environment": buffer.buffer_size,
@@ -80,14 +80,14 @@ def _kind(buffer: SequenceReplayBuffer) -> dict[str, Any]:
 def _header(buffer: SequenceReplayBuffer) -> dict[str, Any]:
     frame_channels = {
         key: storage.frame_channels
-        for key, storage in buffer.storages.items()
+        for key, storage in buffer.stored.storages.items()
         if isinstance(storage, FrameStorage)
     }
     return {
         "format": _FORMAT,
         "version": _FORMAT_VERSION,
         "kind": _kind(buffer),
-        "allocated": bool(buffer.storages),
+        "allocated": bool(buffer.stored.storages),
         "frame_channels": frame_channels,
         "margin": buffer.rings.margin,
         "num_added": buffer.num_added,
@@ -134,7 +134,7 @@ def _restore(buffer: SequenceReplayBuffer, header: dict[str, Any], arrays: Array
             key: FrameStorage(space, rings.num_rows, int(channels[key]))
             if key in channels
             else ObservationStorage(space, rings.num_rows)
-            for key, space in buffer.entries.items()
+            for key, space in buffer.stored.entries.items()
         }
     )
     rings.margin = int(header["margin"])

@@ -1,6 +1,6 @@
 """Replay of sub-sequences: T + 1 observations, T actions, rewards and terminations of one episode.
 
-:mod:`tdmpc2_sb3.episode_rings` knows which row holds what, :mod:`tdmpc2_sb3.observation_storage`
+:mod:`tdmpc2_sb3.episode_rings` knows which row holds what, :mod:`tdmpc2_sb3.stored_observations`
 how observations are kept, :mod:`tdmpc2_sb3.replay_file` how all of it is written to the disk.
 
 Shape legend: B batch, T horizon, E environments, R rows per environment, A action.
@@ -15,19 +15,13 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
-from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.vec_env import VecNormalize
 
 from tdmpc2_sb3 import replay_file
 from tdmpc2_sb3.episode_rings import EpisodeRings
 from tdmpc2_sb3.file_io import PathOrFile
-from tdmpc2_sb3.observation_storage import (
-    FrameStorage,
-    ObservationStorage,
-    choose_storage,
-    looks_stacked,
-    storage_dtype,
-)
+from tdmpc2_sb3.observation_storage import ObservationStorage
+from tdmpc2_sb3.stored_observations import ArrayOrDict, Arrays, StoredObservations
 
 try:
     import psutil  # type: ignore[import-untyped]
@@ -35,9 +29,7 @@ except ImportError:  # SB3 has it as an extra only
     psutil = None  # type: ignore[assignment]
 
 TensorOrDict = th.Tensor | dict[str, th.Tensor]
-ArrayOrDict = np.ndarray | dict[str, np.ndarray]
 
-_SINGLE = ""  # the name of the only entry of a space that is no Dict
 _BYTES_PER_REWARD_AND_FLAGS = 5
 
 
@@ -110,11 +102,6 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.horizon = horizon
         self.sample_open_episodes = sample_open_episodes
         self.rng = np.random.default_rng(seed)
-        self.entries: dict[str, spaces.Space] = {_SINGLE: observation_space}
-        if isinstance(observation_space, spaces.Dict):
-            self.entries = dict(observation_space.spaces)
-        self._shapes = {key: get_obs_shape(space) for key, space in self.entries.items()}
-        self._said_unstacked = False
         self.reset()
 
     # ------------------------------------------------------------------ state
@@ -123,8 +110,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         """Forget everything stored and give the memory back."""
         super().reset()
         self.rings = EpisodeRings(self.buffer_size, self.n_envs, self.horizon)
-        self.storages: dict[str, ObservationStorage] = {}  # empty: nothing is allocated
-        self._newest: dict[str, np.ndarray] = {}  # each environment's last observation [E, ...]
+        self.stored = StoredObservations(self.observation_space, self.rings)
         self.num_added = 0  # calls of add
 
     def seed(self, seed: int | None) -> None:
@@ -152,10 +138,10 @@ class SequenceReplayBuffer(ReplayBuffer):
 
     def fields(self) -> dict[str, np.ndarray]:
         """Return every stored array [E * R, ...] by its name."""
-        if not self.storages:
+        if not self.stored.storages:
             return {}
         fields = {"actions": self.actions, "rewards": self.rewards, "flags": self.rings.flags}
-        for index, storage in enumerate(self.storages.values()):
+        for index, storage in enumerate(self.stored.storages.values()):
             fields[f"observations_{index}"] = storage.rows
         return fields
 
@@ -184,12 +170,12 @@ class SequenceReplayBuffer(ReplayBuffer):
         :raises RuntimeError: an observation, action or reward is not finite (nothing is stored
             then), or the buffer is too small for a sub-sequence
         """
-        obs_, next_obs_ = self._as_arrays(obs), self._as_arrays(next_obs)
+        obs_, next_obs_ = self.stored.as_arrays(obs), self.stored.as_arrays(next_obs)
         with np.errstate(over="ignore", invalid="ignore"):
             action = np.asarray(action, dtype=np.float32).reshape(self.n_envs, self.action_dim)
             reward = np.asarray(reward, dtype=np.float32).reshape(self.n_envs)
         self._check_finite(obs_, next_obs_, action, reward)
-        if not self.storages:
+        if not self.stored.storages:
             self._allocate(obs_, next_obs_)
         done = np.asarray(done, dtype=bool).reshape(self.n_envs)
         terminated = done
@@ -197,14 +183,12 @@ class SequenceReplayBuffer(ReplayBuffer):
             truncated = [bool(info.get("TimeLimit.truncated", False)) for info in infos]
             terminated = done & ~np.array(truncated)
 
-        self.rings.close(self.rings.running & ~self._continues(obs_))
-        self._begin_episodes(obs_, next_obs_)
+        self.rings.close(self.rings.running & ~self.stored.continues(obs_))
+        self.stored.begin_episodes(obs_, next_obs_)
         rows, next_rows = self.rings.advance(terminated)
-        for key, storage in self.storages.items():
-            storage.write(next_rows, next_obs_[key])
+        self.stored.write_next(next_rows, next_obs_)
         self.actions[rows] = action
         self.rewards[rows] = reward
-        self._newest = next_obs_
         self.rings.close(done)
         self.num_added += 1
         self._update_position()
@@ -229,29 +213,14 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.pos = int(self.rings.head[0])
         self.full = self.rings.full
 
-    def _as_arrays(self, obs: ArrayOrDict) -> dict[str, np.ndarray]:
-        """Return fresh arrays [E, ...] in the storage's dtypes, by entry."""
-        given = obs if isinstance(obs, dict) else {_SINGLE: obs}
-        with np.errstate(over="ignore", invalid="ignore"):
-            return {
-                key: np.array(given[key], storage_dtype(space)).reshape(
-                    self.n_envs, *self._shapes[key]
-                )
-                for key, space in self.entries.items()
-            }
-
     def _check_finite(
-        self,
-        obs: dict[str, np.ndarray],
-        next_obs: dict[str, np.ndarray],
-        action: np.ndarray,
-        reward: np.ndarray,
+        self, obs: Arrays, next_obs: Arrays, action: np.ndarray, reward: np.ndarray
     ) -> None:
         for kind, fields in (
             ("observation", obs),
             ("observation", next_obs),
-            ("action", {_SINGLE: action}),
-            ("reward", {_SINGLE: reward}),
+            ("action", {"": action}),
+            ("reward", {"": reward}),
         ):
             for key, values in fields.items():
                 if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -268,13 +237,9 @@ class SequenceReplayBuffer(ReplayBuffer):
             "it arises)."
         )
 
-    def _allocate(self, obs: dict[str, np.ndarray], next_obs: dict[str, np.ndarray]) -> None:
+    def _allocate(self, obs: Arrays, next_obs: Arrays) -> None:
         """Take the memory, now that the first step shows how images can be stored."""
-        num_rows = self.rings.num_rows
-        storages = {
-            key: choose_storage(space, num_rows, obs[key], next_obs[key])
-            for key, space in self.entries.items()
-        }
+        storages = self.stored.choose(obs, next_obs)
         needed = self.horizon + max(storage.num_frames for storage in storages.values())
         if self.buffer_size < needed:
             raise RuntimeError(
@@ -282,9 +247,6 @@ class SequenceReplayBuffer(ReplayBuffer):
                 f"sub-sequence of {self.horizon} steps: set buffer_size to at least "
                 f"{needed * self.n_envs}."
             )
-        for key, storage in storages.items():
-            if looks_stacked(self.entries[key]) and storage.num_frames == 1:
-                self._say_unstacked(key)
         self.allocate(storages)
 
     def allocate(self, storages: dict[str, ObservationStorage]) -> None:
@@ -303,60 +265,10 @@ class SequenceReplayBuffer(ReplayBuffer):
                 "machine runs out of memory.",
                 stacklevel=2,
             )
-        for storage in storages.values():
-            storage.allocate()
-        self.storages = storages
-        self.rings.margin = max(storage.num_frames for storage in storages.values()) - 1
+        self.stored.allocate(storages)
         self.rings.allocate()
         self.actions = np.zeros((num_rows, self.action_dim), dtype=np.float32)
         self.rewards = np.zeros(num_rows, dtype=np.float32)
-
-    def _continues(self, obs: dict[str, np.ndarray]) -> np.ndarray:
-        """Say where ``obs`` is the newest observation stored. Returns [E]."""
-        same = np.ones(self.n_envs, dtype=bool)
-        for key, newest in self._newest.items():
-            same &= (newest == obs[key]).reshape(self.n_envs, -1).all(axis=1)
-        return same
-
-    def _begin_episodes(self, obs: dict[str, np.ndarray], next_obs: dict[str, np.ndarray]) -> None:
-        """Write the first observations of the environments whose episode begins with this step."""
-        envs = np.flatnonzero(~self.rings.running)
-        first = {key: values[envs] for key, values in obs.items()}
-        padded = np.zeros(len(envs), dtype=bool)
-        for key, storage in self.storages.items():
-            if isinstance(storage, FrameStorage):
-                padded |= storage.is_zero_padded(first[key])
-        for key, storage in self.storages.items():
-            if isinstance(storage, FrameStorage) and not (
-                storage.is_first_stack(first[key], padded).all()
-                and storage.is_next_stack(obs[key], next_obs[key]).all()
-            ):
-                self._store_whole_stacks(key, storage)
-        if len(envs):
-            rows = self.rings.begin(envs, padded)
-            for key, storage in self.storages.items():
-                storage.write(rows, first[key])
-
-    def _store_whole_stacks(self, key: str, storage: FrameStorage) -> None:
-        """Replace single frames by whole stacks. The rings' margin stays: it covers lost frames."""
-        self._say_unstacked(key)
-        whole = ObservationStorage(self.entries[key], storage.num_rows)
-        whole.allocate()
-        for column, used in zip(self.rings.columns, self.rings.used.tolist(), strict=True):
-            for begin in range(0, used, 256):
-                rows = column + np.arange(begin, min(begin + 256, used))
-                whole.write(rows, self._gather(storage, rows))
-        self.storages[key] = whole
-
-    def _say_unstacked(self, key: str) -> None:
-        if not self._said_unstacked:
-            self._said_unstacked = True
-            warnings.warn(
-                f"The images{f' {key!r}' if key else ''} are not stacks that move on by one frame "
-                "a step: they are stored whole, which takes as many times more memory as frames "
-                "are stacked.",
-                stacklevel=4,
-            )
 
     # --------------------------------------------------------------- sampling
 
@@ -371,17 +283,17 @@ class SequenceReplayBuffer(ReplayBuffer):
         """
         running = self._num_running_starts()
         if self.rings.num_starts + running == 0:
-            longest = self.rings.longest_episode() if self.storages else 0
+            longest = self.rings.longest_episode() if self.stored.storages else 0
             raise RuntimeError(
                 f"The replay buffer holds no sub-sequence of horizon {self.horizon} steps (the "
                 f"longest episode stored has {longest}): collect more steps before training or "
                 "lower the horizon."
             )
         rows = self.rings.draw(batch_size, running, self.rng)  # [T+1, B]
-        observations = {key: self._gather(storage, rows) for key, storage in self.storages.items()}
+        observations = self._normalize_obs(self.stored.gather(rows), env)
         rows = rows[:-1]
         return SequenceBatch(
-            self._observations_to_torch(observations, env),
+            self._observations_to_torch(observations),
             self._to_device(self.actions.take(rows, axis=0)),
             self._to_device(self._normalize_reward(self.rewards.take(rows), env)),
             self._to_device(self.rings.terminated(rows).astype(np.float32)),
@@ -393,23 +305,10 @@ class SequenceReplayBuffer(ReplayBuffer):
         # Endless tasks: a running episode counts once it outweighs whatever has been finished.
         return running if self.sample_open_episodes or running > self.rings.num_starts else 0
 
-    def _gather(self, storage: ObservationStorage, rows: np.ndarray) -> np.ndarray:
-        """Return the observations in flat rows [...]."""
-        if isinstance(storage, FrameStorage):
-            place, padded = self.rings.place(rows), self.rings.zero_padded(rows)
-            return storage.gather_stacks(rows, self.buffer_size, place, padded)
-        return storage.gather(rows)
-
-    def _observations_to_torch(
-        self, observations: dict[str, np.ndarray], env: VecNormalize | None
-    ) -> TensorOrDict:
-        if _SINGLE in self.entries:
-            normalized = self._normalize_obs(observations[_SINGLE], env)
-            assert isinstance(normalized, np.ndarray)
-            return self._to_device(normalized)
-        normalized = self._normalize_obs(observations, env)
-        assert isinstance(normalized, dict)
-        return {key: self._to_device(value) for key, value in normalized.items()}
+    def _observations_to_torch(self, observations: ArrayOrDict) -> TensorOrDict:
+        if isinstance(observations, dict):
+            return {key: self._to_device(value) for key, value in observations.items()}
+        return self._to_device(observations)
 
     def _to_device(self, array: np.ndarray) -> th.Tensor:
         """The arrays are fresh from the gathering: a tensor on the CPU may share their memory."""
@@ -441,11 +340,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         """
         replay_file.load(self, path)
         self._update_position()
-        rows = self.rings.newest_rows()
-        self._newest = {
-            key: self._gather(storage, rows).astype(storage.dtype, copy=False)
-            for key, storage in self.storages.items()
-        }
+        self.stored.recall_newest()
 
 
 def _at(obs: ArrayOrDict, index: int) -> ArrayOrDict:

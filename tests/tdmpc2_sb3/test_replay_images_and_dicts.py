@@ -99,7 +99,7 @@ def test_stacks_are_exact_through_wrap_arounds(padding, num_frames, channels, en
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         episodes = feed(buffer, stackers, 100, end_probability, rng)
-    storage = buffer.storages[""]
+    storage = buffer.stored.storages[""]
     assert isinstance(storage, FrameStorage)
     assert storage.rows.shape == (60, channels, 8, 8)
     assert buffer.nbytes == 60 * (channels * 64 + 4 + 4 + 1)
@@ -139,7 +139,7 @@ def test_what_does_not_move_on_by_one_frame_is_stored_whole(break_at, tmp_path):
     with pytest.warns(UserWarning, match="not stacks that move on") as caught:
         episodes = feed(buffer, [stacker], 120, 0.1, rng, change)
     assert len(caught) == 1
-    assert not isinstance(buffer.storages[""], FrameStorage)
+    assert not isinstance(buffer.stored.storages[""], FrameStorage)
     drawn = sampled_windows(buffer, 2000)
     assert drawn <= known_windows(episodes, 3)
     assert len(drawn) == buffer.num_subsequences
@@ -177,7 +177,7 @@ def test_a_single_picture_is_stored_whole_in_silence():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         episodes = feed(buffer, [Stacker(rng, num_frames=1)], 50, 0.1, rng)
-    assert buffer.storages[""].num_frames == 1
+    assert buffer.stored.storages[""].num_frames == 1
     assert sampled_windows(buffer, 500) <= known_windows(episodes, 3)
 
 

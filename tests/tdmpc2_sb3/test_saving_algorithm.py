@@ -321,7 +321,7 @@ def test_images_and_dictionaries(tmp_path, policy, with_vector):
     assert loaded.observation_space == model.observation_space
     samples = [m.replay_buffer.sample(20).observations for m in (model, loaded)]
     assert_same(*samples)
-    images = model.replay_buffer.storages["image" if with_vector else ""]
+    images = model.replay_buffer.stored.storages["image" if with_vector else ""]
     assert images.rows.shape[1:] == (3, 64, 64)  # single frames
     observation = model.observation_space.sample()
     actions = [m.predict(observation, deterministic=True)[0] for m in (model, loaded)]

@@ -318,7 +318,7 @@ def test_a_million_walker_walk_steps_take_at_most_130_mb():
     buffer.add(zeros, zeros, np.zeros((4, 6)), np.zeros(4), np.zeros(4, dtype=bool), [{}] * 4)
     assert buffer.nbytes == 125_000_000
     arrays = [value for owner in (buffer, buffer.rings) for value in vars(owner).values()]
-    arrays += [storage.rows for storage in buffer.storages.values()]
+    arrays += [storage.rows for storage in buffer.stored.storages.values()]
     total = sum(value.nbytes for value in arrays if isinstance(value, np.ndarray))
     assert total <= 130_000_000
     buffer.reset()

@@ -87,9 +87,10 @@ class _Arm:
     """An untrained agent and the two calls that are measured on it."""
 
     def __init__(self, env: gym.Env, kind: str, horizon: int, compile: bool, settings: dict):
+        entries = isinstance(env.observation_space, gym.spaces.Dict)
+        policy = "MultiInputPolicy" if entries else "MlpPolicy"
         agent = TDMPC2(
-            "MultiInputPolicy" if isinstance(env.observation_space, gym.spaces.Dict) else "MlpPolicy",
-            env, dynamics=kind, horizon=horizon, compile=False, **settings,
+            policy, env, dynamics=kind, horizon=horizon, compile=False, **settings
         )  # fmt: skip
         assert isinstance(agent.policy, TDMPC2Policy)
         self.device, self.policy = agent.device, agent.policy
@@ -143,9 +144,7 @@ def compare(
     rows = []
     for horizon in horizons:
         arms = [_Arm(env, kind, horizon, False, settings) for kind in kinds]
-        counts = [
-            (count_multiply_adds(arm.rollout), count_multiply_adds(arm.plan)) for arm in arms
-        ]
+        counts = [(count_multiply_adds(arm.rollout), count_multiply_adds(arm.plan)) for arm in arms]
         if compile:
             arms = [_Arm(env, kind, horizon, True, settings) for kind in kinds]
         device = arms[0].device

@@ -12,8 +12,7 @@ With features c = Mish(LN(W_c z_0)), per step k and layer l (LN: LayerNorm):
     dt_k    = clamp(softplus(beta + W_2 W_1 v_k), DT_MIN, DT_MAX)   # W_2 W_1: selective only
     x_0     = P_l c
     x_{k+1} = Abar_k x_k + G_k (B v_k)                              # exact zero-order hold
-    y_k     = C x_{k+1} + d * v_k
-    u_k^l   = u_k^{l-1} + g * sigmoid(W_g g),   g = GELU(y_k)
+    u_k^l   = u_k^{l-1} + W GELU(C x_{k+1} + V v_k)
     z_{k+1} = SimNorm(LN(W_o u_k^L))
 
 The layer follows S5 (arXiv:2208.04933), the input-dependent step size Mamba (arXiv:2312.00752).
@@ -27,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch as th
 from torch import nn
@@ -85,7 +84,7 @@ def gelu(x: th.Tensor) -> th.Tensor:
 
 
 class SSMLayer(nn.Module):
-    """One diagonal state-space layer with its gated residual connection.
+    """One diagonal state-space layer in a residual block.
 
     :param width: D
     :param modes: P
@@ -99,8 +98,8 @@ class SSMLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.drive = nn.Linear(width, 2 * modes, bias=False)  # B
         self.readout = nn.Linear(2 * modes, width, bias=False)  # C
-        self.gate = nn.Linear(width, width)  # W_g
-        self.skip = nn.Parameter(th.empty(width))  # d
+        self.direct = nn.Linear(width, width, bias=False)  # V
+        self.mix = nn.Linear(width, width, bias=False)  # W
         self.nu = nn.Parameter(th.empty(modes))
         self.omega = nn.Parameter(th.empty(modes))
         self.beta = nn.Parameter(th.empty(modes))
@@ -116,14 +115,13 @@ class SSMLayer(nn.Module):
         the state would hardly feel an action, and the planner would start almost blind.
         """
         self.norm.reset_parameters()
-        for linear in (self.drive, self.readout, self.gate):
+        for linear in (self.drive, self.readout, self.direct, self.mix):
             scaled_normal_(linear)
         with th.no_grad():
             squared = th.empty_like(self.nu).uniform_(RING_INNER**2, RING_OUTER**2)
             self.nu.copy_(th.log(-0.5 * th.log(squared) - ALPHA_MIN))
             self.omega.uniform_(0.0, math.pi / 2)
             self.beta.fill_(math.log(math.expm1(1.0)))  # softplus(beta) = 1
-            self.skip.fill_(1.0)
             if self.rank:
                 scaled_normal_(self.select_in)
                 self.select_out.weight.zero_()
@@ -148,19 +146,19 @@ class SSMLayer(nn.Module):
         return self._advance(stream, x)[0]
 
     def _advance(self, stream: th.Tensor, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        v = self.norm(stream)
-        drive, dt = self._drive_and_step_size(v)
+        drive, direct, dt = self._products(self.norm(stream))
         states = scan(self.discretise(dt), drive, x)  # [H, ..., 2P]
-        y = gelu(self.readout(states) + self.skip * v)  # [H, ..., D]
-        return stream + y * th.sigmoid(self.gate(y)), states
+        return stream + self.mix(gelu(self.readout(states) + direct)), states
 
-    def _drive_and_step_size(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """B v [..., 2P] and dt, [..., P] if selective and [P] if not."""
-        if not self.rank:
-            return self.drive(v), F.softplus(self.beta).clamp(DT_MIN, DT_MAX)
-        weight = th.cat([self.drive.weight, self.select_in.weight])  # one product instead of two
-        drive, selection = F.linear(v, weight).split([2 * self.modes, self.rank], dim=-1)
-        return drive, F.softplus(self.beta + self.select_out(selection)).clamp(DT_MIN, DT_MAX)
+    def _products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """B v [..., 2P], V v [..., D], and dt, [..., P] if selective and [P] if not."""
+        weights = [self.drive.weight, self.direct.weight]
+        if self.rank:
+            weights.append(self.select_in.weight)
+        sizes = [len(weight) for weight in weights]
+        drive, direct, *selection = F.linear(v, th.cat(weights)).split(sizes, dim=-1)
+        raw = self.beta + self.select_out(selection[0]) if self.rank else self.beta
+        return drive, direct, F.softplus(raw).clamp(DT_MIN, DT_MAX)
 
     def discretise(self, dt: th.Tensor) -> Discretisation:
         """Abar and G of this layer's modes for step sizes dt, [..., P]."""
@@ -257,7 +255,7 @@ class SSMDynamics(LatentDynamics):
             scaled_normal_(linear)
         self.features.ln.reset_parameters()
         self.out.ln.reset_parameters()
-        for layer in self.layers:
+        for layer in self._stack():
             layer.reset_parameters()
 
     def slow_parameters(self) -> Iterator[nn.Parameter]:
@@ -265,8 +263,11 @@ class SSMDynamics(LatentDynamics):
 
         They are exponents and frequencies: a small change of them alters every step of a horizon.
         """
-        for layer in self.layers:
+        for layer in self._stack():
             yield from (layer.nu, layer.omega, layer.beta)
+
+    def _stack(self) -> list[SSMLayer]:
+        return cast(list[SSMLayer], list(self.layers))
 
     def initial_state(self, latent: th.Tensor) -> DynamicsState:
         """See :meth:`LatentDynamics.initial_state`.
@@ -282,7 +283,7 @@ class SSMDynamics(LatentDynamics):
         context, *starts = state
         stream = self.action_in(action) + context  # u^0
         next_states = []
-        for layer, x in zip(self.layers, starts):
+        for layer, x in zip(self._stack(), starts, strict=True):
             stream, next_x = layer.step(stream, x)
             next_states.append(next_x)
         latent = self.out(stream)  # z'
@@ -296,7 +297,7 @@ class SSMDynamics(LatentDynamics):
             return super().rollout(state, actions)
         context, *starts = state
         stream = self.action_in(actions) + context  # [H, ..., D]
-        for layer, x in zip(self.layers, starts):
+        for layer, x in zip(self._stack(), starts, strict=True):
             stream = layer.rollout(stream, x)
         return self.out(stream)  # [H, ..., Z]
 

@@ -101,9 +101,7 @@ def layer_norm(x: th.Tensor, norm: th.nn.Module) -> th.Tensor:
     return scaled * norm.weight + norm.bias
 
 
-def complex_reference(
-    dynamics: SSMDynamics, latent: th.Tensor, actions: th.Tensor
-) -> th.Tensor:
+def complex_reference(dynamics: SSMDynamics, latent: th.Tensor, actions: th.Tensor) -> th.Tensor:
     """The docstring's equations in complex128, one row and one step at a time."""
     p = {name: value.detach().double() for name, value in dynamics.named_parameters()}
 
@@ -134,12 +132,9 @@ def complex_reference(
                 b[:modes], b[modes:]
             )
             x = th.cat([states[index].real, states[index].imag])
-            y = p[name + "readout.weight"] @ x + p[name + "skip"] * v
-            g = th.nn.functional.gelu(y, approximate="tanh")
-            gate = p[name + "gate.weight"] @ g
-            gate = gate + p.get(name + "gate.bias", th.zeros(()))
-            u = u + g / (1 + (-gate).exp())
-        y = p["out.weight"] @ u + p.get("out.bias", th.zeros(()))
+            y = p[name + "readout.weight"] @ x + p[name + "direct.weight"] @ v
+            u = u + p[name + "mix.weight"] @ th.nn.functional.gelu(y, approximate="tanh")
+        y = p["out.weight"] @ u + p["out.bias"]
         y = (y - y.mean()) / (y.var(correction=0) + 1e-5).sqrt()
         y = y * p["out.ln.weight"] + p["out.ln.bias"]
         latents.append(y.view(-1, 8).softmax(-1).flatten())
@@ -152,9 +147,7 @@ def test_rollout_equals_a_complex_recurrence(options: dict[str, object]) -> None
     latent, actions = make_inputs(10, th.float32, batch=(2, 2))
     single = dynamics.rollout(dynamics.initial_state(latent), actions)
     dynamics = dynamics.double()
-    double = dynamics.rollout(
-        dynamics.initial_state(latent.double()), actions.double()
-    )
+    double = dynamics.rollout(dynamics.initial_state(latent.double()), actions.double())
     for env in range(2):
         for sample in range(2):
             expected = complex_reference(
@@ -178,7 +171,7 @@ def test_every_input_gives_a_contracting_state(scale: float, shift: float, seed:
         layer.omega.normal_(0.0, 10.0)
         layer.beta.normal_(shift, 5.0)
         layer.select_out.weight.normal_(0.0, scale)
-        _, dt = layer._drive_and_step_size(scale * th.randn(64, 12))
+        *_, dt = layer._products(scale * th.randn(64, 12))
         system = layer.discretise(dt)
     assert ((dt >= DT_MIN) & (dt <= DT_MAX)).all()
     modulus = th.hypot(system.decay_real.double(), system.decay_imag.double())
@@ -271,13 +264,15 @@ def test_initial_eigenvalues_lie_on_the_ring() -> None:
     dynamics = SSMDynamics(512, 6, 512)
     radii = []
     for layer in dynamics.layers:
-        _, dt = layer._drive_and_step_size(th.randn(10, dynamics.sizes.width))
+        *_, dt = layer._products(th.randn(10, dynamics.sizes.width))
         th.testing.assert_close(dt, th.ones_like(dt))  # one agent step, whatever the input
         system = layer.discretise(dt[0])
         radii.append(th.hypot(system.decay_real, system.decay_imag))
-        assert 0.0 <= layer.omega.min() and layer.omega.max() <= math.pi / 2
+        assert layer.omega.min() >= 0.0
+        assert layer.omega.max() <= math.pi / 2
     radius = th.cat(radii)
-    assert RING_INNER - 1e-5 <= radius.min() and radius.max() <= RING_OUTER + 1e-5
+    assert radius.min() >= RING_INNER - 1e-5
+    assert radius.max() <= RING_OUTER + 1e-5
     # Uniform by area: the mean of r^2 is that of its bounds, within 4 standard errors.
     middle = (RING_INNER**2 + RING_OUTER**2) / 2
     spread = (RING_OUTER**2 - RING_INNER**2) / math.sqrt(12 * len(radius))
@@ -306,7 +301,7 @@ def test_a_global_initialiser_is_undone_by_reset_parameters() -> None:
     dynamics.reset_parameters()
     for layer in dynamics.layers:
         assert th.nn.functional.softplus(layer.beta).allclose(th.ones(()))
-        assert layer.skip.eq(1).all() and layer.select_out.weight.eq(0).all()
+        assert layer.select_out.weight.eq(0).all()
         assert layer.omega.max() > 0.5
 
 

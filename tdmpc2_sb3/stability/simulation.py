@@ -1,0 +1,133 @@
+"""Plans against the simulator: its state is restored, and the planned actions are executed.
+
+Shapes: N candidates, H horizon, A action, Z latent.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+
+from tdmpc2_sb3.planner import Plan
+
+if TYPE_CHECKING:
+    from tdmpc2_sb3.stability.recording import Planner
+
+# Candidates spread over what the planner weighs, not only over the narrow rest of its last
+# iteration, where all plans are nearly one.
+CANDIDATE_STD = 0.5
+
+
+class Candidates(NamedTuple):
+    """Action sequences from one state, the plan's mean first; returns over the plan's horizon.
+
+    Rewards are discounted sums over H steps. Values add the discounted value of the last state,
+    from the predicted latent when planned and from the true observation when simulated.
+    """
+
+    planned_rewards: np.ndarray  # [1 + N]
+    simulated_rewards: np.ndarray  # [1 + N]
+    planned_values: np.ndarray  # [1 + N]
+    simulated_values: np.ndarray  # [1 + N]
+
+
+def can_restore(env: gym.Env) -> bool:
+    """Whether the simulator's state can be read and set."""
+    base = env.unwrapped
+    return callable(getattr(base, "get_state", None)) and callable(getattr(base, "set_state", None))
+
+
+@th.no_grad()
+def try_candidates(
+    planner: Planner, env: gym.Env, observation: Any, plan: Plan, num_candidates: int
+) -> Candidates:
+    """Values action sequences by the model and by the simulator.
+
+    The simulator is left as it was.
+
+    :param planner: the agent's
+    :param env: at the state to start from
+    :param observation: of that state
+    :param plan: made there; its mean is the first candidate
+    :param num_candidates: N further ones, drawn around the mean
+    """
+    mean, std = plan.mean[0], plan.std[0].clamp_min(CANDIDATE_STD)  # [H, A]
+    noise = th.randn(num_candidates, *mean.shape, generator=planner.generator, device=mean.device)
+    sequences = th.cat([mean[None], mean + std * noise]).clamp(-1.0, 1.0)  # [1 + N, H, A]
+    rewards, values = predicted_returns(planner, planner.encode(observation), sequences)
+    simulated, last, alive = simulate(planner, env, sequences)
+    gamma = planner.policy.planner.gamma ** sequences.shape[1]
+    tail = gamma * alive * _state_values(planner, planner.encode(last)).cpu().numpy()
+    return Candidates(rewards, simulated, values, simulated + tail)
+
+
+@th.no_grad()
+def predicted_returns(
+    planner: Planner, latent: th.Tensor, sequences: th.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Discounted rewards over the horizon, without and with the last latent's value, [N].
+
+    :param latent: z_0, [1, Z]
+    :param sequences: [N, H, A]
+    """
+    model, gamma = planner.model, planner.policy.planner.gamma
+    actions = sequences.transpose(0, 1).unsqueeze(1)  # [H, 1, N, A]
+    start = latent.unsqueeze(1)  # [1, 1, Z]
+    latents = model.dynamics.rollout(model.dynamics.initial_state(start), actions)[:, 0]
+    before = th.cat([latent.expand_as(latents[:1, 0]).expand_as(latents[0])[None], latents[:-1]])
+    rewards = model.reward(before, actions[:, 0])  # [H, N]
+    discounts = gamma ** th.arange(len(rewards) + 1, device=rewards.device)
+    alive = th.ones_like(rewards)
+    last_alive = alive[-1]
+    if model.episodic:
+        ended = (model.termination_logit(latents) > 0).float().cumsum(0).clamp(max=1.0)
+        alive = th.cat([th.ones_like(ended[:1]), 1.0 - ended[:-1]])
+        last_alive = 1.0 - ended[-1]
+    total = (discounts[:-1, None] * alive * rewards).sum(0)
+    tail = discounts[-1] * last_alive * _state_values(planner, latents[-1])
+    return total.cpu().numpy(), (total + tail).cpu().numpy()
+
+
+def _state_values(planner: Planner, latents: th.Tensor) -> th.Tensor:
+    """Mean of all Q heads at the policy prior's mean action, [N]."""
+    model = planner.model
+    return model.q_values(latents, model.policy_action(latents, None)).mean(0)
+
+
+def state_values(planner: Planner, observations: Any) -> np.ndarray:
+    """What the agent expects from states, [N]: mean of all Q heads, prior's mean action."""
+    with th.no_grad():
+        return _state_values(planner, planner.encode(observations)).cpu().numpy()
+
+
+def simulate(
+    planner: Planner, env: gym.Env, sequences: th.Tensor
+) -> tuple[np.ndarray, Any, np.ndarray]:
+    """Executes action sequences from the simulator's present state, and restores it.
+
+    The unwrapped environment is stepped: its wrappers' counters stay out of it.
+
+    :param sequences: in [-1, 1], [N, H, A]
+    :return: discounted rewards [N], last observations [N, ...], whether still running [N]
+    """
+    base: Any = env.unwrapped
+    state = base.get_state()
+    gamma = planner.policy.planner.gamma
+    totals, alive, last = np.zeros(len(sequences)), np.ones(len(sequences)), []
+    for row, sequence in enumerate(sequences):
+        base.set_state(state)
+        for k, action in enumerate(planner.policy.unscale(sequence)):
+            observation, reward, terminated, truncated, _ = base.step(action)
+            totals[row] += gamma**k * float(reward)
+            if terminated:
+                alive[row] = 0.0
+            if terminated or truncated:
+                break
+        last.append(observation)
+    base.set_state(state)
+    if isinstance(last[0], dict):
+        return totals, {key: np.stack([o[key] for o in last]) for key in last[0]}, alive
+    return totals, np.stack(last), alive

@@ -1,8 +1,8 @@
 """Python values as JSON and back, without pickle: a saved algorithm's settings and state.
 
 Reading never runs code that a file brings along: an object is rebuilt only if its type stands in
-the tables below, and a class is looked up only among the ones named here or registered by
-:func:`register_class`.
+the tables below, and a class is looked up only among those that :mod:`tdmpc2_sb3.json_classes`
+names.
 
 A value that JSON lacks becomes ``{"__type__": <tag>, ...}``; arrays are written bit for bit.
 """
@@ -10,69 +10,30 @@ A value that JSON lacks becomes ``{"__type__": <tag>, ...}``; arrays are written
 from __future__ import annotations
 
 import base64
-import importlib
 import math
 import pathlib
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 
+from tdmpc2_sb3.json_classes import (
+    ENUMS,
+    RECORDS,
+    UnreadableError,
+    UnsaveableError,
+    class_of_name,
+    import_listed,
+    name_of_class,
+    qualified_name,
+)
+
 _TAG = "__type__"
 
-# Objects rebuilt by calling their class with the attributes named here. Named by strings: the zoo
-# is not imported unless a file needs it.
-_RECORDS: dict[str, tuple[str, ...]] = {
-    "stable_baselines3.common.utils.ConstantSchedule": ("val",),
-    "stable_baselines3.common.utils.FloatSchedule": ("value_schedule",),
-    "stable_baselines3.common.utils.LinearSchedule": ("start", "end", "end_fraction"),
-    "rl_zoo3.utils.SimpleLinearSchedule": ("initial_value",),
-    "stable_baselines3.common.type_aliases.TrainFreq": ("frequency", "unit"),
-}
-_ENUMS = ("stable_baselines3.common.type_aliases.TrainFrequencyUnit",)
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
-# Classes of these modules may be named in a file.
-_CLASS_MODULES = (
-    "tdmpc2_sb3.policies",
-    "tdmpc2_sb3.sequence_buffer",
-    "tdmpc2_sb3.encoders",
-    "tdmpc2_sb3.dynamics.mlp",
-    "tdmpc2_sb3.dynamics.ssm",
-    "stable_baselines3.common.torch_layers",
-    "stable_baselines3.common.buffers",
-)
-_TORCH_NAMESPACES = {"torch.nn": th.nn, "torch.optim": th.optim}
-_REGISTERED: dict[str, type] = {}
-
-_ClassT = TypeVar("_ClassT", bound=type)
-
-
-class UnsaveableError(TypeError):
-    """A value cannot be written without pickle."""
-
-
-class UnreadableError(ValueError):
-    """A saved value cannot be rebuilt here."""
-
-
-def register_class(cls: _ClassT) -> _ClassT:
-    """Allow a class of your own, such as a policy, to be named in saved models.
-
-    Usable as a decorator.
-    Only its name is saved: the program that loads the model has to register the class as well.
-
-    :param cls: a class
-    """
-    _REGISTERED[qualified_name(cls)] = cls
-    return cls
-
-
-def qualified_name(cls: type) -> str:
-    """Return ``module.Class``."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def encode(value: Any, name: str) -> Any:
@@ -130,13 +91,12 @@ def _encode(value: Any, name: str) -> Any:
     if encoder is not None:
         return encoder(value, name)
     full_name = qualified_name(type(value))
-    if full_name in _RECORDS:
+    if full_name in RECORDS:
         fields = {
-            field: _encode(getattr(value, field), f"{name}.{field}")
-            for field in _RECORDS[full_name]
+            field: _encode(getattr(value, field), f"{name}.{field}") for field in RECORDS[full_name]
         }
         return {_TAG: "record", "name": full_name, "fields": fields}
-    if full_name in _ENUMS:
+    if full_name in ENUMS:
         return {_TAG: "enum", "name": full_name, "value": value.value}
     if isinstance(value, type):
         return _encode_class(value, name)
@@ -276,50 +236,22 @@ def _decode_random_state(value: dict[str, Any]) -> np.random.RandomState:
 
 
 def _encode_class(cls: type, name: str) -> dict[str, Any]:
-    full_name = qualified_name(cls)
-    if full_name in _REGISTERED or cls.__module__ in _CLASS_MODULES:
-        return {_TAG: "class", "name": full_name}
-    for namespace, module in _TORCH_NAMESPACES.items():
-        if getattr(module, cls.__name__, None) is cls:
-            return {_TAG: "class", "name": f"{namespace}.{cls.__name__}"}
-    raise UnsaveableError(
-        f"Cannot save '{name}': the class {full_name} is not known to saved models; call "
-        f"tdmpc2_sb3.saving.register_class({cls.__name__}) in the programs that save and load it."
-    )
-
-
-def _decode_class(value: dict[str, Any]) -> type:
-    full_name = value["name"]
-    module_name, _, class_name = full_name.rpartition(".")
-    found: Any = _REGISTERED.get(full_name)
-    if found is None and module_name in _TORCH_NAMESPACES:
-        found = getattr(_TORCH_NAMESPACES[module_name], class_name, None)
-    elif found is None and module_name in _CLASS_MODULES:
-        found = getattr(importlib.import_module(module_name), class_name, None)
-    if not isinstance(found, type):
-        raise UnreadableError(
-            f"The saved model names the class {full_name}, which is not known here: import its "
-            f"module and call tdmpc2_sb3.saving.register_class({class_name}) before loading."
+    saved_name = name_of_class(cls)
+    if saved_name is None:
+        raise UnsaveableError(
+            f"Cannot save '{name}': the class {qualified_name(cls)} is not known to saved models; "
+            f"call tdmpc2_sb3.saving.register_class({cls.__name__}) in the programs that save and "
+            "load it."
         )
-    return found
-
-
-def _import_named(full_name: str) -> Any:
-    module_name, _, attribute = full_name.rpartition(".")
-    return getattr(importlib.import_module(module_name), attribute)
+    return {_TAG: "class", "name": saved_name}
 
 
 def _decode_record(value: dict[str, Any]) -> Any:
+    record = import_listed(value["name"], tuple(RECORDS))
     fields = decode(value["fields"])
-    if set(fields) != set(_RECORDS[value["name"]]):
+    if set(fields) != set(RECORDS[value["name"]]):
         raise ValueError(f"fields {sorted(fields)}")
-    return _import_named(value["name"])(**fields)
-
-
-def _decode_enum(value: dict[str, Any]) -> Any:
-    if value["name"] not in _ENUMS:
-        raise ValueError(value["name"])
-    return _import_named(value["name"])(value["value"])
+    return record(**fields)
 
 
 def _encode_space(value: spaces.Space, name: str) -> dict[str, Any]:
@@ -341,7 +273,8 @@ def _encode_space(value: spaces.Space, name: str) -> dict[str, Any]:
     elif isinstance(value, spaces.Dict):
         fields = {"keys": list(value.spaces), "spaces": list(value.spaces.values())}
     else:
-        fields = {"spaces": list(value.spaces)}  # Tuple
+        assert isinstance(value, spaces.Tuple)
+        fields = {"spaces": list(value.spaces)}
     return {
         _TAG: "space",
         "kind": type(value).__name__,
@@ -428,7 +361,7 @@ _DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "torch device": lambda value: th.device(value["value"]),
     "space": _decode_space,
     "record": _decode_record,
-    "enum": _decode_enum,
-    "class": _decode_class,
+    "enum": lambda value: import_listed(value["name"], ENUMS)(value["value"]),
+    "class": lambda value: class_of_name(value["name"]),
     "path": lambda value: pathlib.Path(value["value"]),
 }

@@ -28,14 +28,13 @@ from tdmpc2_sb3.file_io import (
     open_zip,
     write_to,
 )
-from tdmpc2_sb3.json_codec import (
+from tdmpc2_sb3.json_classes import (
     UnreadableError,
     UnsaveableError,
-    decode,
-    encode,
     qualified_name,
     register_class,
 )
+from tdmpc2_sb3.json_codec import decode, encode
 
 __all__ = [
     "CorruptFileError",

@@ -16,14 +16,13 @@ from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
-from tdmpc2_sb3.json_codec import (
+from tdmpc2_sb3.json_classes import (
     UnreadableError,
     UnsaveableError,
-    decode,
-    encode,
     qualified_name,
     register_class,
 )
+from tdmpc2_sb3.json_codec import decode, encode
 from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
 
 

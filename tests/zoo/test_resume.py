@@ -1,0 +1,314 @@
+"""`python -m tdmpc2_sb3.zoo resume`: stopped and killed runs end as if nothing had happened."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+import yaml
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.callbacks import BaseCallback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tdmpc2_sb3 import TDMPC2
+from tdmpc2_sb3.callbacks import ResumableCheckpointCallback, latest_checkpoint
+from tdmpc2_sb3.zoo import checkpoints, resume
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "resume.md"
+WALKER = "DMC/walker-walk-v0"
+NAME = "DMC-walker-walk-v0"
+RUN = f"logs/tdmpc2/{NAME}_1"
+RESUME = f"python -m tdmpc2_sb3.zoo resume {RUN}"  # as in the guide
+SHORT = "env_kwargs:dict(action_repeat=20)"  # episodes of 50 steps
+FREQUENT = f"callback:[{{'{checkpoints.CALLBACK_NAME}': dict(save_freq=25)}}]"
+
+
+def start(folder: Path, arguments: list[str], **options) -> subprocess.Popen[str]:
+    """Start a Python program as a user does in a terminal: Ctrl-C means what it usually means."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **options,
+    )
+
+
+def train_command(tiny: list[str], *options: str, params: tuple[str, ...] = ()) -> list[str]:
+    return [
+        "rl_zoo3.train", "--algo", "tdmpc2", "--env", WALKER, "--seed", "3", "--device", "cpu",
+        "--eval-episodes", "1", *options, "-params", *tiny, SHORT, FREQUENT, *params,
+    ]  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Return when a checkpoint of this step or a later one lies in the run's folder."""
+    while process.poll() is None:
+        newest = latest_checkpoint(run)
+        if newest is not None and int(newest.name.split("_")[1].split(".")[0]) >= step:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"ended before step {step}: {process.communicate()[0]}")
+
+
+def assert_same_model(first: Path, second: Path) -> None:
+    models = [TDMPC2.load(run / NAME, device="cpu") for run in (first, second)]
+    assert models[0].num_timesteps == models[1].num_timesteps
+    assert models[0]._n_updates == models[1]._n_updates > 0
+    weights = [model.policy.state_dict() for model in models]
+    assert all(th.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def episodes(run: Path, environment: int = 0) -> list[tuple[str, str]]:
+    """Return and length of every episode in Monitor's file, whose clock never goes back."""
+    lines = (run / f"{environment}.monitor.csv").read_text().splitlines()
+    rows = list(csv.DictReader(lines[1:]))
+    seconds = [float(row["t"]) for row in rows]
+    assert seconds == sorted(seconds)
+    return [(row["r"], row["l"]) for row in rows]
+
+
+def logged(folder: Path, tag: str) -> list[tuple[int, float]]:
+    (directory,) = folder.glob("tb/*/*")  # one folder: the resumed run goes on in it
+    events = EventAccumulator(str(directory)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path, tiny):
+    assert f"{RESUME}\n" in GUIDE.read_text()
+    whole, killed, elsewhere = (tmp_path / name for name in ("whole", "killed", "elsewhere"))
+    for folder in (whole, killed, elsewhere):
+        folder.mkdir()
+    command = train_command(tiny, "-n", "300", "--eval-freq", "50", "-tb", "tb")
+    finish(start(whole, command))
+
+    chance = random.Random()
+    resume_command = ["tdmpc2_sb3.zoo", "resume", str(killed / RUN)]
+    moments = []
+    for process, step in (
+        (start(killed, command), chance.randrange(25, 126)),
+        (start(elsewhere, resume_command), chance.randrange(150, 226)),
+    ):
+        wait_for_step(killed / RUN, step, process)
+        delay = chance.uniform(0.0, 0.3)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        moments.append((step, delay))
+    print("killed after", moments)
+    output = finish(start(elsewhere, resume_command))
+    assert re.search(r"Resuming '.*' at step \d+ of 300", output)
+
+    assert_same_model(whole / RUN, killed / RUN)
+    assert_same_model(whole / RUN / "best_model.zip", killed / RUN / "best_model.zip")
+    assert len(episodes(whole / RUN)) == 6
+    assert episodes(whole / RUN) == episodes(killed / RUN)
+    with (
+        np.load(whole / RUN / "evaluations.npz") as first,
+        np.load(killed / RUN / "evaluations.npz") as second,
+    ):
+        assert first["timesteps"].tolist() == [50, 100, 150, 200, 250, 300]
+        for name in first.files:
+            np.testing.assert_array_equal(first[name], second[name])
+    assert logged(whole, "eval/mean_reward") == logged(killed, "eval/mean_reward")
+    assert "is finished: 300 of 300" in finish(start(elsewhere, resume_command))
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_burst_of_first_updates(tmp_path, tiny):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    command = train_command(
+        tiny, "-n", "60", "--eval-freq", "-1", params=("initial_gradient_steps:300",)
+    )
+    finish(start(whole, command))
+    process = start(stopped, command)
+    assert process.stdout is not None
+    while "Learning starts with 300 gradient steps" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    pressed = time.monotonic()
+    output = finish(process)
+    assert time.monotonic() - pressed < 30  # most of it on a busy machine
+    assert f"Saving to {RUN}" in output
+    model = TDMPC2.load(stopped / RUN / NAME, device="cpu")
+    assert model.num_timesteps == 40
+    assert 0 < model._n_updates < 300
+    assert model._n_updates + model._pending_initial_updates == 300
+
+    # The command that it names, in the folder that it was started in.
+    advised = re.search(r"^  python -m (tdmpc2_sb3\.zoo resume .*)$", output, re.M)
+    assert advised is not None
+    output = finish(start(stopped, shlex.split(advised.group(1))))
+    remaining = model._pending_initial_updates
+    assert f"Learning starts with {remaining} gradient steps" in output
+    assert_same_model(whole / RUN, stopped / RUN)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_reaches_environment_processes_too(tmp_path, tiny):
+    command = train_command(
+        tiny, "-n", "400", "--eval-freq", "-1", "--vec-env", "subproc",
+        params=("n_envs:2", "gradient_steps:-1"),
+    )  # fmt: skip
+    process = start(tmp_path, command, start_new_session=True)
+    wait_for_step(tmp_path / RUN, 75, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output = finish(process)
+    stopped_at = int(re.search(r"Stopped after (\d+) of 400 steps", output).group(1))
+    assert 75 <= stopped_at < 400
+    resumed = finish(start(tmp_path, ["tdmpc2_sb3.zoo", "resume", RUN]))
+    assert f"at step {stopped_at} of 400" in resumed
+    assert "closed as truncated" not in resumed
+    # Also the episodes that Ctrl-C interrupted have their full length.
+    for environment in (0, 1):
+        assert [length for _, length in episodes(tmp_path / RUN, environment)] == ["50"] * 4
+
+
+def experiment(folder: Path, **options) -> ExperimentManager:
+    options.setdefault("hyperparams", None)
+    made = ExperimentManager(
+        argparse.Namespace(env=WALKER, algo="tdmpc2"),
+        "tdmpc2",
+        WALKER,
+        str(folder),
+        verbose=0,
+        **options,
+    )
+    hyperparams, saved = made.read_hyperparameters()
+    _, _, made.callbacks, _ = made._preprocess_hyperparams(hyperparams)
+    made.create_log_folder()
+    made.create_callbacks()
+    made._save_config(saved)
+    return made
+
+
+def test_the_yaml_names_the_callback_which_learns_its_folder(tmp_path):
+    made = experiment(tmp_path, eval_freq=-1, show_progress=True)
+    assert [type(each).__name__ for each in made.callbacks] == [
+        "ProgressBarCallback",
+        "ResumableCheckpointCallback",
+    ]
+    assert made.callbacks[1].save_freq == 5000
+    assert made.callbacks[1].folder == Path(made.save_path)
+    none = experiment(tmp_path, eval_freq=-1, hyperparams={"callback": None})
+    assert none.callbacks == []
+
+
+class Other(BaseCallback):
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_trials_write_no_checkpoints(tmp_path):
+    made = experiment(tmp_path, optimize_hyperparameters=True, n_evaluations=1)
+    assert made.specified_callbacks == []
+    other = f"{Other.__module__}.{Other.__name__}"
+    for given, kept in (
+        ([{checkpoints.CALLBACK_NAME: {"save_freq": 10}}, other], [other]),
+        (checkpoints.CALLBACK_NAME, []),
+        ([other], [other]),
+        (None, []),
+    ):
+        assert checkpoints.without_checkpoints(given) == kept
+
+
+def test_the_saved_configuration_is_read_as_it_was_written(tmp_path, monkeypatch):
+    made = experiment(tmp_path, hyperparams={"train_freq": (1, "episode")}, eval_freq=25_000)
+    folder = Path(made.params_path)
+    config = resume.read_yaml(folder / "config.yml")
+    with (folder / "config.yml").open() as file:
+        assert config == yaml.load(file, Loader=yaml.UnsafeLoader)
+    assert config["train_freq"] == (1, "episode")
+    assert config["callback"] == [{checkpoints.CALLBACK_NAME: {"save_freq": 5000}}]
+    assert config["eval_freq"] == 2500  # the YAML's
+    assert resume.read_yaml(folder / "args.yml") == {"algo": "tdmpc2", "env": WALKER}
+    monkeypatch.setattr("sys.argv", ["train", "--eval-freq", "25000"])
+    asked = experiment(tmp_path, eval_freq=25_000)
+    config = resume.read_yaml(Path(asked.params_path) / "config.yml")
+    assert config["eval_freq"] == 25_000
+
+
+def write_run(folder: Path, **args) -> Path:
+    """Write what the zoo leaves of a run that was killed at its start."""
+    run = folder / "logs" / "tdmpc2" / f"{NAME}_1"
+    (run / NAME).mkdir(parents=True)
+    given = {"algo": "tdmpc2", "env": WALKER, "n_timesteps": -1, "seed": 7, **args}
+    config = {"n_timesteps": 100, "callback": [{checkpoints.CALLBACK_NAME: {"save_freq": 50}}]}
+    (run / NAME / "args.yml").write_text(yaml.dump(OrderedDict(given)))
+    (run / NAME / "config.yml").write_text(yaml.dump(OrderedDict(config)))
+    (run / NAME / "command.txt").write_text("python -m rl_zoo3.train --algo tdmpc2")
+    return run
+
+
+def refusal(capsys, folder: Path) -> str:
+    assert resume.main([str(folder)]) == 1
+    return capsys.readouterr().err
+
+
+def test_a_run_without_checkpoint_says_how_to_start_again(tmp_path, capsys):
+    run = write_run(tmp_path)
+    message = refusal(capsys, run)
+    assert "has no checkpoint: the first is written after 50 steps. Start again with:" in message
+    assert message.endswith("python -m rl_zoo3.train --algo tdmpc2 --seed 7\n")
+
+
+def test_what_is_no_run_is_named(tmp_path, capsys):
+    assert "does not exist: name the folder of a run" in refusal(capsys, tmp_path / "nowhere")
+    assert "holds no args.yml" in refusal(capsys, tmp_path)
+    foreign = write_run(tmp_path, algo="sac")
+    assert "is a run of sac: only tdmpc2 and tdmpc2_ssm" in refusal(capsys, foreign)
+
+
+def test_a_run_at_work_is_left_alone(tmp_path, capsys):
+    run = write_run(tmp_path)
+    held = checkpoints.lock(run)
+    assert held is not None
+    assert "still at work" in refusal(capsys, run)
+    held.close()
+    assert "has no checkpoint" in refusal(capsys, run)
+
+
+def test_python_objects_in_the_files_are_not_built(tmp_path, capsys):
+    run = write_run(tmp_path)
+    witness = tmp_path / "witness"
+    config = run / NAME / "config.yml"
+    config.write_text(f"policy: !!python/object/apply:os.mkdir ['{witness}']")
+    message = refusal(capsys, run)
+    assert "Python objects" in message
+    assert "os.mkdir" in message
+    assert not witness.exists()
+
+
+def test_two_checkpoint_callbacks_keep_their_own_folders(tmp_path):
+    mine = ResumableCheckpointCallback(10, tmp_path / "mine")
+    callbacks = [mine, Other(), ResumableCheckpointCallback(10)]
+    ordered = checkpoints.adopt(callbacks, str(tmp_path))
+    assert [type(each) for each in ordered][0] is Other
+    assert [each.folder for each in ordered[1:]] == [tmp_path / "mine", tmp_path]

@@ -26,7 +26,14 @@ import numpy as np
 
 import dmc_gym_plugin  # registers the environments
 
-TASKS = ("walker-walk", "cheetah-run", "hopper-hop", "humanoid-run", "reacher-easy", "quadruped-run")
+TASKS = (
+    "walker-walk",
+    "cheetah-run",
+    "hopper-hop",
+    "humanoid-run",
+    "reacher-easy",
+    "quadruped-run",
+)
 EPISODE = 1000
 
 #: A contender: (reset, step(action)).
@@ -105,8 +112,13 @@ def report(tasks: list[str], rounds: int, block: int) -> str:
         seconds = measure(domain, task, rounds, block)
         speed = [f"{1 / np.median(values):,.0f}" for values in seconds.values()]
         ratios = [np.median(seconds[other] / seconds["DMC"]) for other in ("Shimmy", "dm_control")]
-        lines.append(f"| {name} | " + " | ".join(speed) + " | "
-                     + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(speed)
+            + " | "
+            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            + " |"
+        )
         print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 

@@ -15,8 +15,13 @@ from numpy.typing import NDArray
 
 from dmc_gym_plugin import rendering
 
-#: The cameras that the literature films with; camera 0 elsewhere.
-DEFAULT_CAMERAS: dict[str, int | str] = {"quadruped": 2, "locomotion": "walker/side"}
+#: The cameras that the literature films with; camera 0 elsewhere. The dog's is camera 0 in all its
+#: tasks but ``fetch``, which has others before it.
+DEFAULT_CAMERAS: dict[str, int | str] = {
+    "dog": "y-axis",
+    "locomotion": "walker/side",
+    "quadruped": 2,
+}
 
 _open_photographers: weakref.WeakSet[Photographer] = weakref.WeakSet()
 

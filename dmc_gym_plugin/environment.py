@@ -247,6 +247,8 @@ class DMControlEnv(gymnasium.Env):
     def _photos(self) -> Photographer:
         """Return the photographer of the present physics, which some resets replace."""
         if self._photographer is None or self._photographer.physics is not self.physics:
+            if self._photographer is not None:
+                self._photographer.close()
             self._photographer = Photographer(self.physics)
         return self._photographer
 

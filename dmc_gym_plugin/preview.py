@@ -69,7 +69,7 @@ def contact_sheet(pictures: list[tuple[str, NDArray[np.uint8]]], columns: int) -
     size = (margin + columns * (width + margin), margin + rows * (height + caption + margin))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(13)
+    font = _font([label for label, _ in pictures], width)
     for index, (label, picture) in enumerate(pictures):
         row, column = divmod(index, columns)
         left = margin + column * (width + margin)
@@ -77,6 +77,14 @@ def contact_sheet(pictures: list[tuple[str, NDArray[np.uint8]]], columns: int) -
         sheet.paste(Image.fromarray(picture), (left, top))
         draw.text((left + 2, top + height + 2), label, fill="black", font=font)
     return sheet
+
+
+def _font(labels: list[str], width: int) -> Any:
+    """Return the largest readable font in which every label fits its tile."""
+    size = 13
+    while size > 8 and max(ImageFont.load_default(size).getlength(x) for x in labels) > width:
+        size -= 1
+    return ImageFont.load_default(size)
 
 
 def episode_sheet(env_id: str, tiles: int, columns: int, **options: Any) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 import sys
 from types import SimpleNamespace
@@ -50,6 +51,20 @@ def choose_backend() -> str | None:
     else:
         os.environ[VARIABLE] = "disable"
     return os.environ[VARIABLE]
+
+
+def import_dm_control() -> None:
+    """Choose a backend and import dm_control with it.
+
+    :raises RenderingError: where ``MUJOCO_GL``, set by the user, names a backend that is not there
+    """
+    choose_backend()
+    try:
+        importlib.import_module("dm_control.mujoco")
+    except Exception as error:  # PyOpenGL fails in many ways where its library is missing
+        if os.environ.get(VARIABLE):
+            raise explain(error) from error
+        raise
 
 
 def egl_works() -> bool:

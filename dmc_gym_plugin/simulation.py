@@ -36,7 +36,7 @@ def check_mujoco(version: str | None = None) -> None:
 
 
 check_mujoco()
-rendering.choose_backend()
+rendering.import_dm_control()
 
 import mujoco  # noqa: E402 - after the version check and the choice of an OpenGL backend
 from dm_control import suite  # noqa: E402
@@ -92,7 +92,7 @@ class SuiteSimulation:
             kind.before_step is Task.before_step
             and type(self.physics).set_control is Physics.set_control
         )
-        self._plain_after = kind.after_step is Task.after_step and not self.task.visualize_reward
+        self._plain_after = kind.after_step is Task.after_step
         self._terminates = kind.get_termination is not ControlTask.get_termination
         self._edits = exact.ModelEdits(self._model)
         cache_named_indexing(self.physics)
@@ -152,7 +152,7 @@ class SuiteSimulation:
             self._advance()
         else:
             physics.step(self.n_sub_steps)
-        if not self._plain_after:
+        if not self._plain_after or task._visualize_reward:
             task.after_step(physics)
         discount = task.get_termination(physics) if self._terminates else None
         return float(task.get_reward(physics)), discount

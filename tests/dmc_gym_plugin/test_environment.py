@@ -131,6 +131,22 @@ def test_info_and_physics() -> None:
     assert env.unwrapped.physics.speed() == env.unwrapped.physics.named.data.sensordata[0]
 
 
+def test_task_kwargs_reach_dm_control() -> None:
+    env = gymnasium.make("DMC/walker-walk-v0", task_kwargs={"time_limit": 5}, action_repeat=2)
+    assert env.unwrapped.max_episode_steps == 100  # 5 s of 0.025 s steps, two at a time
+    with pytest.raises(ValueError, match=r"takes no task_kwargs, but got \['time_limit'\]"):
+        gymnasium.make("DMC/manipulation-reach_site_features-v0", task_kwargs={"time_limit": 5})
+
+
+def test_reward_colours_can_be_switched_on() -> None:
+    env = gymnasium.make("DMC/cartpole-balance-v0")
+    env.reset(seed=0)
+    before = env.unwrapped.physics.named.model.mat_rgba["self"].copy()
+    env.unwrapped.task.visualize_reward = True
+    env.step(np.zeros(1, np.float32))
+    assert not np.array_equal(env.unwrapped.physics.named.model.mat_rgba["self"], before)
+
+
 @pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
 def test_sb3_vector_environments(kind: type) -> None:
     env = make_vec_env(

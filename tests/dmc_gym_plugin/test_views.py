@@ -155,6 +155,14 @@ def test_without_opengl_everything_but_pictures_works() -> None:
     assert "libosmesa6" in done.stdout
 
 
+def test_a_wrong_backend_is_named() -> None:
+    code = "import gymnasium, dmc_gym_plugin; gymnasium.make('DMC/walker-walk-v0')"
+    done = run(code, MUJOCO_GL="vulkan")
+    last = done.stderr.strip().splitlines()[-1]
+    assert "RenderingError: Cannot render: the OpenGL backend vulkan failed" in last
+    assert "apt-get install" in last
+
+
 def test_human_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)

@@ -33,10 +33,11 @@ class EnvironmentFacts(NamedTuple):
 def read_facts(env: VecEnv) -> EnvironmentFacts:
     """Reads the time limit and the kind of ending from the live environments."""
     specs = _get(env, "spec")
-    limits = [_limit(spec) for spec in specs] + [
-        limit for limit in _get(env, "max_episode_steps") if isinstance(limit, int)
-    ]
-    known = [limit for limit in limits if limit is not None]
+    limits = [_limit(spec) for spec in specs]
+    # The environment's own, and that of a TimeLimit put on by hand, which no spec tells.
+    for name in ("max_episode_steps", "_max_episode_steps"):
+        limits += _get(env, name)
+    known = [limit for limit in limits if isinstance(limit, int)]
     terminates, reason = _terminates(env, specs)
     return EnvironmentFacts(min(known) if known else None, terminates, reason)
 
@@ -71,7 +72,8 @@ def check_action_space(space: spaces.Space) -> None:
     if not space.is_bounded():
         raise ValueError(
             f"The action space {space} has infinite bounds: TDMPC2 plans within finite ones; "
-            "wrap the environment in gymnasium.wrappers.RescaleAction or ClipAction with bounds."
+            "wrap the environment in gymnasium.wrappers.TransformAction(env, lambda action: "
+            "action, spaces.Box(low, high))."
         )
 
 

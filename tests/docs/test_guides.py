@@ -71,6 +71,25 @@ def test_options_in_the_guides_are_kept_when_shortened():
 
 
 @pytest.mark.slow
+def test_the_readmes_python_program(tmp_path):
+    readme = (REPOSITORY / "README.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M)
+    short = program.replace("action_repeat=2", "action_repeat=50").replace("15_000", "25")
+    assert short != program
+    done = subprocess.run(
+        [sys.executable, "-c", f"{short}\nprint('steps', model.num_timesteps, truncated)"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.stdout.endswith("steps 25 True\n"), done.stderr
+    assert (tmp_path / "walker.zip").is_file()
+
+
+@pytest.mark.slow
 def test_train(tmp_path):
     printed = run_guide("train", tmp_path)
     runs = {path.name for path in (tmp_path / "logs" / "tdmpc2").iterdir()}

@@ -1,0 +1,186 @@
+"""Imports go one way: a module imports from rows above its own, never from below.
+
+environment -> sequence buffer -> world model -> planner -> policy -> algorithm -> zoo plug-in
+
+A new module belongs into one row here: where it stands tells a reader what it may know of.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+ROWS = {
+    "dmc_gym_plugin": [
+        ("tools", ["rendering", "spaces", "state", "indexing", "sizes"]),
+        ("task tables", ["tasks"]),
+        ("rewards", ["fast_rewards", "extended"]),
+        ("simulation", ["simulation", "composer_simulation"]),
+        ("observations", ["camera", "views", "settings"]),
+        ("environment", ["environment"]),
+        ("registration", ["registration"]),
+        ("package", [""]),
+        ("programs", ["preview", "__main__"]),
+    ],
+    "tdmpc2_sb3": [
+        ("tools", ["statistics", "compilation", "interrupts"]),
+        ("files", ["file_io", "json_classes", "json_codec", "saving", "run_files"]),
+        ("environment", ["environment_facts", "episode_state"]),
+        (
+            "sequence buffer",
+            [
+                "observation_storage",
+                "episode_rings",
+                "stored_observations",
+                "sequence_buffer",
+                "replay_file",
+            ],
+        ),
+        ("layers", ["discrete_regression", "layers"]),
+        ("dynamics", ["dynamics", "dynamics.*"]),
+        ("world model", ["encoders", "world_model"]),
+        ("the authors' files", ["official_checkpoint"]),
+        ("losses", ["losses"]),
+        ("planner", ["planner"]),
+        ("policy", ["policies"]),
+        ("update", ["update"]),
+        ("algorithm", ["tdmpc2"]),
+        ("callbacks", ["callbacks"]),
+        ("package", [""]),
+        ("zoo plug-in", ["zoo", "zoo.*"]),
+        ("programs", ["plot", "compare_dynamics", "stability", "stability.*"]),
+    ],
+}
+
+#: What a row may import from outside its package besides the standard library.
+OUTSIDE = {
+    "dmc_gym_plugin": {
+        "task tables": set(),
+        "registration": {"gymnasium"},
+        "environment": {"gymnasium", "numpy"},
+    },
+    "tdmpc2_sb3": {
+        "layers": {"torch"},
+        "dynamics": {"torch"},
+        "losses": {"torch"},
+        "planner": {"torch"},
+        "world model": {"torch", "gymnasium", "stable_baselines3"},
+    },
+}
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Every module of a package by its name within it; the package itself is ""."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT / package).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        found[".".join(parts)] = path
+    return found
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every imported module of a file, those in functions too, those for types alone not.
+
+    ``from package import name`` is given as ``package.name``.
+    """
+
+    def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: write imports in full"
+                yield from ((f"{child.module}.{alias.name}", top) for alias in child.names)
+            inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from walk(child, top and not inner)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def own(name: str, package: str, known: dict[str, Path]) -> str | None:
+    """The module of the package that an import means; None if it means none."""
+    if name.split(".")[0] != package:
+        return None
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in known:
+        parts = parts[:-1]  # names within a module
+    return ".".join(parts)
+
+
+def row_of(package: str, module: str) -> int:
+    family = module.rpartition(".")[0]
+    for number, (_, members) in enumerate(ROWS[package]):
+        if module in members or (family and f"{family}.*" in members):
+            return number
+    pytest.fail(f"{package}.{module} stands in no row: put it into one of {__file__}.")
+
+
+def edges(package: str) -> list[tuple[str, str, bool]]:
+    known = modules(package)
+    return [
+        (module, target, top)
+        for module, path in known.items()
+        for name, top in imports(path)
+        if (target := own(name, package, known)) is not None and target != module
+    ]
+
+
+@pytest.mark.parametrize("package", ROWS)
+def test_modules_import_from_their_own_row_or_rows_above(package):
+    known = modules(package)
+    assert len(known) > 10
+    wrong = [
+        f"{module} imports {target or package}"
+        for module, target, _ in edges(package)
+        if row_of(package, target) > row_of(package, module)
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("package", ROWS)
+def test_no_circles(package):
+    graph: dict[str, set[str]] = {}
+    for module, target, top in edges(package):
+        if top:
+            graph.setdefault(module, set()).add(target)
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
+
+
+@pytest.mark.parametrize("package", ROWS)
+def test_rows_name_what_there_is(package):
+    known = modules(package)
+    for _, members in ROWS[package]:
+        for member in members:
+            assert any(
+                name == member or (member.endswith(".*") and name.startswith(member[:-1]))
+                for name in known
+            ), f"{package}.{member} is listed but does not exist"
+
+
+@pytest.mark.parametrize(
+    ("package", "row"), [(package, row) for package, rows in OUTSIDE.items() for row in rows]
+)
+def test_what_lower_rows_know_of_the_world(package, row):
+    (members,) = [number for number, (name, _) in enumerate(ROWS[package]) if name == row]
+    standard = {*sys.stdlib_module_names, package}
+    for module, path in modules(package).items():
+        if row_of(package, module) == members:
+            outside = {name.split(".")[0] for name, _ in imports(path)} - standard
+            assert outside <= OUTSIDE[package][row], module
+
+
+def test_environments_know_nothing_of_the_agent():
+    for path in modules("dmc_gym_plugin").values():
+        roots = {name.split(".")[0] for name, _ in imports(path)}
+        assert not roots & {"tdmpc2_sb3", "torch", "stable_baselines3", "rl_zoo3"}, path

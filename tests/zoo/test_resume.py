@@ -109,10 +109,11 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path, t
     chance = random.Random()
     resume_command = ["tdmpc2_sb3.zoo", "resume", str(killed / RUN)]
     moments = []
-    for process, step in (
-        (start(killed, command), chance.randrange(25, 126)),
-        (start(elsewhere, resume_command), chance.randrange(150, 226)),
+    for folder, arguments, step in (
+        (killed, command, chance.randrange(25, 126)),
+        (elsewhere, resume_command, chance.randrange(150, 226)),
     ):
+        process = start(folder, arguments)
         wait_for_step(killed / RUN, step, process)
         delay = chance.uniform(0.0, 0.3)
         time.sleep(delay)

@@ -218,6 +218,8 @@ class TDMPC2(OffPolicyAlgorithm):
         if env is not None:
             env = maybe_make_env(env, verbose)
             check_action_space(env.action_space)  # SB3's own check names no remedy
+        elif _init_setup_model:
+            raise ValueError("env is None: pass an environment or its id.")
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]
@@ -371,9 +373,9 @@ class TDMPC2(OffPolicyAlgorithm):
             value = getattr(self, name)
             if isinstance(value, str) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}: it must lie in [{low:g}, {high:g}].")
-        for name in ("batch_size", "sequence_length", "buffer_size", "horizon"):
+        for name in ("batch_size", "buffer_size", "horizon", "train_horizon"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1.")
         if isinstance(self.learning_starts, str) or self.learning_starts < 0:
             raise ValueError(
@@ -381,6 +383,28 @@ class TDMPC2(OffPolicyAlgorithm):
             )
         if not isinstance(self.episodic, bool):
             raise ValueError(f"episodic is {self.episodic!r}: use True, False or 'auto'.")
+        self._check_update_ratio()
+
+    def _check_update_ratio(self) -> None:
+        assert isinstance(self.train_freq, TrainFreq)
+        frequency, unit = self.train_freq
+        if frequency < 1:
+            raise ValueError(f"train_freq is {frequency}: it must be at least 1.")
+        if self.n_envs > 1 and unit == TrainFrequencyUnit.EPISODE:
+            raise ValueError(
+                f"train_freq counts episodes but there are {self.n_envs} environments: count "
+                "steps, or use one environment."
+            )
+        if self.gradient_steps < -1:
+            raise ValueError(
+                f"gradient_steps is {self.gradient_steps}: give a number of gradient steps, or -1 "
+                "for as many as steps were collected."
+            )
+        burst = self.initial_gradient_steps
+        if burst != "auto" and (isinstance(burst, str) or burst < 0):
+            raise ValueError(
+                f"initial_gradient_steps is {burst!r}: give a number of gradient steps or 'auto'."
+            )
 
     @property
     def sequence_length(self) -> int:
@@ -441,7 +465,8 @@ class TDMPC2(OffPolicyAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         callback.on_training_start(locals(), globals())
-        assert self.env is not None and isinstance(self.train_freq, TrainFreq)
+        assert self.env is not None
+        assert isinstance(self.train_freq, TrainFreq)
         assert self.replay_buffer is not None
         self._make_interrupted_updates()
         while self.num_timesteps < total_timesteps or self._rollout_is_complete:
@@ -676,13 +701,6 @@ class TDMPC2(OffPolicyAlgorithm):
         resumed run goes on with the rollout that the checkpoint interrupted.
         """
         self.policy.set_training_mode(False)
-        if train_freq.frequency < 1:
-            raise ValueError(f"train_freq is {train_freq.frequency}: it must be at least 1.")
-        if env.num_envs > 1 and train_freq.unit != TrainFrequencyUnit.STEP:
-            raise ValueError(
-                f"train_freq counts episodes but there are {env.num_envs} environments: count "
-                "steps, or use one environment."
-            )
         callback.on_rollout_start()
         while should_collect_more_steps(train_freq, self._rollout_steps, self._rollout_episodes):
             with interrupts.deferred():
@@ -733,7 +751,7 @@ class TDMPC2(OffPolicyAlgorithm):
             self._episode_num += 1
             finished.append(self._episode_num)
             if action_noise is not None:
-                kwargs = dict(indices=[index]) if n_envs > 1 else {}
+                kwargs = {"indices": [index]} if n_envs > 1 else {}
                 action_noise.reset(**kwargs)
         return finished
 

@@ -16,6 +16,7 @@ import torch as th
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.callbacks import (
     BUFFER_FILE,
@@ -130,6 +131,42 @@ def test_resuming_keeps_the_schedule_of_evaluations_and_their_file(tmp_path: Pat
         assert evaluations["timesteps"].tolist() == [40, 80, 120, 160]
 
 
+def test_resumed_evaluations_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    def callbacks(folder: Path) -> list:
+        evaluation = EvalCallback(
+            make_env(), eval_freq=20, n_eval_episodes=2, log_path=str(folder), deterministic=False
+        )
+        # Written before the evaluation of the same step, which the resumed run makes up for.
+        return [ResumableCheckpointCallback(40, folder), evaluation]
+
+    TDMPC2("MlpPolicy", make_env(), **TINY).learn(85, callback=callbacks(tmp_path / "whole"))
+    folder = tmp_path / "stopped"
+    TDMPC2("MlpPolicy", make_env(), **TINY).learn(70, callback=callbacks(folder))
+    (folder / "evaluations.npz").write_bytes(b"cut off by a kill")
+    resumed, restore = load_checkpoint(TDMPC2, folder, make_env())
+    assert resumed.num_timesteps == 40
+    resumed.learn(45, callback=[restore, *callbacks(folder)], reset_num_timesteps=False)
+    with (
+        np.load(tmp_path / "whole" / "evaluations.npz") as whole,
+        np.load(folder / "evaluations.npz") as evaluations,
+    ):
+        assert evaluations["timesteps"].tolist() == [20, 40, 60, 80]
+        for name in whole.files:
+            np.testing.assert_array_equal(whole[name], evaluations[name])
+
+
+def test_a_checkpoint_at_the_last_step_resumes_to_the_last_update(tmp_path: Path) -> None:
+    whole = TDMPC2("MlpPolicy", make_env(), **TINY).learn(
+        60, callback=ResumableCheckpointCallback(60, tmp_path)
+    )
+    # Written before the gradient step that follows the last step.
+    resumed, restore = load_checkpoint(TDMPC2, tmp_path, make_env())
+    assert resumed._n_updates == whole._n_updates - 1
+    resumed.learn(0, callback=restore, reset_num_timesteps=False)
+    assert resumed.num_timesteps == 60
+    assert same_weights(whole, resumed)
+
+
 def test_only_the_newest_checkpoint_stays(tmp_path: Path) -> None:
     model = TDMPC2("MlpPolicy", make_env(), **TINY)
     model.learn(25, callback=ResumableCheckpointCallback(10, tmp_path))
@@ -137,7 +174,7 @@ def test_only_the_newest_checkpoint_stays(tmp_path: Path) -> None:
     again = write_checkpoint(model, tmp_path)
     assert latest_checkpoint(tmp_path) == again
     twice = write_checkpoint(model, tmp_path)
-    assert [path for path in tmp_path.iterdir()] == [twice]
+    assert list(tmp_path.iterdir()) == [twice]
     assert (twice / MODEL_FILE).is_file()
     assert (twice / BUFFER_FILE).is_file()
 

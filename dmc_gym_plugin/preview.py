@@ -102,12 +102,16 @@ def episode_sheet(env_id: str, tiles: int, columns: int, **options: Any) -> Imag
 def tasks_sheet(env_ids: list[str], columns: int, **options: Any) -> Image.Image:
     """Return one picture of every task, after ``steps`` steps, as a sheet."""
     options["steps"] = 25 if options["steps"] is None else options["steps"]
+    names = [env_id.removeprefix("DMC/").removesuffix("-v0") for env_id in env_ids]
+    domains = {name.split("-")[0] for name in names}
+    if len(domains) == 1:  # the same for all: leave it out
+        names = [name.split("-", 1)[1] for name in names]
     pictures = []
-    for number, env_id in enumerate(env_ids, 1):
+    for number, (env_id, name) in enumerate(zip(env_ids, names, strict=True), 1):
         progress(f"{number} of {len(env_ids)}: {env_id}")
         for step, _total, draw in play(env_id, **options):
             if step == options["steps"]:
-                pictures.append((env_id.removeprefix("DMC/").removesuffix("-v0"), draw()))
+                pictures.append((name, draw()))
     return contact_sheet(pictures, columns)
 
 

@@ -7,8 +7,11 @@ directly. dm_control's own classes keep the physics, the rewards and the observa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import logging
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +54,21 @@ from dmc_gym_plugin.fast_rewards import use_fast_rewards  # noqa: E402
 from dmc_gym_plugin.indexing import cache_named_indexing  # noqa: E402
 
 
+@contextlib.contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Silence MuJoCo's remarks on old attributes in dm_control's models: no user can help it."""
+    logger = logging.getLogger("absl")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "is deprecated and will be removed" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
 class SuiteSimulation:
     """A task on dm_control's ``Physics`` and ``Task`` classes.
 
@@ -69,9 +87,10 @@ class SuiteSimulation:
 
     def _load(self, task_kwargs: dict[str, Any]) -> Any:
         name = (self._domain, self._task_name)
-        if name in extended.BUILDERS:
-            return extended.load(*name, **task_kwargs)
-        return suite.load(*name, task_kwargs=task_kwargs)
+        with _without_deprecations():
+            if name in extended.BUILDERS:
+                return extended.load(*name, **task_kwargs)
+            return suite.load(*name, task_kwargs=task_kwargs)
 
     def _build(self, random: Any) -> None:
         self.env = self._load({**self._task_kwargs, "random": random})

@@ -18,7 +18,10 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-PYTEST := $(VENV)/bin/python -m pytest
+# One thread a process: small matrices gain nothing from a second one, and two busy processes whose
+# threads wait for each other on two cores are slower by far than one after the other.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+WORKERS ?= 2
 
 .PHONY: train install install-dev lint types test test-all clean
 .DELETE_ON_ERROR:
@@ -66,7 +69,7 @@ test: lint types
 	$(PYTEST)
 
 test-all: lint types
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow" -n $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

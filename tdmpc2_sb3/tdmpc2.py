@@ -107,8 +107,8 @@ class TDMPC2(OffPolicyAlgorithm):
     :param gradient_steps: gradient steps an update; -1: as many as steps were collected
     :param replay_buffer_class: :class:`SequenceReplayBuffer` or a subclass
     :param replay_buffer_kwargs: further arguments of the buffer
-    :param initial_gradient_steps: gradient steps made at once when learning starts; "auto": as
-        many as the later steps of that number would have got
+    :param initial_gradient_steps: gradient steps made at once when learning starts; "auto": one
+        for each random step, or fewer if the later steps get fewer
     :param horizon: H, steps of the plan
     :param train_horizon: T, steps of a training sub-sequence; None: as many as the plan's
     :param model_size: million parameters (1, 5, 19, 48 or 317); sets the sizes left at None
@@ -565,12 +565,15 @@ class TDMPC2(OffPolicyAlgorithm):
         if isinstance(self.initial_gradient_steps, int):
             return self.initial_gradient_steps
         assert isinstance(self.train_freq, TrainFreq)
+        random_steps = int(self.learning_starts)
         if self.gradient_steps < 0:
-            return int(self.learning_starts)
+            return random_steps
         if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
-            return self._episode_num * self.gradient_steps // self.train_freq.frequency
-        per_step = self.gradient_steps / (self.train_freq.frequency * self.n_envs)
-        return round(int(self.learning_starts) * per_step)
+            due = self._episode_num * self.gradient_steps // self.train_freq.frequency
+        else:
+            per_step = self.gradient_steps / (self.train_freq.frequency * self.n_envs)
+            due = round(random_steps * per_step)
+        return min(due, random_steps)  # random steps are worth no more than the reference makes
 
     def _make_initial_updates(self) -> None:
         """The burst of gradient steps on the random steps, with its progress shown."""

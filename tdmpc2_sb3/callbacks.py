@@ -6,22 +6,15 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import (
-    BaseCallback,
-    CallbackList,
-    CheckpointCallback,
-    EvalCallback,
-    EventCallback,
-)
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
-from tdmpc2_sb3 import episode_state, run_files
+from tdmpc2_sb3 import run_files
+from tdmpc2_sb3.callback_state import RestoreCallbacks, callback_states, walk_callbacks
 from tdmpc2_sb3.json_codec import decode, encode
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
@@ -31,12 +24,6 @@ MODEL_FILE = "model.zip"
 BUFFER_FILE = "replay_buffer.zip"
 NORMALIZER_FILE = "vecnormalize.pkl"
 RUN_FILE = "run.json"
-# What callbacks remember that a run's course or its files depend on.
-CALLBACK_COUNTERS = ("n_calls", "best_mean_reward", "last_mean_reward", "last_time_trigger")
-# What EvalCallback remembers of the evaluations made so far.
-EVALUATION_LISTS = ("timesteps", "results", "length", "successes")
-# Callbacks that ask for nothing but the model: a step that they missed is made up for.
-SELF_CONTAINED = (EvalCallback, CheckpointCallback)
 
 
 class ResumableCheckpointCallback(BaseCallback):
@@ -103,19 +90,6 @@ class ResumableCheckpointCallback(BaseCallback):
         return path
 
 
-def walk_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
-    """The callback and all that it contains, depth first."""
-    yield callback
-    children: list[BaseCallback | None] = []
-    if isinstance(callback, CallbackList):
-        children = list(callback.callbacks)
-    elif isinstance(callback, EventCallback):
-        children = [callback.callback, getattr(callback, "callback_on_new_best", None)]
-    for child in children:
-        if child is not None:
-            yield from walk_callbacks(child)
-
-
 def write_checkpoint(
     model: BaseAlgorithm, folder: pathlib.Path, callback: BaseCallback | None = None
 ) -> pathlib.Path:
@@ -128,9 +102,10 @@ def write_checkpoint(
     :raises OSError: if the disk is full; the previous checkpoint stays
     """
     final = folder / f"{CHECKPOINT_PREFIX}{model.num_timesteps:012d}"
-    if final.exists():  # the same step again: never a moment without a complete checkpoint
-        final = final.with_name(f"{final.name}.1")
-        shutil.rmtree(final, ignore_errors=True)
+    newest = latest_checkpoint(folder)
+    if newest is not None and _order(newest)[0] == model.num_timesteps:
+        # The same step again, under a later name: never a moment without a complete checkpoint.
+        final = final.with_name(f"{final.name}.{_order(newest)[1] + 1}")
     partial = folder / f".{final.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -160,115 +135,19 @@ def write_checkpoint(
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> pathlib.Path | None:
     """The newest complete checkpoint of a run's folder, None if there is none."""
-    return max(pathlib.Path(folder).glob(f"{CHECKPOINT_PREFIX}*"), default=None)
+    found = pathlib.Path(folder).glob(f"{CHECKPOINT_PREFIX}[0-9]*")
+    return max(found, key=_order, default=None)
+
+
+def _order(checkpoint: pathlib.Path) -> tuple[int, int]:
+    """Steps, and how many checkpoints of the same step came before."""
+    steps, _, again = checkpoint.name.removeprefix(CHECKPOINT_PREFIX).partition(".")
+    return int(steps), int(again or 0)
 
 
 def read_run(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint tells of the run beside the model: steps, callbacks and log files."""
     return decode(json.loads((pathlib.Path(checkpoint) / RUN_FILE).read_text()))
-
-
-def callback_states(callback: BaseCallback, model: BaseAlgorithm) -> list[dict[str, Any]]:
-    """Class, counters and evaluations of every callback, in order.
-
-    A callback that the present step has not reached, or that Ctrl-C stopped in its evaluation,
-    is marked as due.
-    """
-    top_level = [callback]
-    if isinstance(callback, CallbackList):
-        top_level += callback.callbacks
-    states = []
-    for each in walk_callbacks(callback):
-        state: dict[str, Any] = {"class": type(each).__name__}
-        for name in CALLBACK_COUNTERS:
-            if hasattr(each, name):
-                kind = float if "reward" in name else int
-                state[name] = kind(getattr(each, name))
-        reached = each.num_timesteps == model.num_timesteps
-        broken_off = isinstance(each, EvalCallback) and reached and _lacks_evaluation(each)
-        state["due"] = each in top_level and (broken_off or not reached)
-        if broken_off:
-            state["n_calls"] -= 1
-        if isinstance(each, EvalCallback):
-            state["evaluations"] = _evaluations(each)
-            # Before its first evaluation the environment is new, and so it is in the resumed run.
-            if each.evaluations_timesteps and not broken_off:
-                state["environments"] = episode_state.capture(each.eval_env)
-        states.append(state)
-    return states
-
-
-def _lacks_evaluation(callback: EvalCallback) -> bool:
-    return (
-        callback.log_path is not None
-        and callback.eval_freq > 0
-        and callback.n_calls > 0
-        and callback.n_calls % callback.eval_freq == 0
-        and callback.evaluations_timesteps[-1:] != [callback.num_timesteps]
-    )
-
-
-def _evaluations(callback: EvalCallback) -> dict[str, list[Any]]:
-    lists = {name: getattr(callback, f"evaluations_{name}") for name in EVALUATION_LISTS}
-    return {name: np.asarray(rows).tolist() for name, rows in lists.items()}
-
-
-class RestoreCallbacks(BaseCallback):
-    """Puts the callbacks' counters, and the evaluations made so far, back when training starts.
-
-    :param checkpoint: folder of a checkpoint
-    """
-
-    def __init__(self, checkpoint: str | os.PathLike[str]):
-        super().__init__()
-        self._states: list[dict[str, Any]] = read_run(checkpoint)["callbacks"]
-        self._go_on = True
-
-    def _on_training_start(self) -> None:
-        waiting = list(self._states)
-        due = []
-        for callback in walk_callbacks(self.locals["callback"]):
-            name = type(callback).__name__
-            match = next((state for state in waiting if state["class"] == name), None)
-            if match is None:
-                continue
-            waiting.remove(match)
-            for key in CALLBACK_COUNTERS:
-                if key in match:
-                    setattr(callback, key, match[key])
-            if isinstance(callback, EvalCallback):
-                self._restore_evaluations(callback, match)
-            if match["due"]:
-                due.append(callback)
-        for callback in due:
-            if isinstance(callback, SELF_CONTAINED):
-                self._go_on = callback.on_step() and self._go_on
-            else:
-                callback.n_calls += 1
-
-    def _restore_evaluations(self, callback: EvalCallback, state: dict[str, Any]) -> None:
-        for name, rows in state["evaluations"].items():
-            setattr(callback, f"evaluations_{name}", rows)
-        environments = state.get("environments")
-        if environments is not None and episode_state.can_capture(callback.eval_env):
-            episode_state.restore(callback.eval_env, environments)
-        if callback.log_path is None:
-            return
-        # EvalCallback writes its file anew at each evaluation, and a kill may have cut it off.
-        if not callback.evaluations_timesteps:
-            pathlib.Path(f"{callback.log_path}.npz").unlink(missing_ok=True)
-            return
-        arrays = {
-            "timesteps": callback.evaluations_timesteps,
-            "results": callback.evaluations_results,
-            "ep_lengths": callback.evaluations_length,
-        }
-        if callback.evaluations_successes:
-            arrays["successes"] = callback.evaluations_successes
-        np.savez(callback.log_path, **arrays)  # type: ignore[arg-type]
-
-    def _on_step(self) -> bool:
-        return self._go_on
 
 
 def load_checkpoint(
@@ -304,4 +183,4 @@ def load_checkpoint(
     if normalizer is not None and (path / NORMALIZER_FILE).is_file():
         saved = VecNormalize.load(str(path / NORMALIZER_FILE), normalizer.venv)
         normalizer.obs_rms, normalizer.ret_rms = saved.obs_rms, saved.ret_rms
-    return model, RestoreCallbacks(path)
+    return model, RestoreCallbacks(read_run(path)["callbacks"])

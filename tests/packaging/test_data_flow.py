@@ -52,7 +52,7 @@ ROWS = {
         ("policy", ["policies"]),
         ("update", ["update"]),
         ("algorithm", ["tdmpc2"]),
-        ("callbacks", ["callbacks"]),
+        ("callbacks", ["callback_state", "callbacks"]),
         ("package", [""]),
         ("zoo plug-in", ["zoo", "zoo.*"]),
         ("programs", ["plot", "compare_dynamics", "stability", "stability.*"]),

@@ -177,6 +177,12 @@ def test_only_the_newest_checkpoint_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [twice]
     assert (twice / MODEL_FILE).is_file()
     assert (twice / BUFFER_FILE).is_file()
+    # A kill before the older one is removed: the newer counts, after ten of one step, too.
+    names = [f"checkpoint_{name}" for name in ("000000000025.9", "000000000025.10", "7.3")]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / names[1]
+    assert write_checkpoint(model, tmp_path).name == "checkpoint_000000000025.11"
 
 
 def test_a_failed_checkpoint_leaves_the_one_before(tmp_path: Path, monkeypatch) -> None:

@@ -84,10 +84,10 @@ def _metadata_save(original: Callable[..., None]) -> Callable[..., None]:
         run = playback.run_in_hand()
         if run is not None and concerns_us(run.algo, run.env_id):
             card = Path(local_path)
-            card.write_text(
-                complete_card(card.read_text(encoding="utf-8"), run.algo, run.env_id),
-                encoding="utf-8",
-            )
+            text = card.read_text(encoding="utf-8")
+            # The zoo keeps its copy of a repository in a folder of the repository's name.
+            text = complete_card(text, run.algo, run.env_id, card.resolve().parent.name)
+            card.write_text(text, encoding="utf-8")
             if isinstance(data, dict) and isinstance(data.get("tags"), list):
                 data["tags"] = [*data["tags"], "tdmpc2-sb3", "dm_control"]
         original(local_path, data, *args, **kwargs)
@@ -101,12 +101,13 @@ _ZOO_INSTALL = re.compile(
 _ZOO_REPEAT = re.compile(r"If you installed the RL Zoo3 via pip.*?```\n.*?```\n", re.S)
 
 
-def complete_card(card: str, algo: str, env_id: str) -> str:
+def complete_card(card: str, algo: str, env_id: str, repo_name: str) -> str:
     """Return the zoo's model card with this package's installation and loading in it.
 
     :param card: the text that the zoo wrote
     :param algo: name of the algorithm on the zoo's command line
     :param env_id: Gymnasium id of the environment
+    :param repo_name: the repository's name without its owner
     """
     organization = re.search(r"-orga (\S+)", card)
     owner = organization.group(1) if organization else "<organization>"
@@ -127,7 +128,7 @@ from huggingface_hub import hf_hub_download
 
 {_import_line(algo)}
 
-model = {_class(algo).__name__}.load(hf_hub_download("{owner}/{name}", "{name}.zip"))
+model = {_class(algo).__name__}.load(hf_hub_download("{owner}/{repo_name}", "{name}.zip"))
 env = gymnasium.make("{env_id}"{_make_arguments(card)})
 observation, _ = env.reset(seed=0)
 state, episode_return, done = None, 0.0, False
@@ -140,9 +141,11 @@ print(episode_return)
 ```
 """
     card = _ZOO_REPEAT.sub("", _ZOO_INSTALL.sub("", card))
-    card = card.replace(
-        "python -m rl_zoo3.load_from_hub", "TRUST_REMOTE_CODE=True python -m rl_zoo3.load_from_hub"
+    chosen = "" if repo_name == name else f" -name {repo_name}"
+    card = re.sub(
+        r"python -m rl_zoo3\.load_from_hub(.*)", rf"TRUST_REMOTE_CODE=True \g<0>{chosen}", card
     )
+    card = re.sub(r"python -m rl_zoo3\.push_to_hub(.*)", rf"\g<0>{chosen}", card)
     usage = card.find("\n## Usage (with SB3 RL Zoo)")
     return card + install if usage < 0 else card[:usage] + install + card[usage:]
 

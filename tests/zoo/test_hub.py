@@ -69,17 +69,20 @@ python -m rl_zoo3.load_from_hub --algo {algo} --env {env_id} -orga somebody -f l
 
 
 def test_the_card_installs_this_package_and_loads_the_agent():
-    card = hub.complete_card(zoo_card("tdmpc2", WALKER), "tdmpc2", WALKER)
+    card = hub.complete_card(zoo_card("tdmpc2", WALKER), "tdmpc2", WALKER, MODEL)
     assert "pip install rl_zoo3" not in card
     assert "`tdmpc2-sb3`" in card
     assert "\npip install .\n" in card
+    assert "-name" not in card
     assert card.count("TRUST_REMOTE_CODE=True python -m rl_zoo3.load_from_hub") == 1
     program = card_program(card)
     ast.parse(program)
     assert "from tdmpc2_sb3 import TDMPC2" in program
     assert f'hf_hub_download("{REPOSITORY}", "{MODEL}.zip")' in program
     assert f'gymnasium.make("{WALKER}", action_repeat=2)' in program
-    sac = hub.complete_card(zoo_card("sac", WALKER), "sac", WALKER)
+    sac = hub.complete_card(zoo_card("sac", WALKER), "sac", WALKER, "own-name")
+    assert "-orga somebody -f logs/ -name own-name\n" in sac
+    assert 'hf_hub_download("somebody/own-name", "sac-DMC-walker-walk-v0.zip")' in sac
     assert "from stable_baselines3 import SAC" in sac
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import pickle
 import shutil
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -15,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from tdmpc2_sb3 import run_files
 from tdmpc2_sb3.callback_state import RestoreCallbacks, callback_states, walk_callbacks
+from tdmpc2_sb3.file_io import atomic_write, sync_folder
 from tdmpc2_sb3.json_codec import decode, encode
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
@@ -114,23 +116,31 @@ def write_checkpoint(
         model.save_replay_buffer(partial / BUFFER_FILE)  # type: ignore[attr-defined]
         normalizer = model.get_vec_normalize_env()
         if normalizer is not None:
-            normalizer.save(str(partial / NORMALIZER_FILE))
+            _write_bytes(partial / NORMALIZER_FILE, pickle.dumps(normalizer))
         run = {
             "num_timesteps": model.num_timesteps,
             "callbacks": [] if callback is None else callback_states(callback, model),
             "files": run_files.describe(folder, getattr(model, "_logger", None)),
         }
-        (partial / RUN_FILE).write_text(json.dumps(encode(run, "run")))
+        _write_bytes(partial / RUN_FILE, json.dumps(encode(run, "run")).encode())
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     os.replace(partial, final)
+    sync_folder(folder)
     for old in folder.glob(f"{CHECKPOINT_PREFIX}*"):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
     for leftover in folder.glob(f".{CHECKPOINT_PREFIX}*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     return final
+
+
+def _write_bytes(path: pathlib.Path, content: bytes) -> None:
+    def writer(file: IO[bytes]) -> None:
+        file.write(content)
+
+    atomic_write(path, writer)
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> pathlib.Path | None:

@@ -109,7 +109,7 @@ def atomic_write(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     return target
 
 
@@ -139,7 +139,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
+def sync_folder(folder: pathlib.Path) -> None:
     """Make the renaming itself survive a power cut, where the system allows it."""
     if os.name != "posix":
         return

@@ -78,10 +78,8 @@ def check_action_space(space: spaces.Space) -> None:
 
 
 def _get(env: VecEnv, name: str) -> list[Any]:
-    try:
-        return list(env.get_attr(name))
-    except AttributeError:
-        return []
+    # Asked for an attribute that is not there, SubprocVecEnv's processes would end.
+    return list(env.get_attr(name)) if env.has_attr(name) else []
 
 
 def _limit(spec: Any) -> int | None:

@@ -54,7 +54,8 @@ def start(folder: Path, arguments: list[str], **options) -> subprocess.Popen[str
 def train_command(tiny: list[str], *options: str, params: tuple[str, ...] = ()) -> list[str]:
     return [
         "rl_zoo3.train", "--algo", "tdmpc2", "--env", WALKER, "--seed", "3", "--device", "cpu",
-        "--eval-episodes", "1", *options, "-params", *tiny, SHORT, FREQUENT, *params,
+        "--eval-episodes", "1", *options, "-params", *tiny, SHORT, FREQUENT, "gradient_steps:1",
+        *params,
     ]  # fmt: skip
 
 

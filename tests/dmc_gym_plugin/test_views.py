@@ -193,6 +193,16 @@ def test_headless_backends_render_and_end_quietly(backend: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not rendering.osmesa_loads(), reason="OSMesa is not installed")
+def test_osmesa_takes_the_place_of_an_egl_without_driver() -> None:
+    if not rendering.is_headless():
+        pytest.skip("needs a machine without a display")
+    # libEGL finds no vendor's driver: it loads, and has no device.
+    done = run(RENDER.format(early=""), __EGL_VENDOR_LIBRARY_DIRS="/nonexistent")
+    assert done.stdout.split() == ["osmesa", "True"], done.stderr
+
+
+@pytest.mark.slow
 @needs_opengl
 def test_dm_control_imported_first_is_corrected() -> None:
     if not rendering.is_headless():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.dynamics import MLPDynamics, SSMDynamics
 from tdmpc2_sb3.dynamics.base import LatentDynamics
 from tdmpc2_sb3.dynamics.ssm import (
@@ -342,6 +345,33 @@ def test_rollout_compiles_without_a_graph_break() -> None:
     with th.no_grad():
         compiled = th.compile(rollout, fullgraph=True)(latent, actions)
         th.testing.assert_close(compiled, rollout(latent, actions), rtol=0, atol=1e-5)
+
+
+def test_an_agent_learns_saves_and_loads_with_it(
+    make_agent: Callable[..., TDMPC2], tmp_path: Path
+) -> None:
+    agent = make_agent(policy="SSMPolicy", horizon=4)
+    dynamics = agent.policy.world_model.dynamics
+    assert isinstance(dynamics, SSMDynamics)
+    rates = {
+        id(parameter): group["lr"]
+        for group in agent.policy.model_optimizer.param_groups
+        for parameter in group["params"]
+    }
+    slow = {id(parameter) for parameter in dynamics.slow_parameters()}
+    for parameter in dynamics.parameters():
+        expected = 3e-4 * (0.3 if id(parameter) in slow else 1.0)
+        assert rates[id(parameter)] == pytest.approx(expected)
+    before = {name: value.clone() for name, value in dynamics.state_dict().items()}
+    agent.learn(40)
+    changed = {n for n, value in dynamics.state_dict().items() if not value.equal(before[n])}
+    # W_1 moves only after W_2 has left zero, which it has by now.
+    assert changed == set(before)
+    agent.save(tmp_path / "agent")
+    loaded = TDMPC2.load(tmp_path / "agent", device="cpu")
+    observation = agent.observation_space.sample()
+    action, _ = agent.predict(observation, deterministic=True)
+    np.testing.assert_array_equal(action, loaded.predict(observation, deterministic=True)[0])
 
 
 class Pendulum:

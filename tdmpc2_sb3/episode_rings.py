@@ -117,7 +117,7 @@ class EpisodeRings:
             return
         first, count = self.running_starts()
         for env in np.flatnonzero(which & self.running):
-            rows = self._ring_rows(env, first[env], first[env] + count[env])
+            rows = self._ring_rows(int(env), int(first[env]), int(first[env] + count[env]))
             self.flags[rows] |= _START
             self.num_starts += len(rows)
             self.running[env] = False

@@ -108,7 +108,7 @@ class FrameStorage(ObservationStorage):
 
     def is_zero_padded(self, obs: np.ndarray) -> np.ndarray:
         """Say of each stack in ``obs`` [n, ...] whether zeros precede its newest frame."""
-        return ~obs[:, : -self.frame_channels].any(axis=(1, 2, 3))
+        return np.logical_not(np.any(obs[:, : -self.frame_channels], axis=(1, 2, 3)))
 
     def is_first_stack(self, obs: np.ndarray, zero_padded: np.ndarray) -> np.ndarray:
         """Say of each stack in ``obs`` [n, ...] whether it can start an episode.

@@ -1,4 +1,4 @@
-"""What every latent dynamics can do: three verbs, so that the planner and the losses need not know its kind.
+"""What every latent dynamics can do: three verbs, so planner and losses need not know its kind.
 
 Shapes: ``...`` batch axes (they broadcast against each other), H horizon, A action, Z latent.
 """

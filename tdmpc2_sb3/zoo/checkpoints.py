@@ -106,7 +106,8 @@ def lock(folder: str | Path) -> IO[str] | None:
     except BlockingIOError as error:
         file.close()
         raise RuntimeError(
-            f"A process is still at work in '{folder}': wait for it, or stop it first."
+            f"A process is still at work in '{folder}': wait for it, or stop it first (runs that "
+            "start at the same moment need --uuid)."
         ) from error
     except (ImportError, OSError):
         file.close()

@@ -17,6 +17,7 @@ from imageio_ffmpeg import count_frames_and_secs
 
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.plot import read_run
+from tdmpc2_sb3.saving import read_archive
 
 CHEETAH = "DMC/cheetah-run-v0"
 NAME = "DMC-cheetah-run-v0"
@@ -134,11 +135,17 @@ def test_continuing_with_and_without_the_buffer(zoo, tiny, tmp_path):
     assert "Loading replay buffer" in with_buffer.stdout
     # One update a step: neither the random warm-up nor the burst of first updates comes again.
     second = TDMPC2.load(tmp_path / "logs" / "tdmpc2" / f"{NAME}_2" / NAME)
-    assert second._n_updates - updates == 30
+    assert second._n_updates - updates == 30 * second.gradient_steps
+    assert second._lifetime_steps == 80 + 30
     (first / "replay_buffer.pkl").unlink()
     without = train(zoo, tiny, "-n", "30", "--eval-freq", "-1", "-i", agent)
     assert "Loading replay buffer" not in without.stdout
-    assert (tmp_path / "logs" / "tdmpc2" / f"{NAME}_3" / f"{NAME}.zip").is_file()
+    assert "Learning starts with" not in with_buffer.stdout + without.stdout
+    data, tensors = read_archive(tmp_path / "logs" / "tdmpc2" / f"{NAME}_3" / NAME, "cpu")
+    assert data["_lifetime_steps"] == 80 + 30
+    assert "plan_mean" in tensors["run_streams"]  # it acted by planning, not at random
+    # And learnt nothing from fewer steps than the 40 of learning_starts.
+    assert data["_n_updates"] == updates
 
 
 def test_any_box_environment(zoo, tiny, tmp_path):

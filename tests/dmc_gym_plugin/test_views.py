@@ -23,8 +23,9 @@ needs_opengl = pytest.mark.skipif(
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter without a display."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "DISPLAY", "PYTHONPATH")}
+    """Run code in a fresh interpreter without a display and without this process's choice."""
+    dropped = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY", "WAYLAND_DISPLAY")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
     kept["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**kept, **environment}

@@ -39,7 +39,7 @@ class PostgresServer:
             user = pwd.getpwnam("postgres")
             os.chown(self._folder, user.pw_uid, user.pw_gid)
         data = str(self._folder / "data")
-        self._run("initdb", "-D", data, "-U", "tuner", "--auth=trust", "-E", "UTF8")
+        self._run("initdb", "-D", data, "-U", "tuner", "--auth=trust", "-E", "UTF8", "--no-sync")
         options = f"-p {self._port} -c listen_addresses=127.0.0.1 -k {self._folder} -c fsync=off"
         log = str(self._folder / "log")
         self._run("pg_ctl", "-D", data, "-o", options, "-l", log, "-w", "start")

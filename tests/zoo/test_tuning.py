@@ -23,6 +23,7 @@ TRIAL = [
     "--n-evaluations", "1", "--pruner", "none", "--sampler", "random", "--device", "cpu",
     "--no-optim-plots",
 ]  # fmt: skip
+HEARTBEAT = 4  # seconds; a trial is dead after four times as many
 PARAMS = [
     "-params",
     "env_kwargs:dict(action_repeat=50)",
@@ -67,7 +68,7 @@ def test_journal_study_and_its_trials(zoo, tmp_path):
 def start_worker(url: str, folder: Path, trials: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "rl_zoo3.train", *TRIAL, "--storage", url]
     command += ["--study-name", "shared", "--n-trials", str(trials), *PARAMS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TDMPC2_SB3_HEARTBEAT": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TDMPC2_SB3_HEARTBEAT": str(HEARTBEAT)}
     with (folder / f"worker_{time.monotonic_ns()}.log").open("wb") as log:
         return subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -95,16 +96,18 @@ def test_four_workers_on_postgresql_and_one_dies(tmp_path):
 
         # The victim comes first and alone, so that the running trial is known to be its own.
         victim = start_worker(server.url, tmp_path, trials=9)
-        wait_for(lambda: states()["RUNNING"] == 1, 120)
+        wait_for(lambda: states()["RUNNING"] == 1, 300)
         workers = [start_worker(server.url, tmp_path, trials=2) for _ in range(3)]
-        wait_for(lambda: states()["RUNNING"] == 4 or sum(states().values()) > 6, 240)
+        wait_for(lambda: states()["RUNNING"] == 4 or sum(states().values()) > 6, 600)
         finished = {t.number: t.value for t in study.trials if t.state.name == "COMPLETE"}
         victim.send_signal(signal.SIGKILL)
         victim.wait()
+        killed_at = time.monotonic()
         for worker in workers:
-            assert worker.wait(timeout=400) == 0
+            assert worker.wait(timeout=900) == 0
         # Somebody starts another worker: it finds the dead trial, if no other has yet.
-        assert start_worker(server.url, tmp_path, trials=2).wait(timeout=300) == 0
+        time.sleep(max(0.0, killed_at + 5 * HEARTBEAT - time.monotonic()))
+        assert start_worker(server.url, tmp_path, trials=2).wait(timeout=900) == 0
 
         trials = study.trials
         assert states()["RUNNING"] == 0

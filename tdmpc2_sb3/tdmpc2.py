@@ -383,6 +383,12 @@ class TDMPC2(OffPolicyAlgorithm):
             )
         if not isinstance(self.episodic, bool):
             raise ValueError(f"episodic is {self.episodic!r}: use True, False or 'auto'.")
+        buffer_class = self.replay_buffer_class
+        if buffer_class is not None and not issubclass(buffer_class, SequenceReplayBuffer):
+            raise ValueError(
+                f"replay_buffer_class is {buffer_class.__name__}: TDMPC2 learns from "
+                "sub-sequences, use SequenceReplayBuffer or a subclass of it."
+            )
         self._check_update_ratio()
 
     def _check_update_ratio(self) -> None:

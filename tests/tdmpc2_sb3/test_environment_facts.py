@@ -83,6 +83,13 @@ def test_endings(name, steps, terminates):
     env.close()
 
 
+def test_worker_processes_survive_being_asked():
+    env = make_vec_env("Pendulum-v1", n_envs=2, vec_env_cls=SubprocVecEnv)
+    assert read_facts(env)[:2] == (200, False)  # it has no attribute `terminates`
+    env.reset()
+    env.close()
+
+
 def test_it_is_read_through_wrappers():
     env = VecNormalize(make_vec_env("DMC/walker-walk-v0", env_kwargs={"action_repeat": 2}))
     assert read_facts(env)[:2] == (500, False)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 
 from tdmpc2_sb3 import TDMPC2
@@ -161,6 +162,10 @@ def test_policies_by_name_and_by_class(make_agent, point_env):
         ({"dynamics": "gru"}, "dynamics is 'gru': no such latent dynamics, use one of"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"policy": "LstmPolicy"}, "LstmPolicy"),
+        (
+            {"replay_buffer_class": ReplayBuffer},
+            "replay_buffer_class is ReplayBuffer: .* use SequenceReplayBuffer",
+        ),
     ],
 )
 def test_one_sentence_for_a_wrong_argument(make_agent, arguments, message):

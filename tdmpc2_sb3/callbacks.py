@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import pickle
 import shutil
 from typing import IO, Any, TypeVar
 
+import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -24,7 +25,6 @@ Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 CHECKPOINT_PREFIX = "checkpoint_"
 MODEL_FILE = "model.zip"
 BUFFER_FILE = "replay_buffer.zip"
-NORMALIZER_FILE = "vecnormalize.pkl"
 RUN_FILE = "run.json"
 
 
@@ -114,15 +114,18 @@ def write_checkpoint(
     try:
         model.save(partial / MODEL_FILE)
         model.save_replay_buffer(partial / BUFFER_FILE)  # type: ignore[attr-defined]
-        normalizer = model.get_vec_normalize_env()
-        if normalizer is not None:
-            _write_bytes(partial / NORMALIZER_FILE, pickle.dumps(normalizer))
         run = {
             "num_timesteps": model.num_timesteps,
             "callbacks": [] if callback is None else callback_states(callback, model),
             "files": run_files.describe(folder, getattr(model, "_logger", None)),
+            "normalizer": _normalizer_statistics(model.get_vec_normalize_env()),
         }
-        _write_bytes(partial / RUN_FILE, json.dumps(encode(run, "run")).encode())
+        text = json.dumps(encode(run, "run")).encode()
+
+        def writer(file: IO[bytes]) -> None:
+            file.write(text)
+
+        atomic_write(partial / RUN_FILE, writer)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -136,11 +139,22 @@ def write_checkpoint(
     return final
 
 
-def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-    def writer(file: IO[bytes]) -> None:
-        file.write(content)
+def _running_means(normalizer: VecNormalize) -> dict[str, RunningMeanStd]:
+    """Every running mean of observations (of each key, if there are several) and of returns."""
+    observations = getattr(normalizer, "obs_rms", {})  # absent if they are not normalised
+    if not isinstance(observations, dict):
+        return {"returns": normalizer.ret_rms, "observations": observations}
+    keys = {f"observations/{key}": value for key, value in observations.items()}
+    return {"returns": normalizer.ret_rms, **keys}
 
-    atomic_write(path, writer)
+
+def _normalizer_statistics(normalizer: VecNormalize | None) -> dict[str, Any]:
+    if normalizer is None:
+        return {}
+    return {
+        name: {"mean": np.asarray(each.mean), "var": np.asarray(each.var), "count": each.count}
+        for name, each in _running_means(normalizer).items()
+    }
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> pathlib.Path | None:
@@ -189,8 +203,10 @@ def load_checkpoint(
         path = newest
     model = algorithm.load(path / MODEL_FILE, env=env, **kwargs)
     model.load_replay_buffer(path / BUFFER_FILE)  # type: ignore[attr-defined]
+    run = read_run(path)
     normalizer = model.get_vec_normalize_env()
-    if normalizer is not None and (path / NORMALIZER_FILE).is_file():
-        saved = VecNormalize.load(str(path / NORMALIZER_FILE), normalizer.venv)
-        normalizer.obs_rms, normalizer.ret_rms = saved.obs_rms, saved.ret_rms
-    return model, RestoreCallbacks(read_run(path)["callbacks"])
+    if normalizer is not None:
+        means = _running_means(normalizer)
+        for name, statistics in run["normalizer"].items():
+            vars(means[name]).update(statistics)
+    return model, RestoreCallbacks(run["callbacks"])

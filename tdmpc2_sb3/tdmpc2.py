@@ -662,6 +662,7 @@ class TDMPC2(OffPolicyAlgorithm):
             scaled = self._plan_action(observation, n_envs).action
         else:
             scaled = self.policy.prior_action(observation, n_envs, self._training_generator, False)
+            self._plan_mean = None  # stale once the planner takes over again
         if action_noise is not None:
             noise = th.as_tensor(action_noise(), device=scaled.device).float()
             scaled = (scaled + noise).clamp(-1.0, 1.0)

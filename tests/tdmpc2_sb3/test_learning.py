@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -400,6 +401,7 @@ def test_use_planner_can_be_switched_at_any_time(make_agent):
     np.testing.assert_allclose(acted, mean[0].detach().numpy(), atol=1e-6)
     assert np.abs(acted - planned).max() > 1e-4
     agent.learn(10, reset_num_timesteps=False)
+    assert agent._plan_mean is None  # no stale plan to start from
     agent.use_planner = True
     agent.learn(10, reset_num_timesteps=False)
     assert agent._n_updates == 50
@@ -473,6 +475,8 @@ def test_what_is_logged(make_agent, point_env, tmp_path, episodic):
         rows = list(csv.DictReader(file))
     assert set(rows[-1]) >= TRAIN | PLANNER | ROLLOUT
     assert ("train/termination_loss" in rows[-1]) is episodic
+    documented = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text()
+    assert [name for name in rows[-1] if f"`{name}`" not in documented] == []
     last = {name: float(value) for name, value in rows[-1].items()}
     assert last["time/total_timesteps"] == 48
     assert last["time/episodes"] == 8

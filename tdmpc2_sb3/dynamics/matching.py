@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+HIDDEN_FACTOR = 2  # hidden width of a layer relative to the residual stream's
 SELECTIVE_RANK = 8  # rank of the input's influence on the step size
 
 # Parameters that act on z_0 alone are evaluated once per plan and not once per sample and step:
-# what is spent there sharpens the initial state, from which all else follows, and costs no time.
-PER_STEP_SHARE = 0.43
+# what is spent there lifts the initial state, from which all else follows, and costs no time.
+WIDTH_SHARE = 0.28125  # of mlp_dim: at the 5M model 0.39 of the parameters act on every step
+MAX_STEP_SHARE = 0.7  # of the parameters, where small latents or deep stacks would leave too few
 
 TOLERANCE = 0.02  # of the MLP's parameters
 
@@ -44,8 +46,9 @@ def step_parameters(
     latent_dim: int, action_dim: int, width: int, modes: int, depth: int, selective: bool
 ) -> int:
     """Parameters of the SSM that act on every step of every sample."""
-    layer = 2 * (2 * modes * width)  # B, C
-    layer += 2 * width * width  # V, W
+    hidden = HIDDEN_FACTOR * width
+    layer = 2 * modes * (width + hidden)  # B, C
+    layer += 2 * width * hidden  # V, W
     layer += 3 * modes  # nu, omega, beta
     if selective:
         layer += SELECTIVE_RANK * (width + modes)  # W_1, W_2
@@ -79,23 +82,22 @@ def match_sizes(
 ) -> SSMSizes:
     """The sizes at which the SSM has the MLP's number of parameters, within two per cent.
 
-    The width is the largest at which the parameters that act on every step are at most 43% of the
-    MLP's; the conditioning width then fills the rest.
+    The width is 9/32 of mlp_dim, or less where too few parameters would be left for the
+    conditioning, whose width then fills the rest.
 
     :param modes: P, fixed by the user; a quarter of the width if None
     :raises ValueError: if no sizes match, as with many modes in a small model
     """
     target = mlp_parameters(latent_dim, action_dim, mlp_dim)
     best: tuple[float, SSMSizes] | None = None
-    for width in _widths(mlp_dim):
-        width_modes = max(1, round(width / 4)) if modes is None else modes
-        per_step = step_parameters(latent_dim, action_dim, width, width_modes, depth, selective)
-        fixed, per_unit = conditioning_parameters(latent_dim, width, width_modes, depth)
+    for width, num_modes in _candidates(mlp_dim, modes):
+        per_step = step_parameters(latent_dim, action_dim, width, num_modes, depth, selective)
+        fixed, per_unit = conditioning_parameters(latent_dim, width, num_modes, depth)
         conditioning = max(1, round((target - per_step - fixed) / per_unit))
-        sizes = SSMSizes(width, width_modes, conditioning)
+        sizes = SSMSizes(width, num_modes, conditioning)
         count = ssm_parameters(latent_dim, action_dim, sizes, depth, selective)
         error = abs(count - target) / target
-        if error <= TOLERANCE / 2 and per_step <= PER_STEP_SHARE * target:
+        if error <= TOLERANCE / 2 and per_step <= MAX_STEP_SHARE * target:
             return sizes
         if best is None or error < best[0]:
             best = error, sizes
@@ -108,8 +110,15 @@ def match_sizes(
     return best[1]
 
 
-def _widths(mlp_dim: int) -> Iterator[int]:
-    """Candidate widths, widest first: multiples of 8 (whole vector registers), then any."""
-    widest = max(2 * mlp_dim, 64)
-    yield from range(widest - widest % 8, 63, -8)
-    yield from range(63, 0, -1)
+def _candidates(mlp_dim: int, modes: int | None) -> Iterator[tuple[int, int]]:
+    """Widths with their modes, widest first: multiples of 8 (whole vector registers), then any.
+
+    Last come other numbers of modes in narrow stacks: in the tiniest models a single unit of the
+    conditioning is more than two per cent of the parameters.
+    """
+    widest = max(1, round(WIDTH_SHARE * mlp_dim))
+    widths = [*range(widest - widest % 8, 63, -8), *range(min(widest, 63), 0, -1)]
+    for width in widths:
+        yield width, -(-width // 4) if modes is None else modes
+    if modes is None:
+        yield from ((width, other) for width in widths if width <= 16 for other in range(1, 9))

@@ -12,7 +12,7 @@ With features c = Mish(LN(W_c z_0)), per step k and layer l (LN: LayerNorm):
     dt_k    = clamp(softplus(beta + W_2 W_1 v_k), DT_MIN, DT_MAX)   # W_2 W_1: selective only
     x_0     = P_l c
     x_{k+1} = Abar_k x_k + G_k (B v_k)                              # exact zero-order hold
-    u_k^l   = u_k^{l-1} + W GELU(C x_{k+1} + V v_k)
+    u_k^l   = u_k^{l-1} + W GELU(C x_{k+1} + V v_k)                 # D -> 2D -> D
     z_{k+1} = SimNorm(LN(W_o u_k^L))
 
 The layer follows S5 (arXiv:2208.04933), the input-dependent step size Mamba (arXiv:2312.00752).
@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
-from tdmpc2_sb3.dynamics.matching import SELECTIVE_RANK, SSMSizes, match_sizes
+from tdmpc2_sb3.dynamics.matching import HIDDEN_FACTOR, SELECTIVE_RANK, SSMSizes, match_sizes
 from tdmpc2_sb3.layers import NormedLinear, SimNorm
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
@@ -99,9 +99,10 @@ class SSMLayer(nn.Module):
         self.rank = SELECTIVE_RANK if selective else 0
         self.norm = nn.LayerNorm(width)
         self.drive = nn.Linear(width, 2 * modes, bias=False)  # B
-        self.readout = nn.Linear(2 * modes, width, bias=False)  # C
-        self.direct = nn.Linear(width, width, bias=False)  # V
-        self.mix = nn.Linear(width, width, bias=False)  # W
+        hidden = HIDDEN_FACTOR * width
+        self.readout = nn.Linear(2 * modes, hidden, bias=False)  # C
+        self.direct = nn.Linear(width, hidden, bias=False)  # V
+        self.mix = nn.Linear(hidden, width, bias=False)  # W
         self.nu = nn.Parameter(th.empty(modes))
         self.omega = nn.Parameter(th.empty(modes))
         self.beta = nn.Parameter(th.empty(modes))
@@ -153,7 +154,7 @@ class SSMLayer(nn.Module):
         return stream + self.mix(gelu(self.readout(states) + direct)), states
 
     def _products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """B v [..., 2P], V v [..., D], and dt, [..., P] if selective and [P] if not."""
+        """B v [..., 2P], V v [..., 2D], and dt, [..., P] if selective and [P] if not."""
         weights = [self.drive.weight, self.direct.weight]
         if self.rank:
             weights.append(self.select_in.weight)
@@ -245,7 +246,7 @@ class SSMDynamics(LatentDynamics):
                 "or neither to match the MLP's parameter count."
             )
         if width is not None and conditioning is not None:
-            return SSMSizes(width, modes or max(1, width // 4), conditioning)
+            return SSMSizes(width, modes or -(-width // 4), conditioning)
         sizes = self.latent_dim, self.action_dim, self.mlp_dim
         return match_sizes(*sizes, self.depth, self.selective, modes)
 

@@ -27,7 +27,7 @@ def test_a_dynamics_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert isinstance(model, TDMPC2)
         dynamics = model.policy.world_model.dynamics
         assert type(dynamics) is names["GRUDynamics"]
-        assert model.num_timesteps == 215
+        assert model.num_timesteps == 220
 
         # Broadcast over samples and batched over steps, as the planner and the losses use it.
         latent, actions = th.rand(2, 1, 64), 2 * th.rand(4, 2, 7, 1) - 1

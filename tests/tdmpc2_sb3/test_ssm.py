@@ -232,7 +232,7 @@ def test_gelu_is_torch_s_tanh_form() -> None:
 @given(
     groups=st.integers(1, 100),
     action_dim=st.integers(1, 60),
-    mlp_dim=st.integers(16, 1024),
+    mlp_dim=st.integers(8, 1024),
     depth=st.integers(1, 3),
     selective=st.booleans(),
 )
@@ -435,13 +435,18 @@ class Pendulum:
         return error.item(), no_change.item()
 
 
+@pytest.mark.slow
 def test_a_trained_ssm_predicts_the_pendulum_as_well_as_the_mlp() -> None:
     pendulum = Pendulum()
     errors = {}
     for name, kind in (("mlp", MLPDynamics), ("ssm", SSMDynamics)):
-        th.manual_seed(0)
-        dynamics = kind(pendulum.latent_dim, 1, 64)
-        pendulum.train(dynamics)
-        errors[name], no_change = pendulum.ten_step_errors(dynamics)
+        found = []
+        for seed in range(2):  # single trainings differ by a tenth
+            th.manual_seed(seed)
+            dynamics = kind(pendulum.latent_dim, 1, 64)
+            pendulum.train(dynamics)
+            error, no_change = pendulum.ten_step_errors(dynamics)
+            found.append(error)
+        errors[name] = float(np.mean(found))
     assert errors["ssm"] < 0.5 * no_change, (errors, no_change)
     assert errors["ssm"] < 1.1 * errors["mlp"], (errors, no_change)

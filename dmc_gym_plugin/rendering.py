@@ -80,7 +80,6 @@ def egl_works() -> bool:
     egl.eglGetProcAddress.restype = pointer
     egl.eglGetProcAddress.argtypes = [ctypes.c_char_p]
     egl.eglInitialize.argtypes = [pointer, pointer, pointer]
-    egl.eglTerminate.argtypes = [pointer]
     query_at = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
     display_at = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
     if not query_at or not display_at:
@@ -93,8 +92,9 @@ def egl_works() -> bool:
         return False
     for device in devices[: count.value]:
         display = get_display(_EGL_PLATFORM_DEVICE, device, None)
+        # Left initialised: the display is one for the whole process, and terminating it would take
+        # it from whoever uses EGL already.
         if display and egl.eglInitialize(display, None, None):
-            egl.eglTerminate(display)
             return True
     return False
 

@@ -93,6 +93,19 @@ def test_a_restored_stack_holds_the_old_frames() -> None:
     fresh.close()
 
 
+@pytest.mark.skipif(not rendering.egl_works(), reason="EGL is not installed")
+def test_asking_for_egl_leaves_its_users_alone() -> None:
+    code = (
+        "import gymnasium, dmc_gym_plugin\n"
+        "from dmc_gym_plugin import rendering\n"
+        "for _ in range(2):\n"
+        "    env = gymnasium.make('DMC/pendulum-swingup-v0', render_mode='rgb_array')\n"
+        "    env.reset(seed=0); print(env.render().std() > 10, rendering.egl_works())\n"
+    )
+    done = run(code, MUJOCO_GL="egl")
+    assert done.stdout.split() == ["True"] * 4, done.stderr
+
+
 @needs_opengl
 def test_render_modes() -> None:
     sizes = {"render_height": 48, "render_width": 80}

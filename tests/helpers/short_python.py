@@ -46,7 +46,7 @@ def shorten(module: str, arguments: list[str]) -> list[str]:
     env = arguments[arguments.index("--env") + 1] if "--env" in arguments else ""
     if module == "rl_zoo3.train":
         replace(arguments, "-n", "60")
-        replace(arguments, "--eval-episodes", "1")
+        replace(arguments, "--eval-episodes", "2")  # all_plots cannot draw fewer
         if "-optimize" in arguments:
             replace(arguments, "--n-trials", "1")
             replace(arguments, "--n-evaluations", "1")

@@ -92,6 +92,10 @@ class ComposerSimulation:
             self.env._time_limit, self.physics.timestep(), self.n_sub_steps
         )
         self.env._time_limit = math.inf  # the environment counts the steps itself
+        # Reassemble's tasks shuffle this order in place: an episode starts from the last one's.
+        self._order: NDArray[np.int64] | None = getattr(self.task, "_initial_order", None)
+        self._first_order = None if self._order is None else self._order.copy()
+        self._start_order: NDArray[np.int64] | None = None
         self._start: dict[str, Any] | None = None
         self._controls: list[NDArray[np.float64]] = []
         self._observation: Any = None
@@ -120,10 +124,13 @@ class ComposerSimulation:
     def seed(self, seed: int) -> None:
         """Give the task the random generator that dm_control builds from a seed."""
         self.env._random_state = exact.random_state_from_seed(seed)
+        if self._order is not None:
+            self._order[:] = self._first_order
 
     def reset(self) -> None:
         """Start an episode."""
         self._start = exact.copy_random_state(self.random)
+        self._start_order = None if self._order is None else self._order.copy()
         self._controls = []
         self._observation = self.env.reset().observation
 
@@ -154,6 +161,8 @@ class ComposerSimulation:
         size = self.env.action_spec().shape[0]
         return {
             "start": self._start,
+            "start_order": self._start_order,
+            "order": None if self._order is None else self._order.copy(),
             "controls": np.array(self._controls).reshape(-1, size),
             "random": exact.copy_random_state(self.random),
         }
@@ -162,10 +171,14 @@ class ComposerSimulation:
         """Replay the episode up to where :meth:`get_state` was called."""
         if state["start"] is not None:
             self.random.set_state(state["start"])
+            if self._order is not None:
+                self._order[:] = state["start_order"]
             self.reset()
             for control in np.asarray(state["controls"], np.float64):
                 self.step(control)
         self.random.set_state(state["random"])
+        if self._order is not None:
+            self._order[:] = state["order"]
 
     def close(self) -> None:
         """Free the OpenGL contexts and the simulator."""

@@ -124,7 +124,7 @@ class ComposerSimulation:
     def seed(self, seed: int) -> None:
         """Give the task the random generator that dm_control builds from a seed."""
         self.env._random_state = exact.random_state_from_seed(seed)
-        if self._order is not None:
+        if self._order is not None and self._first_order is not None:
             self._order[:] = self._first_order
 
     def reset(self) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
@@ -561,28 +560,3 @@ def test_it_learns_to_stand_at_a_point(make_agent, point_env):
     untrained = mean_return(agent, env)
     agent.learn(350)
     assert mean_return(agent, env) > max(17.5, untrained + 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", ["MlpPolicy", "SSMPolicy"])
-def test_it_swings_a_pendulum_up(make_agent, policy):
-    env = make_vec_env("Pendulum-v1", seed=0)
-    agent = make_agent(
-        env,
-        policy,
-        latent_dim=64,
-        enc_dim=64,
-        mlp_dim=64,
-        num_q=2,
-        learning_starts=1000,
-        buffer_size=10_000,
-        batch_size=64,
-        num_samples=64,
-        num_elites=16,
-        num_pi_trajs=8,
-        num_iterations=3,
-        learning_rate=1e-3,
-    )
-    agent.learn(3000)
-    # A random policy earns about -1200, a good one about -150.
-    assert mean_return(agent, make_vec_env("Pendulum-v1", seed=1), 10) > -400

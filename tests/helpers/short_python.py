@@ -22,6 +22,9 @@ TINY = {
     "initial_gradient_steps": "4",
 }
 
+#: PPO would fill a whole rollout before it looks at the number of steps.
+SMALL = {"ppo": {"n_steps": "32", "batch_size": "32", "n_epochs": "1"}}
+
 
 def replace(arguments: list[str], option: str, value: str) -> None:
     """Give `option` this value, whether it was there or not."""
@@ -52,7 +55,7 @@ def shorten(module: str, arguments: list[str]) -> list[str]:
             replace(arguments, "--n-evaluations", "1")
         else:
             replace(arguments, "--eval-freq", "30")
-        params = dict(TINY) if algo.startswith("tdmpc2") else {}
+        params = dict(TINY) if algo.startswith("tdmpc2") else dict(SMALL.get(algo, {}))
         if env.startswith("DMC/"):
             params["env_kwargs"] = "dict(action_repeat=50)"
         if params:

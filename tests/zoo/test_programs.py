@@ -29,6 +29,8 @@ pytestmark = pytest.mark.slow
 
 def train(zoo, tiny, *arguments: str, algo: str = "tdmpc2", env: str = CHEETAH, params=()):
     short = [SHORT] if env.startswith("DMC/") else []
+    if algo == "ppo":  # it would fill a whole rollout before it looks at the number of steps
+        short += ["n_steps:32", "batch_size:32", "n_epochs:1"]
     extra = [*tiny, *short] if algo.startswith("tdmpc2") else short
     return zoo(
         "train", "--algo", algo, "--env", env, "--device", "cpu", *arguments,

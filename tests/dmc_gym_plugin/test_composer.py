@@ -94,7 +94,7 @@ def test_equals_dm_control(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [name for name in FEATURES if "reassemble_5" not in name])
 def test_state(name: str) -> None:
     check_state("manipulation", name)
 
@@ -145,7 +145,7 @@ def test_locomotion(name: str) -> None:
     assert env.step(env.action_space.sample())[0].shape == observation.shape
     if name in tasks.NONDETERMINISTIC:
         assert env.spec.nondeterministic
-        with pytest.raises(NotImplementedError, match="outside the task's random state"):
+        with pytest.raises(NotImplementedError, match="cannot be stored"):
             env.unwrapped.get_state()
     else:
         check_state("locomotion", name)

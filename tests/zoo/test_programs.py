@@ -215,7 +215,7 @@ def test_the_way_without_the_hook(zoo, tiny, tmp_path):
 def test_plots(zoo, tiny, tmp_path):
     for seed in ("1", "2"):
         train(
-            zoo, tiny, "-n", "60", "--eval-freq", "30", "--eval-episodes", "1", "--seed", seed
+            zoo, tiny, "-n", "60", "--eval-freq", "30", "--eval-episodes", "2", "--seed", seed
         )  # fmt: skip
     shown = {"MPLBACKEND": "Agg"}
     zoo(

@@ -21,7 +21,6 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # One thread a process: small matrices gain nothing from a second one, and two busy processes whose
 # threads wait for each other on two cores are slower by far than one after the other.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
-WORKERS ?= 2
 
 .PHONY: train install install-dev lint types test test-all clean
 .DELETE_ON_ERROR:
@@ -69,7 +68,7 @@ test: lint types
 	$(PYTEST)
 
 test-all: lint types
-	$(PYTEST) -m "slow or not slow" -n $(WORKERS) --dist loadfile
+	$(PYTEST) -m "slow or not slow"
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

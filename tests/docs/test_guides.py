@@ -139,7 +139,7 @@ def test_resume(tmp_path):
 @pytest.mark.slow
 def test_compare(tmp_path):
     run_guide("compare", tmp_path)
-    for file in ("curves.png", "results.pkl", "results.svg"):
-        assert (tmp_path / file).stat().st_size > 500
+    for file, size in (("curves.png", 1000), ("results.pkl", 500), ("results.svg", 1000)):
+        assert (tmp_path / file).stat().st_size > size
     for run in ("ppo/DMC-walker-walk-v0_1", "sac/DMC-cheetah-run-v0_1"):
         assert (tmp_path / "brief" / run / "evaluations.npz").is_file()

@@ -95,10 +95,6 @@ class ComposerSimulation:
             self.env._time_limit, self.physics.timestep(), self.n_sub_steps
         )
         self.env._time_limit = math.inf  # the environment counts the steps itself
-        # Reassemble's tasks shuffle this order in place: an episode starts from the last one's.
-        self._order: NDArray[np.int64] | None = getattr(self.task, "_initial_order", None)
-        self._first_order = None if self._order is None else self._order.copy()
-        self._start_order: NDArray[np.int64] | None = None
         # Some tasks shuffle a list of theirs anew from its last order; a seed has to start from the
         # first one, and a replay from the one before its episode.
         self._built = exact.copy_attributes(self.task)
@@ -132,14 +128,11 @@ class ComposerSimulation:
         """Give the task the random generator that dm_control builds from a seed."""
         self.env._random_state = exact.random_state_from_seed(seed)
         exact.restore_attributes(self.task, self._built)
-        if self._order is not None and self._first_order is not None:
-            self._order[:] = self._first_order
 
     def reset(self) -> None:
         """Start an episode."""
         self._before = exact.copy_attributes(self.task)
         self._start = exact.copy_random_state(self.random)
-        self._start_order = None if self._order is None else self._order.copy()
         self._controls = []
         self._observation = self.env.reset().observation
 
@@ -171,8 +164,6 @@ class ComposerSimulation:
         return {
             "start": self._start,
             "task": self._before,
-            "start_order": self._start_order,
-            "order": None if self._order is None else self._order.copy(),
             "controls": np.array(self._controls).reshape(-1, size),
             "random": exact.copy_random_state(self.random),
         }
@@ -181,14 +172,11 @@ class ComposerSimulation:
         """Replay the episode up to where :meth:`get_state` was called."""
         if state["start"] is not None:
             self.random.set_state(state["start"])
-            if self._order is not None:
-                self._order[:] = state["start_order"]
+            exact.restore_attributes(self.task, state["task"])
             self.reset()
             for control in np.asarray(state["controls"], np.float64):
                 self.step(control)
         self.random.set_state(state["random"])
-        if self._order is not None:
-            self._order[:] = state["order"]
 
     def close(self) -> None:
         """Free the OpenGL contexts and the simulator."""

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from dm_control.mujoco.index import FieldIndexer
 
-_STRINGS = {str}
-
 
 def _freeze(key: Any) -> Any:
     """Return a hashable twin of an indexing expression, or None if it has none.
@@ -23,18 +21,24 @@ def _freeze(key: Any) -> Any:
     dictionary keys, and so would be a list's twin and a tuple, but they do not index alike.
     """
     kind = type(key)
+    if kind is list:
+        return (list, *key) if key and type(key[0]) is str else None
     if kind is str or kind is int:
         return key
-    if kind is list:
-        if set(map(type, key)) == _STRINGS:
-            return (list, *key)
-    elif kind is slice:
+    if kind is slice:
         return (slice, key.start, key.stop, key.step)
-    elif kind is tuple and len(key) == 2:
+    if kind is tuple and len(key) == 2:
         first, second = _freeze(key[0]), _freeze(key[1])
         if first is not None and second is not None:
             return (tuple, first, second)
     return None
+
+
+def _is_exact(key: Any) -> bool:
+    """Return whether every list in a key holds names alone, so that no other key has its twin."""
+    if type(key) is tuple:
+        return all(map(_is_exact, key))
+    return type(key) is not list or all(type(item) is str for item in key)
 
 
 def _settle(index: Any) -> Any:
@@ -46,6 +50,34 @@ def _settle(index: Any) -> Any:
     return index
 
 
+def _as_slice(array: Any) -> slice | None:
+    """Return the slice that names the same places in the same order as an index array."""
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+        return None
+    steps = np.diff(array)
+    step = int(steps[0]) if steps.size else 1
+    if array[0] < 0 or step < 1 or (steps != step).any():
+        return None
+    return slice(int(array[0]), int(array[-1]) + 1, step)
+
+
+def _without_array(index: Any) -> tuple[Any, bool]:
+    """Replace the one index array of a pair by a slice where one names the same places.
+
+    numpy takes several times longer to mix an index array with a slice or a number than to slice
+    twice. The price: slices give a view where an index array gives a copy.
+
+    :return: the index, and whether what it reads must be copied
+    """
+    arrays = [isinstance(part, np.ndarray) for part in index] if isinstance(index, tuple) else []
+    if sum(arrays) == 1:  # two index arrays are paired, which slices are not
+        where = arrays.index(True)
+        replaced = _as_slice(index[where])
+        if replaced is not None:
+            return (*index[:where], replaced, *index[where + 1 :]), True
+    return index, False
+
+
 class CachedIndexer(FieldIndexer):
     """A ``FieldIndexer`` that remembers converted keys.
 
@@ -53,22 +85,25 @@ class CachedIndexer(FieldIndexer):
     :param array: the array it indexes
     """
 
-    __slots__ = ("_array", "_known")
+    __slots__ = ("_array", "_known", "_names")
 
     def __init__(self, indexer: FieldIndexer, array: np.ndarray) -> None:
         for name in FieldIndexer.__slots__:
             setattr(self, name, getattr(indexer, name))
         self._array = array  # without the weak reference's detour
-        self._known: dict[Any, Any] = {}
+        self._names: dict[Any, Any] = {}  # name, or pair of names -> index
+        self._known: dict[Any, tuple[Any, bool]] = {}  # other keys' twins -> index, copied
 
-    def _index(self, key: Any) -> Any:
+    def _index(self, key: Any) -> tuple[Any, bool]:
         frozen = _freeze(key)
         if frozen is None:  # arrays and other rare keys: as dm_control does
-            return self._convert_key(key)
-        index = self._known.get(frozen)
-        if index is None:
-            index = self._known[frozen] = _settle(self._convert_key(key))
-        return index
+            return self._convert_key(key), False
+        entry = self._known.get(frozen)
+        if entry is None:
+            entry = _without_array(_settle(self._convert_key(key)))
+            if _is_exact(key):
+                self._known[frozen] = entry
+        return entry
 
     def __getitem__(self, key: Any) -> Any:
         # The two commonest kinds of key are their own twins: a name, and a pair of names.
@@ -76,14 +111,15 @@ class CachedIndexer(FieldIndexer):
         if kind is str or (
             kind is tuple and len(key) == 2 and type(key[0]) is str and type(key[1]) is str
         ):
-            index = self._known.get(key)
+            index = self._names.get(key)
             if index is None:
-                index = self._known[key] = _settle(self._convert_key(key))
+                index = self._names[key] = _settle(self._convert_key(key))
             return self._array[index]
-        return self._array[self._index(key)]
+        index, copied = self._index(key)
+        return self._array[index].copy() if copied else self._array[index]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._array[self._index(key)] = value
+        self._array[self._index(key)[0]] = value
 
 
 def cache_named_indexing(physics: Any) -> None:

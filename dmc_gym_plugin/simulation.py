@@ -102,6 +102,7 @@ class SuiteSimulation:
         self.step_limit: int | None = None if math.isinf(limit) else math.ceil(limit)
         self._model = self.physics.model.ptr
         self._data = self.physics.data.ptr
+        self._control = self._data.ctrl
         self._rk4 = self._model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
         self._plain_step = type(self.physics).step is Physics.step and self.physics.legacy_step
         self._warnings = self.physics.data.warning.number
@@ -164,7 +165,7 @@ class SuiteSimulation:
         """
         task, physics = self.task, self.physics
         if self._plain_control:
-            self._data.ctrl[:] = control
+            self._control[:] = control
         else:
             task.before_step(control, physics)
         if self._plain_step:

@@ -51,13 +51,14 @@ class ActionMap:
             raise ValueError(
                 f"The action has shape {action.shape}, but this task takes {self._shape}."
             )
-        # One product finds NaN and infinity in any place, and is the cheapest such check.
-        if not math.isfinite(action.dot(action)):
+        # A few numbers: Python's own functions take half of numpy's time for them.
+        values = action.tolist()
+        if not math.isfinite(sum(values)):  # finds NaN and infinity in any place
             raise RuntimeError(
                 f"The action {action} is not finite; look for a diverged model or policy."
             )
-        np.minimum(action, 1.0, out=action)
-        np.maximum(action, -1.0, out=action)
+        if max(values) > 1.0 or min(values) < -1.0:
+            np.clip(action, -1.0, 1.0, out=action)
         if self.identity:
             return action
         stretched = self.low * ((1.0 - action) / 2.0) + self.high * ((1.0 + action) / 2.0)

@@ -12,9 +12,6 @@ within a round. Times are CPU seconds of the one thread that steps.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import sys
 import time
 import warnings
@@ -25,6 +22,7 @@ import gymnasium
 import numpy as np
 
 import dmc_gym_plugin  # registers the environments
+from machine import command, describe
 
 TASKS = (
     "walker-walk",
@@ -123,17 +121,6 @@ def report(tasks: list[str], rounds: int, block: int) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Return one line about the machine and the versions."""
-    packages = ("mujoco", "dm_control", "shimmy", "gymnasium", "numpy")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return (
-        f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()}), "
-        f"Python {platform.python_version()}, {versions}; "
-        f"load average at the start {os.getloadavg()[0]:.1f}."
-    )
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Steps a second beside dm_control and Shimmy.")
@@ -143,14 +130,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a Markdown file to write")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    about = machine()
+    about = describe("mujoco", "dm_control", "shimmy", "gymnasium", "numpy", threads=1)
     table = report(args.tasks, args.rounds, min(args.block, EPISODE - 10))
-    command = "python benchmarks/environment_speed.py " + " ".join(sys.argv[1:])
     text = (
         "# Speed of the environments\n\n"
         f"Agent steps a second at action repeat 1; median of {args.rounds} interleaved blocks of "
         f"{args.block} steps, CPU time of one thread.\n\n{table}\n\n"
-        f"Command: `{command.strip()}`\n\nMachine: {about}\n"
+        f"Command: `{command()}`\n\nMachine: {about}.\n"
     )
     print(text)
     if args.output is not None:

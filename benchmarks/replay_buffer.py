@@ -12,9 +12,7 @@ process gains while the buffer fills.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from gymnasium import spaces
 
+from machine import command, describe
 from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
 
 STEPS = 1_000_000
@@ -95,16 +94,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("numpy", "torch", "stable-baselines3")
-    )
-    command = "python benchmarks/replay_buffer.py"
+    about = describe("numpy", "torch", "stable-baselines3")
     lines = [
         "# Replay buffer",
         "",
-        f"`{command}`: Python {platform.python_version()}, {versions}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start.",
+        f"Command: `{command()}`",
+        "",
+        f"Machine: {about}.",
         "",
         "| | walker-walk, 1,000,000 steps |",
         "|---|---|",

@@ -11,7 +11,6 @@ Times are wall-clock seconds; only an otherwise idle machine gives figures that 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import warnings
@@ -23,6 +22,7 @@ import gymnasium
 import numpy as np
 
 import dmc_gym_plugin  # noqa: F401 - registers the environments
+from machine import command, describe
 
 TASKS = ("cheetah-run", "walker-walk", "humanoid-run", "dog-run")
 
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a Markdown file to write")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    load = os.getloadavg()[0]
+    about = describe("mujoco", "dm_control", "gymnasium", "numpy")
     lines = ["| task | sync | async | threads | threads / best other |", "|---|---|---|---|---|"]
     for task in args.tasks:
         speed = measure(task, args.num_envs, args.rounds, args.block)
@@ -92,8 +92,8 @@ def main() -> None:
     text = (
         f"# {args.num_envs} environments at once\n\nEnvironment steps a second (wall-clock), best "
         f"of {args.rounds} blocks of {args.block} steps.\n\n" + "\n".join(lines) + "\n\n"
-        f"Command: `python benchmarks/vector_environments.py {' '.join(sys.argv[1:])}`\n\n"
-        f"Machine: {os.cpu_count()} cores, load average at the start {load:.1f}.\n"
+        f"Command: `{command()}`\n\n"
+        f"Machine: {about}.\n"
     )
     print(text)
     if args.output is not None:

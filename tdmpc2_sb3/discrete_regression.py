@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch as th
 import torch.nn.functional as F
 
+from tdmpc2_sb3 import kernels
+
 
 def symlog(x: th.Tensor) -> th.Tensor:
     """sign(x) ln(1 + |x|), elementwise."""
@@ -46,9 +48,14 @@ def two_hot(x: th.Tensor, bins: th.Tensor) -> th.Tensor:
     """
     # A hat function of width one bin around every centre: the same weights as gather-and-scatter,
     # without an index.
-    width = (bins[-1] - bins[0]) / (bins.shape[0] - 1)
-    position = symlog(x).clamp(bins[0], bins[-1]).unsqueeze(-1)  # [..., 1]
-    return (1.0 - (position - bins).abs() / width).clamp_min(0.0)  # [..., K]
+    steps = th.arange(bins.shape[0], dtype=bins.dtype, device=bins.device)
+    return (1.0 - (_position(x, bins).unsqueeze(-1) - steps).abs()).clamp_min(0.0)  # [..., K]
+
+
+def _position(x: th.Tensor, bins: th.Tensor) -> th.Tensor:
+    """symlog(x) clipped to the bins' range, in bins from the first one, in [0, K - 1]."""
+    last = bins.shape[0] - 1
+    return ((symlog(x) - bins[0]) * (last / (bins[-1] - bins[0]))).clamp(0.0, last)
 
 
 def two_hot_inverse(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
@@ -58,6 +65,8 @@ def two_hot_inverse(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
     :param bins: bin centres in symlog space, [K]
     :return: scalars, [...]
     """
+    if kernels.usable(logits):
+        return kernels.two_hot_inverse(logits, bins)
     return symexp(F.softmax(logits, dim=-1) @ bins)
 
 
@@ -69,3 +78,16 @@ def soft_cross_entropy(logits: th.Tensor, target: th.Tensor) -> th.Tensor:
     :return: [...]
     """
     return -(target * F.log_softmax(logits, dim=-1)).sum(-1)
+
+
+def two_hot_cross_entropy(logits: th.Tensor, x: th.Tensor, bins: th.Tensor) -> th.Tensor:
+    """:func:`soft_cross_entropy` with the :func:`two_hot` weights of scalars as the target.
+
+    :param logits: [..., K]
+    :param x: scalars without gradients, whose axes are the last ones of ``...``
+    :param bins: evenly spaced bin centres in symlog space, [K]
+    :return: [...]
+    """
+    if kernels.usable(logits):
+        return kernels.two_hot_cross_entropy(logits, _position(x, bins))
+    return soft_cross_entropy(logits, two_hot(x, bins))

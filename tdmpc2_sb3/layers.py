@@ -1,9 +1,9 @@
 """Building blocks of the world model: Mish, SimNorm, normed linear layers, MLPs and the Q ensemble.
 
 On a CPU the elementwise part of these layers costs as much as their matrix products if it is left
-to the stock kernels: a softmax over groups of 8 is 20 times slower than its arithmetic, and Mish
-evaluates three transcendental functions. Both are written here from plain arithmetic with a single
-one, with hand-written gradients in eager mode; a compiler sees the same plain arithmetic.
+to the stock kernels. There :mod:`tdmpc2_sb3.kernels` does it in one pass. Where those cannot be
+built it is written here from plain arithmetic with a single transcendental function, with
+hand-written gradients in eager mode; a compiler sees the same plain arithmetic.
 
 Shapes: ``...`` any leading axes, B rows, Q ensemble members, V simplex size.
 """
@@ -19,8 +19,12 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
+from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.kernels import Activation
+
 INIT_STD = 0.02
 INIT_CUT = 2.0
+LAYER_NORM_EPS = 1e-5  # torch's and the reference's
 SIMNORM_CLAMP = 120.0  # 2^120 and sums of 64 of it stay finite; a layer norm's output is below
 LOG2_E = math.log2(math.e)
 # Elements worked on at once: the intermediate results of more would fall out of a core's cache.
@@ -185,7 +189,7 @@ class NormedLinear(nn.Module):
         init_linear(self.weight, self.bias)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        return self.activation(self.ln(F.linear(x, self.weight, self.bias)))
+        return self._fused(x, None) if self._can_fuse(x) else self._plain(x)
 
     def forward_pair(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
         """The layer on the concatenation of two inputs whose batch axes may broadcast.
@@ -196,21 +200,47 @@ class NormedLinear(nn.Module):
         :param a: [..., A]
         :return: [..., out]
         """
-        return self.activation(self.ln(linear_pair(z, a, self.weight, self.bias)))
+        if z.shape[:-1] == a.shape[:-1]:
+            return self._fused(z, a) if self._can_fuse(a) else self._plain(th.cat([z, a], dim=-1))
+        product = broadcast_linear(z, a, self.weight, self.bias)
+        if self._can_fuse(product):
+            ln = self.ln
+            return kernels.layer_norm(product, ln.weight, ln.bias, ln.eps, *_code(self.activation))
+        return self.activation(self.ln(product))
+
+    def _plain(self, x: th.Tensor) -> th.Tensor:
+        return self.activation(self.ln(F.linear(x, self.weight, self.bias)))
+
+    def _can_fuse(self, x: th.Tensor) -> bool:
+        return isinstance(self.activation, (Mish, SimNorm)) and kernels.usable(x)
+
+    def _fused(self, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
+        ln, activation = self.ln, _code(self.activation)
+        return kernels.normed_linear(
+            z, a, self.weight, self.bias, ln.weight, ln.bias, ln.eps, *activation
+        )
 
 
-def linear_pair(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    """``linear(concat(z, a))`` for inputs whose batch axes broadcast.
+def _code(activation: nn.Module) -> tuple[Activation, int]:
+    """The kernels' name of an activation, and the group size of SimNorm."""
+    if isinstance(activation, SimNorm):
+        return Activation.SIMNORM, activation.simnorm_dim
+    return Activation.MISH, 1
+
+
+def broadcast_linear(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """``linear(concat(z, a))`` where z has fewer rows than a: its product is taken once.
 
     :param z: [..., Z]
-    :param a: [..., A]
+    :param a: [..., A], batch axes to which those of z broadcast
     :param weight: [out, Z + A]
     :param bias: [out]
     """
-    if z.shape[:-1] == a.shape[:-1]:
-        return F.linear(th.cat([z, a], dim=-1), weight, bias)
     split = z.shape[-1]
-    return F.linear(a, weight[:, split:], bias) + F.linear(z, weight[:, :split])
+    from_latent = F.linear(z, weight[:, :split], bias)
+    if from_latent.numel() == from_latent.shape[-1]:  # a single latent is one more bias
+        return F.linear(a, weight[:, split:], from_latent.view(-1))
+    return F.linear(a, weight[:, split:]) + from_latent
 
 
 class Linear(nn.Linear):
@@ -283,15 +313,34 @@ class EnsembleLayer(nn.Module):
         init_linear(self.weight, self.bias)
 
     def forward(
-        self, x: th.Tensor, members: th.Tensor | None, mask: th.Tensor | None = None
+        self,
+        x: th.Tensor,
+        a: th.Tensor | None = None,
+        members: th.Tensor | None = None,
+        mask: th.Tensor | None = None,
+        frozen: bool = False,
     ) -> th.Tensor:
         """
         :param x: [B, in], shared by the members, or [Q, B, in]
+        :param a: further columns of a shared x, [B, A]
         :param members: indices of the members to evaluate; all if None
         :param mask: dropout's multiplier between the product and LayerNorm, [Q, B, out]
+        :param frozen: whether the parameters' own gradients are not wanted
         :return: [Q, B, out]
         """
-        weight, bias = self._of(self.weight, members), self._of(self.bias, members)
+
+        def of(parameter: th.Tensor) -> th.Tensor:
+            parameter = parameter.detach() if frozen else parameter
+            return parameter if members is None else parameter.index_select(0, members)
+
+        weight, bias = of(self.weight), of(self.bias)
+        if self.ln is not None and kernels.usable(x):
+            gain, shift = of(self.ln["weight"]), of(self.ln["bias"])
+            return kernels.normed_linear(
+                x, a, weight, bias, gain, shift, LAYER_NORM_EPS, Activation.MISH, mask=mask
+            )
+        if a is not None:
+            x = th.cat([x, a], dim=-1)
         if x.dim() == 2:
             x = x.expand(weight.shape[0], *x.shape)
         y = th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))  # [Q, B, out]
@@ -299,13 +348,9 @@ class EnsembleLayer(nn.Module):
             y = y * mask
         if self.ln is None:
             return y
-        y = F.layer_norm(y, y.shape[-1:])
-        gain, shift = self._of(self.ln["weight"], members), self._of(self.ln["bias"], members)
+        y = F.layer_norm(y, y.shape[-1:], eps=LAYER_NORM_EPS)
+        gain, shift = of(self.ln["weight"]), of(self.ln["bias"])
         return mish(th.addcmul(shift.unsqueeze(1), y, gain.unsqueeze(1)))
-
-    @staticmethod
-    def _of(parameter: th.Tensor, members: th.Tensor | None) -> th.Tensor:
-        return parameter if members is None else parameter.index_select(0, members)
 
 
 class QEnsemble(nn.Module):
@@ -340,6 +385,7 @@ class QEnsemble(nn.Module):
         a: th.Tensor,
         members: th.Tensor | None = None,
         dropout_mask: th.Tensor | None = None,
+        frozen: bool = False,
     ) -> th.Tensor:
         """Logits of the chosen heads.
 
@@ -347,13 +393,16 @@ class QEnsemble(nn.Module):
         :param a: [..., A], the same leading axes
         :param members: indices of the heads to evaluate, [Q']; all if None
         :param dropout_mask: from :meth:`sample_dropout_mask`; None in evaluation
+        :param frozen: whether only the gradients by z and a are wanted
         :return: [Q', ..., K]
         """
-        x = th.cat([z, a], dim=-1)
-        y = x.reshape(-1, x.shape[-1])  # [B, Z + A]
         first, second, last = self.layers
-        y = last(second(first(y, members, dropout_mask), members), members)
-        return y.view(y.shape[0], *x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+        y = first(
+            z.reshape(-1, z.shape[-1]), a.reshape(-1, a.shape[-1]), members, dropout_mask, frozen
+        )
+        y = second(y, members=members, frozen=frozen)
+        y = last(y, members=members, frozen=frozen)  # [Q', B, K]
+        return y.view(y.shape[0], *z.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     def sample_dropout_mask(
         self, num_members: int, num_rows: int, generator: th.Generator

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch as th
 import torch.nn.functional as F
 
-from tdmpc2_sb3.discrete_regression import soft_cross_entropy, two_hot, two_hot_inverse
+from tdmpc2_sb3.discrete_regression import two_hot_cross_entropy, two_hot_inverse
 from tdmpc2_sb3.encoders import Observation
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
 from tdmpc2_sb3.world_model import WorldModel
@@ -160,11 +160,11 @@ def model_losses(
     consistency = (weights * squared_error).sum()
 
     reward_logits = model.reward_logits(latents[:-1], batch.actions)  # [T, B, K]
-    reward_ce = soft_cross_entropy(reward_logits, two_hot(batch.rewards, model.bins))
+    reward_ce = two_hot_cross_entropy(reward_logits, batch.rewards, model.bins)  # [T, B]
     reward = (weights * reward_ce.mean(1)).sum()
 
     q_logits = model.q_logits(latents[:-1], batch.actions, None, noise.q_dropout)  # [Q, T, B, K]
-    q_ce = soft_cross_entropy(q_logits, two_hot(targets, model.bins))
+    q_ce = two_hot_cross_entropy(q_logits, targets, model.bins)  # [Q, T, B]
     value = (weights * q_ce.mean((0, 2))).sum()
 
     termination = th.zeros((), device=weights.device)
@@ -216,7 +216,7 @@ def policy_loss(
 ) -> PolicyLosses:
     """-(entropy_coef * scaled entropy + Q / S), weighted over the steps (TD-MPC2, eq. 4).
 
-    Gradients are meant for the policy alone: take them with respect to its parameters.
+    Its gradients reach the policy alone.
 
     :param model: after the world model's optimiser step
     :param latents: z_0..z_T, detached, [T + 1, B, Z]
@@ -227,7 +227,9 @@ def policy_loss(
     :param tau: rate at which S moves
     """
     sample = model.policy(latents, noise.policy_action)
-    logits = model.q_logits(latents, sample.action, noise.policy_heads, noise.policy_dropout)
+    logits = model.q_logits(
+        latents, sample.action, noise.policy_heads, noise.policy_dropout, frozen=True
+    )
     q = two_hot_inverse(logits, model.bins).mean(0)  # [T + 1, B]
     new_scale = updated_scale(scale, q[0].detach(), tau)
     objective = config.entropy_coef * sample.scaled_entropy + q / new_scale

@@ -174,9 +174,12 @@ class WorldModel(nn.Module):
         a: th.Tensor,
         heads: th.Tensor | None = None,
         dropout_mask: th.Tensor | None = None,
+        frozen: bool = False,
     ) -> th.Tensor:
-        """Logits of the chosen Q heads, [Q', ..., K]."""
-        return self.q_ensemble(z, a, heads, dropout_mask)  # type: ignore[no-any-return]
+        """Logits of the chosen Q heads, [Q', ..., K]; see :meth:`QEnsemble.forward`."""
+        return self.q_ensemble(  # type: ignore[no-any-return]
+            z, a, heads, dropout_mask, frozen
+        )
 
     def q_values(
         self,

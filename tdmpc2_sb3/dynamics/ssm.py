@@ -32,6 +32,7 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
+from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.dynamics.matching import HIDDEN_FACTOR, SELECTIVE_RANK, SSMSizes, match_sizes
 from tdmpc2_sb3.layers import NormedLinear, SimNorm
@@ -78,8 +79,11 @@ def discretise(alpha: th.Tensor, omega: th.Tensor, dt: th.Tensor) -> Discretisat
     )
 
 
-def gelu(x: th.Tensor) -> th.Tensor:
-    """GELU in its tanh approximation: one fused kernel, or one exponential where compiled."""
+def gelu_sum(a: th.Tensor, b: th.Tensor) -> th.Tensor:
+    """GELU(a + b) in its tanh approximation: one kernel, or one exponential where compiled."""
+    if kernels.usable(a):
+        return kernels.gelu_sum(a, b)
+    x = a + b
     if th.compiler.is_compiling():
         return x * th.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
     return F.gelu(x, approximate="tanh")
@@ -149,9 +153,15 @@ class SSMLayer(nn.Module):
         return self._advance(stream, x)[0]
 
     def _advance(self, stream: th.Tensor, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        drive, direct, dt = self._products(self.norm(stream))
+        drive, direct, dt = self._products(self._normed(stream))
         states = scan(self.discretise(dt), drive, x)  # [H, ..., 2P]
-        return stream + self.mix(gelu(self.readout(states) + direct)), states
+        return stream + self.mix(gelu_sum(self.readout(states), direct)), states
+
+    def _normed(self, stream: th.Tensor) -> th.Tensor:
+        if kernels.usable(stream):
+            norm = self.norm
+            return kernels.layer_norm(stream, norm.weight, norm.bias, norm.eps)
+        return self.norm(stream)  # type: ignore[no-any-return]
 
     def _products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """B v [..., 2P], V v [..., 2D], and dt, [..., P] if selective and [P] if not."""

@@ -12,8 +12,8 @@ from tdmpc2_sb3.layers import (
     NormedLinear,
     QEnsemble,
     SimNorm,
+    broadcast_linear,
     forward_pair,
-    linear_pair,
     mish,
     mlp,
     simnorm,
@@ -123,9 +123,9 @@ def test_pairs_broadcast_like_a_concatenation(roughen):
     z, a = randn(3, 1, 5, seed=2), randn(3, 10, 3, seed=3)
     joined = th.cat([z.expand(3, 10, 5), a], -1)
     expected = F.linear(joined, weight, bias)
-    th.testing.assert_close(linear_pair(z, a, weight, bias), expected, rtol=1e-5, atol=1e-5)
+    th.testing.assert_close(broadcast_linear(z, a, weight, bias), expected, rtol=1e-5, atol=1e-5)
     th.testing.assert_close(
-        linear_pair(z.expand(3, 10, 5), a, weight, bias), expected, rtol=1e-5, atol=1e-5
+        broadcast_linear(z[:1], a[:1], weight, bias), expected[:1], rtol=1e-5, atol=1e-5
     )
     net = mlp(8, [12, 12], 16, SimNorm(8))
     roughen(net)

@@ -1,0 +1,34 @@
+"""Fused elementwise kernels for float32 on a CPU, built at first use; plain torch elsewhere.
+
+On a CPU the elementwise part of the world model (LayerNorm, Mish, SimNorm, cross-entropy over bins
+and their gradients) costs as much as its matrix products when it is a chain of stock kernels that
+each read and write a whole array. ``kernels.c`` does each chain in one pass. It is plain C without
+any library's headers, compiled by the machine's own compiler in about a second and kept in the
+user's cache directory (:mod:`tdmpc2_sb3.kernels.library`).
+
+Callers ask :func:`usable` and keep a plain torch path, which a compiler, other devices and double
+precision take too.
+"""
+
+from tdmpc2_sb3.kernels.functions import (
+    Activation,
+    gelu_sum,
+    layer_norm,
+    normed_linear,
+    two_hot_cross_entropy,
+    two_hot_inverse,
+    usable,
+)
+from tdmpc2_sb3.kernels.library import SWITCH, library
+
+__all__ = [
+    "SWITCH",
+    "Activation",
+    "gelu_sum",
+    "layer_norm",
+    "library",
+    "normed_linear",
+    "two_hot_cross_entropy",
+    "two_hot_inverse",
+    "usable",
+]

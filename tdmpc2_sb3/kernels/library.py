@@ -1,0 +1,172 @@
+"""Builds ``kernels.c`` with the machine's C compiler, keeps the result and loads it.
+
+Nothing here ever stops a run: without a compiler, or if anything fails, one warning says so and
+the plain torch path goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch as th
+
+SWITCH = "TDMPC2_SB3_KERNELS"  # 0 in the environment switches the kernels off
+SOURCE = Path(__file__).with_name("kernels.c")
+COMPILERS = ("cc", "gcc", "clang")
+BUILD_SECONDS = 120
+# The arithmetic may not be reordered but where the source says so; errno and traps are not used.
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+
+POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "norm_forward": (*(POINTER,) * 7, *(INTEGER,) * 3, REAL, *(INTEGER,) * 3),
+    "norm_backward": (*(POINTER,) * 13, *(INTEGER,) * 6),
+    "two_hot_inverse_forward": (*(POINTER,) * 3, *(INTEGER,) * 3),
+    "two_hot_inverse_backward": (*(POINTER,) * 4, *(INTEGER,) * 3),
+    "two_hot_cross_entropy_forward": (*(POINTER,) * 4, *(INTEGER,) * 4),
+    "two_hot_cross_entropy_backward": (*(POINTER,) * 5, *(INTEGER,) * 4),
+    "gelu_sum_forward": (*(POINTER,) * 3, *(INTEGER,) * 4),
+    "gelu_sum_backward": (*(POINTER,) * 4, *(INTEGER,) * 4),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels; None if they are switched off or could not be built, said once."""
+    if os.environ.get(SWITCH, "") == "0":
+        return None
+    try:
+        return build(cache_directory())
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"The CPU kernels could not be built ({reason}); training goes on with torch's own, "
+            "about half as fast. Install a C compiler (Debian: apt install gcc; macOS: "
+            f"xcode-select --install), or set {SWITCH}=0 to silence this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def cache_directory() -> Path:
+    """The user's own cache directory for the built library; a temporary one if that is not his.
+
+    A library that others could replace must not be loaded, so ownership is checked.
+    """
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "tdmpc2_sb3"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+        if private and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="tdmpc2_sb3_"))
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    """Loads the library from ``folder``, building it if it is not there.
+
+    :param folder: where libraries are kept; one a source, compiler and processor
+    :raises RuntimeError: if there is no compiler or every way to build fails
+    :raises OSError: if the folder cannot be written
+    """
+    compiler = find_compiler()
+    failure = "no attempt"
+    for options, runtime in attempts():
+        path = folder / f"kernels-{fingerprint(compiler, (*options, *runtime))}.so"
+        try:
+            if not path.exists():
+                _compile(compiler, options, runtime, path)
+            return _load(path)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            failure = str(error)
+    raise RuntimeError(failure)
+
+
+def find_compiler() -> str:
+    """Path of the C compiler: ``$CC``, else the first of the usual names.
+
+    :raises RuntimeError: if there is none
+    """
+    for name in (os.environ.get("CC", ""), *COMPILERS):
+        path = shutil.which(name) if name else None
+        if path is not None:
+            return path
+    raise RuntimeError(f"no C compiler: none of {', '.join(COMPILERS)} is on the PATH")
+
+
+def attempts() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(Compiler options, libraries to link) from the fastest to the most portable.
+
+    OpenMP comes from the very runtime that torch brings: a second one in the process would start
+    threads of its own, which then compete with torch's.
+    """
+    folder = Path(th.__file__).parent
+    found: list[Path] = []
+    for pattern in ("lib/libgomp*", "lib/libomp*", "../torch.libs/libgomp*"):
+        found.extend(sorted(folder.glob(pattern)))
+    parallel = ("-Xpreprocessor", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
+    result: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for runtime in found[:1]:
+        result.append((("-march=native", *parallel), (str(runtime.resolve()),)))
+    result.append((("-march=native", "-fopenmp-simd"), ()))
+    result.append((("-fopenmp-simd",), ()))
+    return result
+
+
+def fingerprint(compiler: str, options: tuple[str, ...]) -> str:
+    """A name for what would be built: it changes with source, compiler, options and processor."""
+    parts = [SOURCE.read_text(), compiler, *options, platform.platform(), th.__version__]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    parts.append(version.stdout)
+    processor = Path("/proc/cpuinfo")
+    if processor.exists():
+        fields = ("model name", "flags", "Features", "CPU part")
+        lines = processor.read_text().splitlines()
+        parts.extend(sorted({line for line in lines if line.startswith(fields)}))
+    return hashlib.sha256("\0".join([*parts, platform.processor()]).encode()).hexdigest()[:20]
+
+
+def _compile(compiler: str, options: tuple[str, ...], runtime: tuple[str, ...], path: Path) -> None:
+    # Built under another name and moved, so that processes that start together never meet half a
+    # file. Linked apart, so that the compiler does not add an OpenMP runtime of its own.
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        objects, library = f"{work}/kernels.o", f"{work}/kernels.so"
+        _run([compiler, *FLAGS, *options, "-c", str(SOURCE), "-o", objects])
+        _run([compiler, "-shared", objects, *runtime, "-lm", "-o", library])
+        os.replace(library, path)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{Path(command[0]).name}: {lines[0]}")
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))  # resolves every symbol, so a missing runtime shows here
+    for name, arguments in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes = list(arguments)
+        function.restype = None
+    return loaded

@@ -1,0 +1,277 @@
+"""The CPU kernels against torch's own operations in double precision, values and gradients."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch as th
+import torch.nn.functional as F
+
+from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
+from tdmpc2_sb3.kernels import Activation, library
+from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
+
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_built():
+    if library() is None:
+        pytest.skip("no C compiler here: plain torch is used, which the other tests cover")
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = th.get_num_threads()
+    th.set_num_threads(request.param)
+    yield request.param
+    th.set_num_threads(before)
+
+
+def randn(*shape, seed=0, scale=1.0):
+    return scale * th.randn(*shape, generator=th.Generator().manual_seed(seed))
+
+
+def activate(h, activation, simnorm_dim):
+    if activation is Activation.MISH:
+        return F.mish(h)
+    if activation is Activation.SIMNORM:
+        return F.softmax(h.view(*h.shape[:-1], -1, simnorm_dim), -1).view(h.shape)
+    return h
+
+
+def compare(fast, plain, inputs, rtol=1e-5):
+    """Outputs and gradients of both, relative to the largest entry of each."""
+    exact = [x.double().detach().requires_grad_(x.requires_grad) for x in inputs]
+    expected = plain(*exact)
+    weights = randn(*expected.shape, seed=99)
+    wanted = [x for x in exact if x.requires_grad]
+    expected_grads = th.autograd.grad((expected * weights.double()).sum(), wanted)
+    result = fast(*inputs)
+    grads = th.autograd.grad((result * weights).sum(), [x for x in inputs if x.requires_grad])
+    with th.no_grad():
+        bare = fast(*inputs)
+    assert result.shape == bare.shape == expected.shape
+    results, expectations = (result, bare, *grads), (expected, expected, *expected_grads)
+    for ours, theirs in zip(results, expectations, strict=True):
+        difference = (ours.detach().double() - theirs.detach()).abs().max()
+        assert float(difference) <= rtol * max(1.0, float(theirs.detach().abs().max()))
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize(("rows", "cols", "simnorm_dim"), [(3, 8, 8), (5, 24, 4), (700, 256, 8)])
+def test_normed_linear(threads, activation, rows, cols, simnorm_dim):
+    inputs = [
+        randn(2, rows, 6, scale=3.0, seed=1),
+        randn(cols, 6, seed=2),
+        randn(cols, seed=3),
+        randn(cols, seed=4),
+        randn(cols, seed=5),
+    ]
+
+    def fast(x, weight, bias, gain, shift):
+        return kernels.normed_linear(
+            x, None, weight, bias, gain, shift, EPS, activation, simnorm_dim
+        )
+
+    def plain(x, weight, bias, gain, shift):
+        h = F.layer_norm(F.linear(x, weight, bias), (cols,), gain, shift, EPS)
+        return activate(h, activation, simnorm_dim)
+
+    compare(fast, plain, [x.requires_grad_(True) for x in inputs])
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("shared", [False, True], ids=["own rows", "shared rows"])
+def test_normed_linear_of_an_ensemble(threads, shared, with_mask):
+    members, rows, cols = 3, 90, 136
+    x = randn(rows, 7, seed=1) if shared else randn(members, rows, 7, seed=1)
+    mask = (randn(members, rows, cols, seed=6) > -1.0).float() / 0.84 if with_mask else None
+    inputs = [
+        x,
+        randn(members, cols, 7, seed=2),
+        randn(members, cols, seed=3),
+        randn(members, cols, seed=4),
+        randn(members, cols, seed=5),
+    ]
+
+    def fast(x, weight, bias, gain, shift):
+        return kernels.normed_linear(
+            x, None, weight, bias, gain, shift, EPS, Activation.MISH, mask=mask
+        )
+
+    def plain(x, weight, bias, gain, shift):
+        y = x @ weight.transpose(1, 2) + bias.unsqueeze(1)
+        y = y if mask is None else y * mask.double()
+        return F.mish(F.layer_norm(y, (cols,), eps=EPS) * gain.unsqueeze(1) + shift.unsqueeze(1))
+
+    compare(fast, plain, [x.requires_grad_(True) for x in inputs])
+
+
+@pytest.mark.parametrize("wanted", ["z", "a", "z and a"])
+def test_gradients_of_a_pair(wanted):
+    """Whichever of latent and action needs a gradient gets it, frozen weights get none."""
+    z, a = randn(2, 20, 5, seed=1), randn(2, 20, 3, seed=2)
+    weight, bias, gain, shift = randn(16, 8, seed=3), randn(16), randn(16, seed=4), randn(16)
+    z.requires_grad_("z" in wanted)
+    a.requires_grad_("a" in wanted.split())
+
+    def fast(z, a):
+        return kernels.normed_linear(z, a, weight, bias, gain, shift, EPS, Activation.MISH)
+
+    def plain(z, a):
+        y = F.linear(th.cat([z, a], -1), weight.double(), bias.double())
+        return F.mish(F.layer_norm(y, (16,), gain.double(), shift.double(), EPS))
+
+    compare(fast, plain, [z, a])
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_layer_norm(threads, activation):
+    inputs = [randn(4, 300, 72, scale=4.0), randn(72, seed=1), randn(72, seed=2)]
+
+    def fast(x, gain, shift):
+        return kernels.layer_norm(x, gain, shift, EPS, activation, 8)
+
+    def plain(x, gain, shift):
+        return activate(F.layer_norm(x, (72,), gain, shift, EPS), activation, 8)
+
+    compare(fast, plain, [x.requires_grad_(True) for x in inputs])
+
+
+@pytest.mark.parametrize("num_bins", [2, 11, 101])
+def test_two_hot_inverse(threads, num_bins):
+    bins = make_bins(num_bins)
+    logits = randn(2, 400, num_bins, scale=2.0).requires_grad_(True)
+    compare(
+        lambda x: kernels.two_hot_inverse(x, bins),
+        lambda x: symexp(F.softmax(x, -1) @ bins.double()),
+        [logits],
+    )
+
+
+@pytest.mark.parametrize("num_bins", [2, 11, 101])
+def test_two_hot_cross_entropy(threads, num_bins):
+    bins = make_bins(num_bins, -1.0, 1.0)
+    logits = randn(3, 4, 100, num_bins, scale=5.0).requires_grad_(True)
+    x = randn(4, 100, seed=1)
+    x[0, :4] = th.tensor([-50.0, 50.0, 0.0, np.e - 1])  # beyond both ends, and on bins
+    position = (th.sign(x) * th.log1p(x.abs()) + 1.0).clamp(0.0, 2.0) * (num_bins - 1) / 2.0
+    compare(
+        lambda y: kernels.two_hot_cross_entropy(y, position),
+        lambda y: soft_cross_entropy(y, two_hot(x.double(), bins.double())),
+        [logits],
+    )
+
+
+def test_gelu_of_a_sum_with_a_cut_of_columns(threads):
+    a, wide = randn(3, 150, 96), randn(3, 150, 200, scale=3.0, seed=1)
+
+    def plain(a, wide):
+        return F.gelu(a + wide[..., 40:136], approximate="tanh")
+
+    def fast(a, wide):
+        return kernels.gelu_sum(a, wide[..., 40:136])
+
+    compare(fast, plain, [a.requires_grad_(True), wide.requires_grad_(True)])
+    odd = randn(150, 3, 96, seed=2).transpose(0, 1)  # its rows are not evenly far apart
+    th.testing.assert_close(
+        kernels.gelu_sum(a, odd), F.gelu(a + odd, approximate="tanh"), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_extreme_and_broken_values(activation):
+    """Huge inputs stay finite; NaN and infinity come out as NaN, for the caller to notice."""
+    gain, shift = th.full((16,), 60.0), th.zeros(16)
+    huge = randn(4, 16, scale=1e6)
+    y = kernels.layer_norm(huge, gain, shift, EPS, activation, 8)
+    expected = activate(
+        F.layer_norm(huge.double(), (16,), gain.double(), shift.double(), EPS), activation, 8
+    )
+    th.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
+    for value in (float("nan"), float("inf")):
+        broken = randn(4, 16)
+        broken[1, 3] = value
+        y = kernels.layer_norm(broken, gain, shift, EPS, activation, 8)
+        assert y[1].isnan().all()
+        assert y[[0, 2, 3]].isfinite().all()
+    bins = make_bins(11)
+    logits = randn(2, 11)
+    logits[1, 4] = float("nan")
+    assert kernels.two_hot_inverse(logits, bins).isnan().tolist() == [False, True]
+    lost = kernels.two_hot_cross_entropy(randn(2, 11), th.tensor([3.0, float("nan")]))
+    assert lost.isnan().tolist() == [False, True]
+
+
+def test_empty_inputs():
+    gain = th.ones(8)
+    assert kernels.layer_norm(th.empty(0, 8), gain, gain, EPS).shape == (0, 8)
+    assert kernels.two_hot_inverse(th.empty(3, 0, 11), make_bins(11)).shape == (3, 0)
+    assert kernels.gelu_sum(th.empty(0, 8), th.empty(0, 8)).shape == (0, 8)
+
+
+def test_not_used_in_double_precision():
+    assert kernels.usable(th.zeros(2))
+    assert not kernels.usable(th.zeros(2, dtype=th.float64))
+
+
+def test_the_library_is_kept_and_private(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_directory()
+    assert folder.parent == tmp_path
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    build(folder)
+    (built,) = folder.iterdir()
+    before = built.stat().st_mtime_ns
+    build(folder)  # loads what is there
+    assert [each.stat().st_mtime_ns for each in folder.iterdir()] == [before]
+    folder.chmod(0o777)  # anyone could put a library of his own there
+    assert cache_directory() != folder
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"PATH": "/nowhere", "CC": ""}, "no C compiler"),
+        ({"CC": "false"}, "false: no message"),
+        ({SWITCH: "0", "CC": "false"}, None),
+    ],
+    ids=["no compiler", "broken compiler", "switched off"],
+)
+def test_without_kernels_everything_goes_on_with_one_warning(tmp_path, variables, text):
+    program = (
+        "import warnings; warnings.simplefilter('always')\n"
+        "import torch as th\n"
+        "from tdmpc2_sb3.layers import NormedLinear\n"
+        "layer = NormedLinear(4, 8)\n"
+        "layer(th.ones(2, 4)).sum().backward()\n"
+        "layer(th.ones(2, 4))\n"
+        "print(layer.weight.grad.shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "torch.Size([8, 4])"
+    assert done.stderr.count("kernels could not be built") == (text is not None)
+    if text is not None:
+        assert text in done.stderr
+        assert "Install a C compiler" in done.stderr
+
+
+def test_no_warning_where_they_are_built():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        library.cache_clear()
+        assert library() is not None

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.kernels import Activation
+from tdmpc2_sb3.kernels import Activation, Norm
 
 INIT_STD = 0.02
 INIT_CUT = 2.0
-LAYER_NORM_EPS = 1e-5  # torch's and the reference's
 SIMNORM_CLAMP = 120.0  # 2^120 and sums of 64 of it stay finite; a layer norm's output is below
 LOG2_E = math.log2(math.e)
 # Elements worked on at once: the intermediate results of more would fall out of a core's cache.
@@ -204,8 +203,7 @@ class NormedLinear(nn.Module):
             return self._fused(z, a) if self._can_fuse(a) else self._plain(th.cat([z, a], dim=-1))
         product = broadcast_linear(z, a, self.weight, self.bias)
         if self._can_fuse(product):
-            ln = self.ln
-            return kernels.layer_norm(product, ln.weight, ln.bias, ln.eps, *_code(self.activation))
+            return kernels.layer_norm(product, self.ln.weight, self.ln.bias, self._norm())
         return self.activation(self.ln(product))
 
     def _plain(self, x: th.Tensor) -> th.Tensor:
@@ -215,17 +213,14 @@ class NormedLinear(nn.Module):
         return isinstance(self.activation, (Mish, SimNorm)) and kernels.usable(x)
 
     def _fused(self, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
-        ln, activation = self.ln, _code(self.activation)
         return kernels.normed_linear(
-            z, a, self.weight, self.bias, ln.weight, ln.bias, ln.eps, *activation
+            z, a, self.weight, self.bias, self.ln.weight, self.ln.bias, self._norm()
         )
 
-
-def _code(activation: nn.Module) -> tuple[Activation, int]:
-    """The kernels' name of an activation, and the group size of SimNorm."""
-    if isinstance(activation, SimNorm):
-        return Activation.SIMNORM, activation.simnorm_dim
-    return Activation.MISH, 1
+    def _norm(self) -> Norm:
+        if isinstance(self.activation, SimNorm):
+            return Norm(Activation.SIMNORM, self.activation.simnorm_dim, self.ln.eps)
+        return Norm(Activation.MISH, eps=self.ln.eps)
 
 
 def broadcast_linear(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
@@ -245,6 +240,11 @@ def broadcast_linear(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Ten
 
 class Linear(nn.Linear):
     """``nn.Linear`` with the paper's initialisation."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        if kernels.usable(x):
+            return kernels.linear(x, self.weight, self.bias)
+        return super().forward(x)
 
     def reset_parameters(self) -> None:
         init_linear(self.weight, self.bias)
@@ -321,35 +321,39 @@ class EnsembleLayer(nn.Module):
         frozen: bool = False,
     ) -> th.Tensor:
         """
-        :param x: [B, in], shared by the members, or [Q, B, in]
+        :param x: [B, in], shared by the members, or [Q', B, in]
         :param a: further columns of a shared x, [B, A]
-        :param members: indices of the members to evaluate; all if None
-        :param mask: dropout's multiplier between the product and LayerNorm, [Q, B, out]
+        :param members: indices of the Q' members to evaluate; all if None
+        :param mask: dropout's multiplier between the product and LayerNorm, [Q', B, out]
         :param frozen: whether the parameters' own gradients are not wanted
-        :return: [Q, B, out]
+        :return: [Q', B, out]
         """
-
-        def of(parameter: th.Tensor) -> th.Tensor:
-            parameter = parameter.detach() if frozen else parameter
-            return parameter if members is None else parameter.index_select(0, members)
-
-        weight, bias = of(self.weight), of(self.bias)
-        if self.ln is not None and kernels.usable(x):
-            gain, shift = of(self.ln["weight"]), of(self.ln["bias"])
-            return kernels.normed_linear(
-                x, a, weight, bias, gain, shift, LAYER_NORM_EPS, Activation.MISH, mask=mask
-            )
+        parameters: list[th.Tensor] = [self.weight, self.bias]
+        if self.ln is not None:
+            parameters += [self.ln["weight"], self.ln["bias"]]
+        if frozen:
+            parameters = [parameter.detach() for parameter in parameters]
+        if kernels.usable(x):
+            chosen = None if members is None else tuple(members.tolist())
+            if self.ln is None:
+                return kernels.linear(x, parameters[0], parameters[1], chosen)
+            norm = Norm(Activation.MISH)
+            weight, bias, gain, shift = parameters
+            return kernels.normed_linear(x, a, weight, bias, gain, shift, norm, mask, chosen)
+        if members is not None:
+            parameters = [parameter.index_select(0, members) for parameter in parameters]
+        weight, bias, *affine = parameters
         if a is not None:
             x = th.cat([x, a], dim=-1)
         if x.dim() == 2:
             x = x.expand(weight.shape[0], *x.shape)
-        y = th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))  # [Q, B, out]
+        y = th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))  # [Q', B, out]
         if mask is not None:
             y = y * mask
-        if self.ln is None:
+        if not affine:
             return y
-        y = F.layer_norm(y, y.shape[-1:], eps=LAYER_NORM_EPS)
-        gain, shift = of(self.ln["weight"]), of(self.ln["bias"])
+        gain, shift = affine
+        y = F.layer_norm(y, y.shape[-1:], eps=Norm().eps)
         return mish(th.addcmul(shift.unsqueeze(1), y, gain.unsqueeze(1)))
 
 

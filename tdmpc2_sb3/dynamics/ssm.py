@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.dynamics.matching import HIDDEN_FACTOR, SELECTIVE_RANK, SSMSizes, match_sizes
+from tdmpc2_sb3.kernels import Norm
 from tdmpc2_sb3.layers import NormedLinear, SimNorm
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
@@ -160,7 +161,7 @@ class SSMLayer(nn.Module):
     def _normed(self, stream: th.Tensor) -> th.Tensor:
         if kernels.usable(stream):
             norm = self.norm
-            return kernels.layer_norm(stream, norm.weight, norm.bias, norm.eps)
+            return kernels.layer_norm(stream, norm.weight, norm.bias, Norm(eps=norm.eps))
         return self.norm(stream)  # type: ignore[no-any-return]
 
     def _products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:

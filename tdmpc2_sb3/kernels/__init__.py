@@ -12,8 +12,10 @@ precision take too.
 
 from tdmpc2_sb3.kernels.functions import (
     Activation,
+    Norm,
     gelu_sum,
     layer_norm,
+    linear,
     normed_linear,
     two_hot_cross_entropy,
     two_hot_inverse,
@@ -24,9 +26,11 @@ from tdmpc2_sb3.kernels.library import SWITCH, library
 __all__ = [
     "SWITCH",
     "Activation",
+    "Norm",
     "gelu_sum",
     "layer_norm",
     "library",
+    "linear",
     "normed_linear",
     "two_hot_cross_entropy",
     "two_hot_inverse",

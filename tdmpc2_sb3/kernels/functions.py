@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 
 from tdmpc2_sb3.kernels.library import library
+from tdmpc2_sb3.kernels.products import grad_input, linear_product
 
 PARALLEL_FROM = 32768  # elements; waking a second thread costs more than fewer would save
 
@@ -25,6 +26,14 @@ class Activation(enum.IntEnum):
     NONE = 0
     MISH = 1
     SIMNORM = 2
+
+
+class Norm(NamedTuple):
+    """Settings of a layer norm and what follows it."""
+
+    activation: Activation = Activation.NONE
+    simnorm_dim: int = 1  # group size of SimNorm
+    eps: float = 1e-5  # torch's and the reference's
 
 
 def usable(x: th.Tensor) -> bool:
@@ -61,14 +70,12 @@ def _norm_forward(
     gain: th.Tensor,
     shift: th.Tensor,
     y: th.Tensor,
-    statistics: tuple[th.Tensor, th.Tensor] | None,
-    eps: float,
-    activation: Activation,
-    simnorm_dim: int,
+    statistics: th.Tensor | None,
+    norm: Norm,
 ) -> None:
+    """Writes y (which may be x) and the rows' mean and reciprocal deviation, [2, rows]."""
     cols = x.shape[-1]
-    rows, groups = x.numel() // cols, gain.numel() // cols
-    mean, rstd = statistics if statistics is not None else (None, None)
+    rows = x.numel() // cols
     if rows:
         _library().norm_forward(
             x.data_ptr(),
@@ -76,30 +83,36 @@ def _norm_forward(
             gain.data_ptr(),
             shift.data_ptr(),
             y.data_ptr(),
-            _pointer(mean),
-            _pointer(rstd),
+            _pointer(statistics),
             rows,
             cols,
-            rows // groups,
-            eps,
-            int(activation),
-            simnorm_dim,
+            norm.eps,
+            int(norm.activation),
+            norm.simnorm_dim,
             _threads(x.numel()),
         )
 
 
-def _norm_backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-    """Gradients by the layer norm's input, gain, shift, and by a bias in front."""
-    x, y, mask, gain, shift, mean, rstd = ctx.norm_tensors
-    grad = grad.contiguous()
+def _norm_backward(
+    grad: th.Tensor,
+    x: th.Tensor,
+    mask: th.Tensor | None,
+    y: th.Tensor | None,
+    gain: th.Tensor,
+    shift: th.Tensor,
+    statistics: th.Tensor,
+    grad_parameters: th.Tensor,
+    norm: Norm,
+) -> th.Tensor:
+    """Returns the gradient by x; writes those by gain, shift and a bias in front, [3, out]."""
     cols = x.shape[-1]
-    rows, groups = x.numel() // cols, gain.numel() // cols
+    rows = x.numel() // cols
     grad_x = th.empty_like(x)
-    grads = th.zeros(3, *gain.shape)
     if not rows:
-        return grad_x, grads[0], grads[1], grads[2]
+        grad_parameters.zero_()
+        return grad_x
     threads = _threads(x.numel())
-    sums = th.empty(threads * grads.numel())
+    sums = th.empty(threads, 3, cols)
     _library().norm_backward(
         grad.data_ptr(),
         x.data_ptr(),
@@ -107,51 +120,68 @@ def _norm_backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.
         _pointer(y),
         gain.data_ptr(),
         shift.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        statistics.data_ptr(),
         grad_x.data_ptr(),
-        grads[0].data_ptr(),
-        grads[1].data_ptr(),
-        grads[2].data_ptr(),
+        grad_parameters.data_ptr(),
         sums.data_ptr(),
         rows,
         cols,
-        rows // groups,
-        int(ctx.activation),
-        ctx.simnorm_dim,
+        int(norm.activation),
+        norm.simnorm_dim,
         threads,
     )
-    return grad_x, grads[0], grads[1], grads[2]
+    return grad_x
 
 
-def _product(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    """x W^T + b: [B, in] with [out, in], or [B, in] or [Q, B, in] with [Q, out, in]."""
-    if weight.dim() == 2:
-        return th.addmm(bias, x, weight.t())
-    if x.dim() == 2:
-        x = x.expand(weight.shape[0], *x.shape)
-    return th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+def _rows_of(x: th.Tensor, member: int) -> th.Tensor:
+    """A member's rows: x is [B, in], shared by all, or [Q, B, in]."""
+    return x if x.dim() == 2 else x[member]
 
 
-def _grad_input(grad: th.Tensor, weight: th.Tensor, shared: bool) -> th.Tensor:
-    """Gradient of :func:`_product` by x; summed over the members if x is shared by them."""
-    if weight.dim() == 2:
-        return grad @ weight
+def _grad_x(grads: list[th.Tensor], weights: list[th.Tensor], shared: bool) -> th.Tensor:
+    """Gradient by the input; summed over the members if they share it."""
     if not shared:
-        return th.bmm(grad, weight)
-    total = grad[0] @ weight[0]
-    for q in range(1, weight.shape[0]):
-        total.addmm_(grad[q], weight[q])
+        out = grads[0].new_empty(len(grads), len(grads[0]), weights[0].shape[-1])
+        for member, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            th.mm(grad, weight, out=out[member])
+        return out
+    total = grad_input(grads[0], weights[0])
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        total += grad_input(grad, weight)
     return total
 
 
-def _grad_weight(grad: th.Tensor, x: th.Tensor) -> th.Tensor:
-    """Gradient of :func:`_product` by W."""
-    if grad.dim() == 2:
-        return grad.t() @ x
-    if x.dim() == 2:
-        x = x.expand(grad.shape[0], *x.shape)
-    return th.bmm(grad.transpose(1, 2), x)
+def _grad_weight(
+    grads: list[th.Tensor], x: th.Tensor, weight: th.Tensor, members: tuple[int, ...]
+) -> th.Tensor:
+    if weight.dim() == 2:
+        return grads[0].t() @ x
+    if _is_everyone(members, weight):
+        out = th.empty_like(weight)
+        for member in members:
+            th.mm(grads[member].t(), _rows_of(x, member), out=out[member])
+        return out
+    out = th.zeros_like(weight)
+    for position, member in enumerate(members):
+        out[member].addmm_(grads[position].t(), _rows_of(x, position))
+    return out
+
+
+def _is_everyone(members: tuple[int, ...], parameter: th.Tensor) -> bool:
+    return members == tuple(range(len(parameter)))
+
+
+def _spread(values: th.Tensor, parameter: th.Tensor, members: tuple[int, ...]) -> th.Tensor:
+    """Puts the members' rows of a gradient, [Q', out], where they belong in the whole's."""
+    if parameter.dim() == 1:
+        return values[0]
+    if _is_everyone(members, parameter):
+        return values.contiguous()
+    return th.zeros_like(parameter).index_add_(0, th.tensor(members), values)
+
+
+def _of(parameter: th.Tensor, members: tuple[int, ...], single: bool) -> list[th.Tensor]:
+    return [parameter] if single else [parameter[member] for member in members]
 
 
 class _NormedLinear(th.autograd.Function):
@@ -165,40 +195,92 @@ class _NormedLinear(th.autograd.Function):
         gain: th.Tensor,
         shift: th.Tensor,
         mask: th.Tensor | None,
-        eps: float,
-        activation: Activation,
-        simnorm_dim: int,
+        members: tuple[int, ...],
+        norm: Norm,
     ) -> th.Tensor:
         x = z if a is None else th.cat([z, a], dim=-1)
-        product = _product(x, weight, bias)
-        y = th.empty_like(product)
-        mean = product.new_empty(product.shape[:-1])
-        rstd = th.empty_like(mean)
-        _norm_forward(product, mask, gain, shift, y, (mean, rstd), eps, activation, simnorm_dim)
-        kept = y if activation is Activation.SIMNORM else None
-        ctx.save_for_backward(x, weight, product, kept, mask, gain, shift, mean, rstd)
-        ctx.split = z.shape[-1]
-        ctx.activation, ctx.simnorm_dim = activation, simnorm_dim
+        products, y, statistics = _normed_linear(
+            x, weight, bias, gain, shift, mask, members, norm, keep=True
+        )
+        kept = y if norm.activation is Activation.SIMNORM else None
+        ctx.save_for_backward(x, weight, kept, mask, gain, shift, statistics, *products)
+        ctx.split, ctx.members, ctx.norm = z.shape[-1], members, norm
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        x, weight, *ctx.norm_tensors = ctx.saved_tensors
-        grad, grad_gain, grad_shift, grad_bias = _norm_backward(ctx, grads[0])
-        need_z, need_a, need_weight = ctx.needs_input_grad[:3]
-        split, shared = ctx.split, x.dim() == 2
-        grad_z = grad_a = None
-        if need_z and need_a:
-            both = _grad_input(grad, weight, shared)
-            grad_z, grad_a = both[..., :split], both[..., split:]
-        elif need_z:
-            grad_z = _grad_input(grad, weight[..., :split], shared)
+        x, weight, y, mask, gain, shift, statistics, *products = ctx.saved_tensors
+        members, single = ctx.members, weight.dim() == 2
+        gains, shifts = _of(gain, members, single), _of(shift, members, single)
+        weights = _of(weight, members, single)
+        grad, count, cols = grads[0].contiguous(), len(members), weight.shape[-2]
+        of_parameters = th.empty(count, 3, cols)
+        by_product = [
+            _norm_backward(
+                grad if single else grad[i],
+                products[i],
+                mask if single or mask is None else mask[i],
+                y if single or y is None else y[i],
+                gains[i],
+                shifts[i],
+                statistics[i],
+                of_parameters[i],
+                ctx.norm,
+            )
+            for i in range(count)
+        ]
+        need_z, need_a, need_weight, need_bias = ctx.needs_input_grad[:4]
+        split, shared, grad_z, grad_a = ctx.split, x.dim() == 2, None, None
+        if need_z:
+            both = _grad_x(by_product, weights, shared)
+            grad_z, grad_a = both[..., :split], both[..., split:] if need_a else None
         elif need_a:  # the latent is given: only the few columns of the action count
-            grad_a = _grad_input(grad, weight[..., split:], shared)
-        grad_weight = _grad_weight(grad, x) if need_weight else None
-        return (
-            grad_z, grad_a, grad_weight, grad_bias, grad_gain, grad_shift, None, None, None, None
-        )  # fmt: skip
+            grad_a = _grad_x(by_product, [w[:, split:] for w in weights], shared)
+        of_weight = _grad_weight(by_product, x, weight, members) if need_weight else None
+        of_gain = of_shift = of_bias = None
+        if need_bias:
+            of_gain, of_shift, of_bias = (
+                _spread(of_parameters[:, part], gain, members) for part in range(3)
+            )
+        return grad_z, grad_a, of_weight, of_bias, of_gain, of_shift, None, None, None
+
+
+def _normed_linear(
+    x: th.Tensor,
+    weight: th.Tensor,
+    bias: th.Tensor,
+    gain: th.Tensor,
+    shift: th.Tensor,
+    mask: th.Tensor | None,
+    members: tuple[int, ...],
+    norm: Norm,
+    keep: bool,
+) -> tuple[list[th.Tensor], th.Tensor, th.Tensor | None]:
+    """Products before the norm, result, and statistics [Q', 2, B] if they are kept."""
+    single, count = weight.dim() == 2, len(members)
+    weights, biases = _of(weight, members, single), _of(bias, members, single)
+    gains, shifts = _of(gain, members, single), _of(shift, members, single)
+    rows, cols = x.shape[-2], weight.shape[-2]
+    statistics = x.new_empty(count, 2, rows) if keep else None
+    y = None if single and not keep else x.new_empty(count, rows, cols)
+    products = []
+    for i in range(count):
+        product = linear_product(_rows_of(x, i), weights[i], biases[i])
+        if y is None:
+            y = product.unsqueeze(0)
+        _norm_forward(
+            product,
+            None if mask is None else mask if single else mask[i],
+            gains[i],
+            shifts[i],
+            y[i],
+            None if statistics is None else statistics[i],
+            norm,
+        )
+        if keep:
+            products.append(product)
+    assert y is not None
+    return products, y[0] if single else y, statistics
 
 
 def normed_linear(
@@ -208,83 +290,132 @@ def normed_linear(
     bias: th.Tensor,
     gain: th.Tensor,
     shift: th.Tensor,
-    eps: float,
-    activation: Activation,
-    simnorm_dim: int = 1,
+    norm: Norm,
     mask: th.Tensor | None = None,
+    members: tuple[int, ...] | None = None,
 ) -> th.Tensor:
     """activation(LayerNorm(mask * linear(concat(z, a)))), of one layer or of an ensemble's.
 
-    :param z: [..., Z]; [B, Z] or [Q, B, Z] with an ensemble's weight
+    :param z: [..., Z]; [B, Z] (shared) or [Q', B, Z] with an ensemble's weight
     :param a: the same leading axes, [..., A], or None
     :param weight: [out, Z + A] or [Q, out, Z + A]
     :param bias: [out] or [Q, out], like ``gain`` and ``shift``
-    :param eps: of the layer norm
-    :param activation: what follows
-    :param simnorm_dim: group size of SimNorm
+    :param norm: the layer norm's settings and what follows
     :param mask: dropout's multiplier, of the product's shape
-    :return: [..., out] or [Q, B, out]
+    :param members: Q' members of the ensemble to evaluate; all if None
+    :return: [..., out] or [Q', B, out]
     """
     single = weight.dim() == 2
     leading = z.shape[:-1]
     if single:
+        members = (0,)
         z = z.reshape(-1, z.shape[-1])
         a = None if a is None else a.reshape(-1, a.shape[-1])
+    elif members is None:
+        members = tuple(range(len(weight)))
     if _records_gradients(z, a, weight, bias, gain, shift):
-        y = _NormedLinear.apply(z, a, weight, bias, gain, shift, mask, eps, activation, simnorm_dim)
+        y = _NormedLinear.apply(z, a, weight, bias, gain, shift, mask, members, norm)
     else:
-        y = _product(z if a is None else th.cat([z, a], dim=-1), weight, bias)
-        _norm_forward(y, mask, gain, shift, y, None, eps, activation, simnorm_dim)
+        x = z if a is None else th.cat([z, a], dim=-1)
+        y = _normed_linear(x, weight, bias, gain, shift, mask, members, norm, keep=False)[1]
+    return y.view(*leading, y.shape[-1]) if single else y  # type: ignore[no-any-return]
+
+
+class _Linear(th.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: th.Tensor,
+        weight: th.Tensor,
+        bias: th.Tensor | None,
+        members: tuple[int, ...],
+    ) -> th.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.members = members
+        return _linear(x, weight, bias, members)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        members, single = ctx.members, weight.dim() == 2
+        grad = grads[0].contiguous()
+        by_member = [grad] if single else list(grad.unbind(0))
+        grad_x = of_weight = of_bias = None
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if need_x:
+            weights = _of(weight, members, single)
+            grad_x = _grad_x(by_member, weights, x.dim() == 2)
+        if need_weight:
+            of_weight = _grad_weight(by_member, x, weight, members)
+        if need_bias:
+            of_bias = _spread(th.stack([g.sum(0) for g in by_member]), bias, members)
+        return grad_x, of_weight, of_bias, None
+
+
+def _linear(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None, members: tuple[int, ...]
+) -> th.Tensor:
+    if weight.dim() == 2:
+        return linear_product(x, weight, bias)
+    parts = [
+        linear_product(_rows_of(x, i), weight[member], None if bias is None else bias[member])
+        for i, member in enumerate(members)
+    ]
+    return th.stack(parts)
+
+
+def linear(
+    x: th.Tensor,
+    weight: th.Tensor,
+    bias: th.Tensor | None,
+    members: tuple[int, ...] | None = None,
+) -> th.Tensor:
+    """x W^T + b, of one layer or of an ensemble's; see :func:`normed_linear` for the shapes."""
+    single, leading = weight.dim() == 2, x.shape[:-1]
+    if single:
+        members = (0,)
+        x = x.reshape(-1, x.shape[-1])
+    elif members is None:
+        members = tuple(range(len(weight)))
+    if _records_gradients(x, weight, bias):
+        y = _Linear.apply(x, weight, bias, members)
+    else:
+        y = _linear(x, weight, bias, members)
     return y.view(*leading, y.shape[-1]) if single else y  # type: ignore[no-any-return]
 
 
 class _LayerNorm(th.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: th.Tensor,
-        gain: th.Tensor,
-        shift: th.Tensor,
-        eps: float,
-        activation: Activation,
-        simnorm_dim: int,
-    ) -> th.Tensor:
+    def forward(ctx: Any, x: th.Tensor, gain: th.Tensor, shift: th.Tensor, norm: Norm) -> th.Tensor:
         y = th.empty_like(x)
-        mean = x.new_empty(x.shape[:-1])
-        rstd = th.empty_like(mean)
-        _norm_forward(x, None, gain, shift, y, (mean, rstd), eps, activation, simnorm_dim)
-        kept = y if activation is Activation.SIMNORM else None
-        ctx.save_for_backward(x, kept, None, gain, shift, mean, rstd)
-        ctx.activation, ctx.simnorm_dim = activation, simnorm_dim
+        statistics = x.new_empty(2, x.numel() // x.shape[-1])
+        _norm_forward(x, None, gain, shift, y, statistics, norm)
+        kept = y if norm.activation is Activation.SIMNORM else None
+        ctx.save_for_backward(x, kept, gain, shift, statistics)
+        ctx.norm = norm
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        ctx.norm_tensors = ctx.saved_tensors
-        grad, grad_gain, grad_shift, _ = _norm_backward(ctx, grads[0])
-        return grad, grad_gain, grad_shift, None, None, None
+        x, y, gain, shift, statistics = ctx.saved_tensors
+        parts = th.empty(3, x.shape[-1])
+        grad = grads[0].contiguous()
+        grad_x = _norm_backward(grad, x, None, y, gain, shift, statistics, parts, ctx.norm)
+        return grad_x, parts[0], parts[1], None
 
 
-def layer_norm(
-    x: th.Tensor,
-    gain: th.Tensor,
-    shift: th.Tensor,
-    eps: float,
-    activation: Activation = Activation.NONE,
-    simnorm_dim: int = 1,
-) -> th.Tensor:
+def layer_norm(x: th.Tensor, gain: th.Tensor, shift: th.Tensor, norm: Norm) -> th.Tensor:
     """activation(LayerNorm(x)) over the last axis.
 
     :param x: [..., D]
     :param gain: [D], like ``shift``
+    :param norm: settings and what follows
     """
     x = x.contiguous()
     if _records_gradients(x, gain, shift):
-        return _LayerNorm.apply(  # type: ignore[no-any-return]
-            x, gain, shift, eps, activation, simnorm_dim
-        )
+        return _LayerNorm.apply(x, gain, shift, norm)  # type: ignore[no-any-return]
     y = th.empty_like(x)
-    _norm_forward(x, None, gain, shift, y, None, eps, activation, simnorm_dim)
+    _norm_forward(x, None, gain, shift, y, None, norm)
     return y
 
 

@@ -1,9 +1,7 @@
 /* Elementwise parts of the world model's layers, each in one pass over a row that stays in the
  * core's first cache: LayerNorm with Mish or SimNorm, and categorical regression over bins.
  *
- * All arrays are contiguous float32. A "row" is one vector of the last axis; rows may come in
- * groups of equal size (the members of an ensemble), each group with a gain and shift of its own.
- * Reductions over rows go through one partial sum a thread, added in the order of the threads, so
+ * All arrays are contiguous float32, a "row" is one vector of the last axis. Reductions over rows go through one partial sum a thread, added in the order of the threads, so
  * that a result depends on nothing but the input and the number of threads.
  *
  * Only simd reductions are allowed to reassociate; NaN and infinity pass through everywhere.
@@ -85,16 +83,14 @@ static inline void simnorm_grad_groups(const float *restrict grad, const float *
     }
 }
 
-/* y = activation(LayerNorm(x * mask)). y may be x. mask, mean and rstd may be null. */
+/* y = activation(LayerNorm(x * mask)). y may be x. mask and statistics may be null; statistics are
+ * the means, then the reciprocal deviations, [2, rows]. */
 void norm_forward(const float *x, const float *mask, const float *gain, const float *shift,
-                  float *y, float *mean_out, float *rstd_out, int64_t rows, int64_t cols,
-                  int64_t rows_per_group, float eps, int64_t activation, int64_t simplex,
-                  int64_t threads) {
+                  float *y, float *statistics, int64_t rows, int64_t cols, float eps,
+                  int64_t activation, int64_t simplex, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
         const float *xi = x + i * cols;
-        const float *gi = gain + i / rows_per_group * cols;
-        const float *si = shift + i / rows_per_group * cols;
         float *yi = y + i * cols;
         if (mask) {
             const float *mi = mask + i * cols;
@@ -109,44 +105,38 @@ void norm_forward(const float *x, const float *mask, const float *gain, const fl
 #pragma omp simd reduction(+ : squares)
         for (int64_t j = 0; j < cols; j++) squares += (xi[j] - mean) * (xi[j] - mean);
         float rstd = 1.0f / sqrtf(squares / (float)cols + eps);
-        if (mean_out) {
-            mean_out[i] = mean;
-            rstd_out[i] = rstd;
+        if (statistics) {
+            statistics[i] = mean;
+            statistics[rows + i] = rstd;
         }
         if (activation == ACTIVATION_MISH) {
 #pragma omp simd
             for (int64_t j = 0; j < cols; j++)
-                yi[j] = mish_f((xi[j] - mean) * rstd * gi[j] + si[j]);
+                yi[j] = mish_f((xi[j] - mean) * rstd * gain[j] + shift[j]);
         } else {
 #pragma omp simd
-            for (int64_t j = 0; j < cols; j++) yi[j] = (xi[j] - mean) * rstd * gi[j] + si[j];
+            for (int64_t j = 0; j < cols; j++) yi[j] = (xi[j] - mean) * rstd * gain[j] + shift[j];
             if (activation == ACTIVATION_SIMNORM) simnorm_row(yi, cols, simplex);
         }
     }
 }
 
-/* Gradients of norm_forward by its input, gain and shift, and the sum over rows of the first (the
- * gradient of a bias added in front). sums: [threads, 3, groups, cols], scratch. */
+/* Gradients of norm_forward by its input, and by gain, shift and a bias added in front of it (the
+ * sum over rows of the first), [3, cols]. sums: scratch, [threads, 3, cols]. */
 void norm_backward(const float *grad, const float *x, const float *mask, const float *y,
-                   const float *gain, const float *shift, const float *mean_in,
-                   const float *rstd_in, float *grad_x, float *grad_gain, float *grad_shift,
-                   float *grad_bias, float *sums, int64_t rows, int64_t cols,
-                   int64_t rows_per_group, int64_t activation, int64_t simplex,
-                   int64_t threads) {
-    int64_t size = rows / rows_per_group * cols; /* groups * cols */
-    memset(sums, 0, sizeof(float) * (size_t)(threads * 3 * size));
+                   const float *gain, const float *shift, const float *statistics,
+                   float *grad_x, float *grad_parameters, float *sums, int64_t rows,
+                   int64_t cols, int64_t activation, int64_t simplex, int64_t threads) {
+    memset(sums, 0, sizeof(float) * (size_t)(threads * 3 * cols));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t thread = 0; thread < threads; thread++) {
-        float *own = sums + thread * 3 * size;
+        float *dgain = sums + thread * 3 * cols, *dshift = dgain + cols, *dbias = dshift + cols;
         int64_t begin = rows * thread / threads, end = rows * (thread + 1) / threads;
         for (int64_t i = begin; i < end; i++) {
-            int64_t group = i / rows_per_group * cols;
-            const float *xi = x + i * cols, *gi = gain + group, *si = shift + group;
-            const float *di = grad + i * cols;
-            float *dgain = own + group, *dshift = own + size + group;
-            float *dbias = own + 2 * size + group, *out = grad_x + i * cols;
-            float mean = mean_in[i], rstd = rstd_in[i], s1 = 0.0f, s2 = 0.0f;
+            const float *xi = x + i * cols, *di = grad + i * cols;
             const float *mi = mask ? mask + i * cols : 0;
+            float *out = grad_x + i * cols;
+            float mean = statistics[i], rstd = statistics[rows + i], s1 = 0.0f, s2 = 0.0f;
             if (activation == ACTIVATION_SIMNORM) {
                 if (simplex == 8) simnorm_grad_groups(di, y + i * cols, out, cols, 8);
                 else simnorm_grad_groups(di, y + i * cols, out, cols, simplex);
@@ -155,12 +145,12 @@ void norm_backward(const float *grad, const float *x, const float *mask, const f
 #define PASS(INPUT, SLOPE)                                                                        \
     _Pragma("omp simd reduction(+ : s1, s2)") for (int64_t j = 0; j < cols; j++) {                \
         float hat = ((INPUT)-mean) * rstd;                                                        \
-        float h = hat * gi[j] + si[j];                                                            \
+        float h = hat * gain[j] + shift[j];                                                          \
         (void)h;                                                                                  \
         float d = di[j] * (SLOPE);                                                                \
         dgain[j] += d * hat;                                                                      \
         dshift[j] += d;                                                                           \
-        d *= gi[j];                                                                               \
+        d *= gain[j];                                                                             \
         s1 += d;                                                                                  \
         s2 += d * hat;                                                                            \
         out[j] = d;                                                                               \
@@ -195,17 +185,10 @@ void norm_backward(const float *grad, const float *x, const float *mask, const f
             }
         }
     }
-    for (int64_t j = 0; j < size; j++) {
-        float dgain = 0.0f, dshift = 0.0f, dbias = 0.0f;
-        for (int64_t thread = 0; thread < threads; thread++) {
-            const float *own = sums + thread * 3 * size;
-            dgain += own[j];
-            dshift += own[size + j];
-            dbias += own[2 * size + j];
-        }
-        grad_gain[j] = dgain;
-        grad_shift[j] = dshift;
-        grad_bias[j] = dbias;
+    for (int64_t j = 0; j < 3 * cols; j++) {
+        float total = 0.0f;
+        for (int64_t thread = 0; thread < threads; thread++) total += sums[thread * 3 * cols + j];
+        grad_parameters[j] = total;
     }
 }
 

@@ -29,8 +29,8 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "norm_forward": (*(POINTER,) * 7, *(INTEGER,) * 3, REAL, *(INTEGER,) * 3),
-    "norm_backward": (*(POINTER,) * 13, *(INTEGER,) * 6),
+    "norm_forward": (*(POINTER,) * 6, *(INTEGER,) * 2, REAL, *(INTEGER,) * 3),
+    "norm_backward": (*(POINTER,) * 10, *(INTEGER,) * 5),
     "two_hot_inverse_forward": (*(POINTER,) * 3, *(INTEGER,) * 3),
     "two_hot_inverse_backward": (*(POINTER,) * 4, *(INTEGER,) * 3),
     "two_hot_cross_entropy_forward": (*(POINTER,) * 4, *(INTEGER,) * 4),

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
-from tdmpc2_sb3.kernels import Activation, library
+from tdmpc2_sb3.kernels import Activation, Norm, library
 from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
 
 EPS = 1e-5
+MISH = Norm(Activation.MISH, eps=EPS)
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +78,8 @@ def test_normed_linear(threads, activation, rows, cols, simnorm_dim):
     ]
 
     def fast(x, weight, bias, gain, shift):
-        return kernels.normed_linear(
-            x, None, weight, bias, gain, shift, EPS, activation, simnorm_dim
-        )
+        norm = Norm(activation, simnorm_dim, EPS)
+        return kernels.normed_linear(x, None, weight, bias, gain, shift, norm)
 
     def plain(x, weight, bias, gain, shift):
         h = F.layer_norm(F.linear(x, weight, bias), (cols,), gain, shift, EPS)
@@ -103,9 +103,7 @@ def test_normed_linear_of_an_ensemble(threads, shared, with_mask):
     ]
 
     def fast(x, weight, bias, gain, shift):
-        return kernels.normed_linear(
-            x, None, weight, bias, gain, shift, EPS, Activation.MISH, mask=mask
-        )
+        return kernels.normed_linear(x, None, weight, bias, gain, shift, MISH, mask)
 
     def plain(x, weight, bias, gain, shift):
         y = x @ weight.transpose(1, 2) + bias.unsqueeze(1)
@@ -113,6 +111,41 @@ def test_normed_linear_of_an_ensemble(threads, shared, with_mask):
         return F.mish(F.layer_norm(y, (cols,), eps=EPS) * gain.unsqueeze(1) + shift.unsqueeze(1))
 
     compare(fast, plain, [x.requires_grad_(True) for x in inputs])
+
+
+@pytest.mark.parametrize("members", [(2, 0), (1, 1), (0, 1, 2)])
+@pytest.mark.parametrize("normed", [True, False])
+def test_some_members_of_an_ensemble(normed, members):
+    """Their parameters alone get gradients; a member taken twice gets both."""
+    index = list(members)
+    inputs = [randn(len(members), 30, 7), randn(3, 16, 7, seed=2), randn(3, 16, seed=3)]
+    inputs += [randn(3, 16, seed=4), randn(3, 16, seed=5)] if normed else []
+
+    def fast(x, weight, bias, *affine):
+        if normed:
+            return kernels.normed_linear(x, None, weight, bias, *affine, MISH, members=members)
+        return kernels.linear(x, weight, bias, members)
+
+    def plain(x, weight, bias, *affine):
+        y = x @ weight[index].transpose(1, 2) + bias[index].unsqueeze(1)
+        if not normed:
+            return y
+        gain, shift = (each[index].unsqueeze(1) for each in affine)
+        return F.mish(F.layer_norm(y, (16,), eps=EPS) * gain + shift)
+
+    compare(fast, plain, [x.requires_grad_(True) for x in inputs])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 5), (40, 5), (520, 130)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear(rows, width, with_bias):
+    inputs = [randn(2, rows, 131), randn(width, 131, seed=1)]
+    inputs += [randn(width, seed=2)] if with_bias else []
+
+    def fast(x, weight, bias=None):
+        return kernels.linear(x, weight, bias)
+
+    compare(fast, F.linear, [x.requires_grad_(True) for x in inputs])
 
 
 @pytest.mark.parametrize("wanted", ["z", "a", "z and a"])
@@ -124,7 +157,7 @@ def test_gradients_of_a_pair(wanted):
     a.requires_grad_("a" in wanted.split())
 
     def fast(z, a):
-        return kernels.normed_linear(z, a, weight, bias, gain, shift, EPS, Activation.MISH)
+        return kernels.normed_linear(z, a, weight, bias, gain, shift, MISH)
 
     def plain(z, a):
         y = F.linear(th.cat([z, a], -1), weight.double(), bias.double())
@@ -138,7 +171,7 @@ def test_layer_norm(threads, activation):
     inputs = [randn(4, 300, 72, scale=4.0), randn(72, seed=1), randn(72, seed=2)]
 
     def fast(x, gain, shift):
-        return kernels.layer_norm(x, gain, shift, EPS, activation, 8)
+        return kernels.layer_norm(x, gain, shift, Norm(activation, 8))
 
     def plain(x, gain, shift):
         return activate(F.layer_norm(x, (72,), gain, shift, EPS), activation, 8)
@@ -192,7 +225,7 @@ def test_extreme_and_broken_values(activation):
     """Huge inputs stay finite; NaN and infinity come out as NaN, for the caller to notice."""
     gain, shift = th.full((16,), 60.0), th.zeros(16)
     huge = randn(4, 16, scale=1e6)
-    y = kernels.layer_norm(huge, gain, shift, EPS, activation, 8)
+    y = kernels.layer_norm(huge, gain, shift, Norm(activation, 8))
     expected = activate(
         F.layer_norm(huge.double(), (16,), gain.double(), shift.double(), EPS), activation, 8
     )
@@ -200,7 +233,7 @@ def test_extreme_and_broken_values(activation):
     for value in (float("nan"), float("inf")):
         broken = randn(4, 16)
         broken[1, 3] = value
-        y = kernels.layer_norm(broken, gain, shift, EPS, activation, 8)
+        y = kernels.layer_norm(broken, gain, shift, Norm(activation, 8))
         assert y[1].isnan().all()
         assert y[[0, 2, 3]].isfinite().all()
     bins = make_bins(11)
@@ -213,7 +246,7 @@ def test_extreme_and_broken_values(activation):
 
 def test_empty_inputs():
     gain = th.ones(8)
-    assert kernels.layer_norm(th.empty(0, 8), gain, gain, EPS).shape == (0, 8)
+    assert kernels.layer_norm(th.empty(0, 8), gain, gain, Norm()).shape == (0, 8)
     assert kernels.two_hot_inverse(th.empty(3, 0, 11), make_bins(11)).shape == (3, 0)
     assert kernels.gelu_sum(th.empty(0, 8), th.empty(0, 8)).shape == (0, 8)
 

@@ -46,7 +46,9 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH, "") == "0":
         return None
     try:
-        return build(cache_directory())
+        loaded = build(cache_directory())
+        keep_freed_memory()
+        return loaded
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
@@ -57,6 +59,21 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def keep_freed_memory() -> bool:
+    """Lets glibc keep freed arrays of a step for the next one; returns whether it does.
+
+    It otherwise hands them back to the system, and every step then pays a page fault for each
+    4 KiB of its intermediate results, a tenth of an update. Whoever set MALLOC_* has decided.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or platform.libc_ver()[0] != "glibc":
+        return False
+    trim, mmap = (-1, 512 * 2**20), (-3, 32 * 2**20)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    return bool(mallopt(*trim) and mallopt(*mmap))
 
 
 def cache_directory() -> Path:

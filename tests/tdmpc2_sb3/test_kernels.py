@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -301,6 +302,30 @@ def test_without_kernels_everything_goes_on_with_one_warning(tmp_path, variables
     if text is not None:
         assert text in done.stderr
         assert "Install a C compiler" in done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators differ")
+@pytest.mark.parametrize("variable", [None, "MALLOC_ARENA_MAX"])
+def test_freed_arrays_are_kept(variable):
+    """Page faults of allocating 8 MiB again and again, with and without the setting."""
+    program = (
+        "import resource, torch as th\n"
+        "from tdmpc2_sb3.kernels.library import keep_freed_memory\n"
+        "print(keep_freed_memory())\n"
+        "th.ones(2**21)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(10): first, second = th.ones(2**21), th.ones(2**21); del first, second\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    if variable is not None:
+        environment[variable] = "2"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    is_set, faults = done.stdout.split()
+    assert is_set == str(variable is None)
+    assert (int(faults) < 5000) == (variable is None)
 
 
 def test_no_warning_where_they_are_built():

@@ -238,13 +238,22 @@ def broadcast_linear(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Ten
     return F.linear(a, weight[:, split:]) + from_latent
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` with the paper's initialisation."""
+def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+    """``F.linear`` by the CPU's faster products."""
+    if kernels.usable(x):
+        return kernels.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class FastLinear(nn.Linear):
+    """``nn.Linear`` by :func:`linear`."""
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        if kernels.usable(x):
-            return kernels.linear(x, self.weight, self.bias)
-        return super().forward(x)
+        return linear(x, self.weight, self.bias)
+
+
+class Linear(FastLinear):
+    """``nn.Linear`` with the paper's initialisation."""
 
     def reset_parameters(self) -> None:
         init_linear(self.weight, self.bias)

@@ -36,7 +36,7 @@ from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.dynamics.matching import HIDDEN_FACTOR, SELECTIVE_RANK, SSMSizes, match_sizes
 from tdmpc2_sb3.kernels import Norm
-from tdmpc2_sb3.layers import NormedLinear, SimNorm
+from tdmpc2_sb3.layers import FastLinear, NormedLinear, SimNorm, linear
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
 DT_MIN, DT_MAX = 1e-3, 5.0  # step size, in agent steps
@@ -103,17 +103,17 @@ class SSMLayer(nn.Module):
         self.modes = modes
         self.rank = SELECTIVE_RANK if selective else 0
         self.norm = nn.LayerNorm(width)
-        self.drive = nn.Linear(width, 2 * modes, bias=False)  # B
+        self.drive = FastLinear(width, 2 * modes, bias=False)  # B
         hidden = HIDDEN_FACTOR * width
-        self.readout = nn.Linear(2 * modes, hidden, bias=False)  # C
-        self.direct = nn.Linear(width, hidden, bias=False)  # V
-        self.mix = nn.Linear(hidden, width, bias=False)  # W
+        self.readout = FastLinear(2 * modes, hidden, bias=False)  # C
+        self.direct = FastLinear(width, hidden, bias=False)  # V
+        self.mix = FastLinear(hidden, width, bias=False)  # W
         self.nu = nn.Parameter(th.empty(modes))
         self.omega = nn.Parameter(th.empty(modes))
         self.beta = nn.Parameter(th.empty(modes))
         if selective:
-            self.select_in = nn.Linear(width, SELECTIVE_RANK, bias=False)  # W_1
-            self.select_out = nn.Linear(SELECTIVE_RANK, modes, bias=False)  # W_2
+            self.select_in = FastLinear(width, SELECTIVE_RANK, bias=False)  # W_1
+            self.select_out = FastLinear(SELECTIVE_RANK, modes, bias=False)  # W_2
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,8 +123,8 @@ class SSMLayer(nn.Module):
         the state would hardly feel an action, and the planner would start almost blind.
         """
         self.norm.reset_parameters()
-        for linear in (self.drive, self.readout, self.direct, self.mix):
-            scaled_normal_(linear)
+        for product in (self.drive, self.readout, self.direct, self.mix):
+            scaled_normal_(product)
         with th.no_grad():
             squared = th.empty_like(self.nu).uniform_(RING_INNER**2, RING_OUTER**2)
             self.nu.copy_(th.log(-0.5 * th.log(squared) - ALPHA_MIN))
@@ -170,7 +170,7 @@ class SSMLayer(nn.Module):
         if self.rank:
             weights.append(self.select_in.weight)
         sizes = [len(weight) for weight in weights]
-        drive, direct, *selection = F.linear(v, th.cat(weights)).split(sizes, dim=-1)
+        drive, direct, *selection = linear(v, th.cat(weights)).split(sizes, dim=-1)
         raw = self.beta + self.select_out(selection[0]) if self.rank else self.beta
         return drive, direct, F.softplus(raw).clamp(DT_MIN, DT_MAX)
 
@@ -241,9 +241,9 @@ class SSMDynamics(LatentDynamics):
         self.sizes = self._choose_sizes(width, modes, conditioning)
         d, p, c = self.sizes.width, self.sizes.modes, self.sizes.conditioning
         self.features = NormedLinear(latent_dim, c)  # W_c
-        self.features_in = nn.Linear(c, d)  # W_u
-        self.action_in = nn.Linear(action_dim, d, bias=False)  # W_a
-        self.starts = nn.Linear(c, 2 * p * depth, bias=False)  # P_1..P_L
+        self.features_in = FastLinear(c, d)  # W_u
+        self.action_in = FastLinear(action_dim, d, bias=False)  # W_a
+        self.starts = FastLinear(c, 2 * p * depth, bias=False)  # P_1..P_L
         self.layers = nn.ModuleList(SSMLayer(d, p, selective) for _ in range(depth))
         self.out = NormedLinear(d, latent_dim, SimNorm(simnorm_dim))  # W_o
         self.reset_parameters()
@@ -263,10 +263,10 @@ class SSMDynamics(LatentDynamics):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew; a model's global initialiser must leave this module to it."""
-        for linear in (
+        for product in (
             self.features, self.features_in, self.action_in, self.starts, self.out
         ):  # fmt: skip
-            scaled_normal_(linear)
+            scaled_normal_(product)
         self.features.ln.reset_parameters()
         self.out.ln.reset_parameters()
         for layer in self._stack():
@@ -316,15 +316,15 @@ class SSMDynamics(LatentDynamics):
         return self.out(stream)  # [H, ..., Z]
 
 
-def scaled_normal_(linear: nn.Linear | NormedLinear) -> None:
+def scaled_normal_(layer: nn.Linear | NormedLinear) -> None:
     """Truncated normal of variance 1 / fan-in, zero bias.
 
     Actions meet the features of z_0 in one sum: at a common small deviation a handful of actions
     would drown in hundreds of features.
     """
-    nn.init.trunc_normal_(linear.weight, std=1 / math.sqrt(linear.in_features), a=-2.0, b=2.0)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+    nn.init.trunc_normal_(layer.weight, std=1 / math.sqrt(layer.in_features), a=-2.0, b=2.0)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def _check_at_least_one(**sizes: int | None) -> None:

@@ -9,10 +9,13 @@ and right.
 from __future__ import annotations
 
 import functools
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch as th
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 Product = Callable[..., th.Tensor]
 SMALL = 2**24  # multiply-adds; oneDNN lays a weight out anew in every call, which must pay
@@ -25,6 +28,8 @@ def onednn_linear() -> Product | None:
         return None
     try:
         operator = th.ops.mkldnn._linear_pointwise
+        if operator not in flop_registry:  # torch's counter of operations does not know it
+            register_flop_formula(operator)(_count_operations)
 
         def product(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
             return operator(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
@@ -34,6 +39,10 @@ def onednn_linear() -> Product | None:
     except (AttributeError, RuntimeError, TypeError):  # an operator without promises
         return None
     return product if right else None
+
+
+def _count_operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
 
 
 def linear_product(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:

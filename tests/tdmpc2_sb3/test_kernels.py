@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
@@ -147,6 +148,13 @@ def test_linear(rows, width, with_bias):
         return kernels.linear(x, weight, bias)
 
     compare(fast, F.linear, [x.requires_grad_(True) for x in inputs])
+
+
+def test_operations_are_counted_whichever_library_multiplies():
+    x, weight = randn(520, 131).requires_grad_(True), randn(260, 131).requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        kernels.linear(x, weight, None).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 520 * 131 * 260
 
 
 @pytest.mark.parametrize("wanted", ["z", "a", "z and a"])

@@ -1,14 +1,20 @@
-"""Milliseconds to plan one action and to make one update, and the share of the machine's peak.
+"""Milliseconds to plan an action, to make an update and of a whole agent step, and their share of
+the machine's peak.
 
     python benchmarks/speed.py
     python benchmarks/speed.py --models 1 5 --authors PATH/TO/tdmpc2 --output benchmarks/speed.md
     python benchmarks/speed.py --models zoo 5 --dynamics mlp ssm --device cuda
+    python benchmarks/speed.py --models zoo 5 --num-envs 1 16 --threads 2
 
 Everything measured takes turns within a round, so that a busy machine slows all alike; times are
 medians over the rounds and ratios are medians of the ratios within a round. The peak is that of
 512 x 512 x 512 float32 products in the same rounds; operations are those of matrix products, as
-torch counts them. ``--authors`` runs a checkout of the authors' repository beside ours, its device
-changed to this one as it is imported (it needs their requirements, above all tensordict).
+torch counts them. A whole step (``loop``) is acting, storing and learning on an environment that
+costs nothing, by as many updates as the setting asks for: two a step in the zoo's YAML, one in the
+reference. ``--num-envs`` measures it with several environments: at the same update ratio, and
+(``sparse``) with one update every four steps. ``--authors`` runs a checkout of the authors'
+repository beside ours, its device changed to this one as it is imported (it needs their
+requirements, above all tensordict).
 """
 
 from __future__ import annotations
@@ -16,16 +22,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.abc
-import importlib.metadata
 import importlib.util
-import os
-import platform
 import statistics
 import sys
 import time
 import types
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,14 +36,18 @@ import numpy as np
 import torch as th
 import yaml
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.utils.flop_counter import FlopCounterMode
 
+from machine import command, describe
 from tdmpc2_sb3 import TDMPC2
 
 OBSERVATION_DIM = 24  # walker-walk's
 ACTION_DIM = 6
 EPISODE_STEPS = 500
 PEAK_SIZE = 512
+LOOP_STEPS = 4  # timed at once
+SPARSE_RATIO = 4  # steps for each update
 ZOO_YAML = Path(__file__).parents[1] / "hyperparams" / "tdmpc2.yml"
 NOT_ARGUMENTS = ("policy", "n_timesteps", "eval_freq", "env_kwargs", "callback", "buffer_size")
 
@@ -52,6 +58,7 @@ class Contender(NamedTuple):
     name: str
     run: Callable[[], object]
     flops: int | None = None
+    repeats: int = 1  # of what is named in one run
 
 
 class ConstantTask(gym.Env):
@@ -86,24 +93,49 @@ def settings_of(model: str) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in NOT_ARGUMENTS}
 
 
-def build(model: str, dynamics: str, args: argparse.Namespace) -> TDMPC2:
+def build(
+    model: str, dynamics: str, args: argparse.Namespace, num_envs: int = 1, **changes: Any
+) -> TDMPC2:
     """An agent with a filled buffer and nonzero heads."""
-    settings = settings_of(model)
+    settings = {**settings_of(model), **changes}
     if args.horizon is not None:
         settings["horizon"] = args.horizon
     agent = TDMPC2(
         "MlpPolicy",
-        ConstantTask(),
+        DummyVecEnv([ConstantTask] * num_envs),
         dynamics=dynamics,
         compile=args.compile,
         device=args.device,
         seed=0,
-        learning_starts=2 * EPISODE_STEPS,
+        learning_starts=2 * EPISODE_STEPS * num_envs,
         initial_gradient_steps=1,
         **settings,
     )
-    agent.learn(2 * EPISODE_STEPS)
+    agent.learn(2 * EPISODE_STEPS * num_envs)
     return agent
+
+
+def loop_contenders(model: str, dynamics: str, args: argparse.Namespace) -> list[Contender]:
+    """Whole agent steps with each number of environments."""
+    ratio = settings_of(model).get("gradient_steps", 1)
+    contenders = []
+    for num_envs in args.num_envs:
+        wanted = {"": ratio * num_envs}
+        if num_envs >= SPARSE_RATIO:
+            wanted[", sparse"] = num_envs // SPARSE_RATIO
+        for suffix, gradient_steps in wanted.items():
+            agent = build(model, dynamics, args, num_envs, gradient_steps=gradient_steps)
+            steps = max(LOOP_STEPS, num_envs)
+
+            def run(agent: TDMPC2 = agent, steps: int = steps) -> None:
+                agent.learn(steps, reset_num_timesteps=False)
+                synchronize(agent.device)
+
+            run()
+            envs = "" if args.num_envs == [1] else f", {num_envs} envs{suffix}"
+            name = f"loop ({model}, {dynamics}{envs})"
+            contenders.append(Contender(name, run, count_flops(run), steps))
+    return contenders
 
 
 def synchronize(device: th.device) -> None:
@@ -238,13 +270,13 @@ def _import_with_device(root: Path, device: str) -> None:
 
 
 def measure(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contender in every round."""
+    """Seconds of what every contender names, in every round."""
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(rounds):
         for contender in contenders:
             start = time.perf_counter()
             contender.run()
-            times[contender.name].append(time.perf_counter() - start)
+            times[contender.name].append((time.perf_counter() - start) / contender.repeats)
     return times
 
 
@@ -260,14 +292,12 @@ def peak_contender(device: th.device) -> Contender:
     return Contender("peak", run, 2 * PEAK_SIZE**3 * repeats)
 
 
-def report(contenders: list[Contender], times: dict[str, list[float]], command: str) -> str:
+def report(contenders: list[Contender], times: dict[str, list[float]], heading: str) -> str:
     peak = contenders[0]
     assert peak.flops is not None
     peak_rates = [peak.flops / seconds for seconds in times[peak.name]]
     lines = [
-        f"Command: `{command}`, {date.today()}",
-        "",
-        machine(),
+        heading,
         "",
         f"Peak of float32 matrix products: {statistics.median(peak_rates) / 1e9:.0f} GFLOP/s",
         "",
@@ -282,10 +312,10 @@ def report(contenders: list[Contender], times: dict[str, list[float]], command: 
             row += "| | |"
         else:
             share = statistics.median(
-                contender.flops / each / rate
+                contender.flops / contender.repeats / each / rate
                 for each, rate in zip(seconds, peak_rates, strict=True)
             )
-            row += f"| {contender.flops / 1e9:.2f} | {share:.0%} |"
+            row += f"| {contender.flops / contender.repeats / 1e9:.2f} | {share:.0%} |"
         lines.append(row)
     lines += ratios(contenders, times)
     return "\n".join(lines) + "\n"
@@ -321,22 +351,6 @@ def ratios(contenders: list[Contender], times: dict[str, list[float]]) -> list[s
     return lines
 
 
-def machine() -> str:
-    packages = ("torch", "numpy", "stable-baselines3", "gymnasium")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":")[1].strip()
-                break
-    gpu = f", {th.cuda.get_device_name()}" if th.cuda.is_available() else ""
-    return (
-        f"Machine: {cpu}, {os.cpu_count()} cores ({th.get_num_threads()} used){gpu}; "
-        f"Python {platform.python_version()}, {versions}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -346,6 +360,9 @@ def main() -> None:
     )
     parser.add_argument("--dynamics", nargs="+", default=["mlp"], help="mlp, ssm, ...")
     parser.add_argument("--horizon", type=int, help="steps of the plan (default: the setting's)")
+    parser.add_argument(
+        "--num-envs", type=int, nargs="+", default=[1], help="of the whole step's measurement"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--rounds", type=int, default=15)
@@ -354,18 +371,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     args = parser.parse_args()
     th.set_num_threads(args.threads)
+    machine = describe("torch", "numpy", "stable-baselines3", "gymnasium", threads=args.threads)
 
     contenders = [peak_contender(th.device(args.device))]
     for model in args.models:
         for dynamics in args.dynamics:
             contenders += our_contenders(model, dynamics, args)
+            contenders += loop_contenders(model, dynamics, args)
         if args.authors and model != "zoo":
             contenders += authors_contenders(model, args)
     measure(contenders, 2)  # warm
-    command = "python " + " ".join([str(Path("benchmarks") / "speed.py"), *sys.argv[1:]])
+    line = command()
     if args.authors:
-        command = command.replace(args.authors, "PATH/TO/tdmpc2")
-    text = report(contenders, measure(contenders, args.rounds), command)
+        line = line.replace(args.authors, "PATH/TO/tdmpc2")
+    heading = f"# Speed of planning and learning\n\nCommand: `{line}`\n\nMachine: {machine}."
+    text = report(contenders, measure(contenders, args.rounds), heading)
     print(text)
     if args.output is not None:
         args.output.write_text(text)

@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from datetime import date
 from pathlib import Path
 
+from machine import describe
 from tdmpc2_sb3.plot import read_published
 
 RESULTS = Path(__file__).parent / "time_to_return"
@@ -90,28 +88,16 @@ def run(args: argparse.Namespace) -> None:
             CSV_VARIABLE: str(path),
             "OMP_NUM_THREADS": str(args.threads),
         }
+        machine = describe(
+            "torch", "stable-baselines3", "rl_zoo3", "dm_control", "mujoco", threads=args.threads
+        )
         print(f"python -m rl_zoo3.train {' '.join(arguments)}", flush=True)
         subprocess.run(
             [sys.executable, __file__, "_train", *arguments], env=environment, check=True
         )
         path.with_suffix(".txt").write_text(
-            f"python -m rl_zoo3.train {' '.join(arguments[:-2])}\n{machine(args.threads)}\n"
+            f"python -m rl_zoo3.train {' '.join(arguments[:-2])}\n{machine}\n"
         )
-
-
-def machine(threads: int) -> str:
-    packages = ("torch", "stable-baselines3", "rl_zoo3", "dm_control", "mujoco")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":")[1].strip()
-                break
-    return (
-        f"{date.today()}, {cpu}, {os.cpu_count()} cores ({threads} threads), "
-        f"Python {platform.python_version()}, {versions}"
-    )
 
 
 def read_run(path: Path) -> list[dict[str, float]]:

@@ -27,9 +27,6 @@ LOCOMOTION_MODULES = {
     "rodent": "dm_control.locomotion.examples.basic_rodent_2020",
 }
 
-#: A seed determines these tasks' episodes, but replaying one does not restore the next ones.
-UNRESTORABLE = ("reassemble_5_bricks_random_order",)
-
 _CAMERAS = (observable.MJCFCamera, observable.MujocoCamera)
 
 
@@ -95,6 +92,8 @@ class ComposerSimulation:
             self.env._time_limit, self.physics.timestep(), self.n_sub_steps
         )
         self.env._time_limit = math.inf  # the environment counts the steps itself
+        ends = type(self.task).should_terminate_episode
+        self.terminates: bool = ends is not composer.Task.should_terminate_episode
         # Some tasks shuffle a list of theirs anew from its last order; a seed has to start from the
         # first one, and a replay from the one before its episode.
         self._built = exact.copy_attributes(self.task)
@@ -155,7 +154,7 @@ class ComposerSimulation:
 
         :raises NotImplementedError: for tasks that draw random numbers from elsewhere too
         """
-        if self._info.nondeterministic or self._info.task.startswith(UNRESTORABLE):
+        if self._info.nondeterministic:
             raise NotImplementedError(
                 f"{self._info.id} keeps state outside the task's random state, so its exact state "
                 "cannot be stored; use another task."

@@ -28,9 +28,9 @@ class DMControlEnv(gymnasium.Env):
 
     Actions lie in [-1, 1] and are stretched to the actuators' bounds; beyond them they count as the
     nearest bound, and what is not finite is refused. An episode is truncated at its time limit;
-    only LQR terminates, when its state has converged. ``info`` holds ``physics_time`` (seconds),
-    ``frame_rewards`` (the unrepeated rewards, [action_repeat], zero after an early end) and
-    ``frames`` (control steps made).
+    only LQR terminates, when its state has converged, and some locomotion tasks, when the body has
+    fallen. ``info`` holds ``physics_time`` (seconds), ``frame_rewards`` (the unrepeated rewards,
+    [action_repeat], zero after an early end) and ``frames`` (control steps made).
 
     :param domain: dm_control's domain, such as ``walker``
     :param task: the task in it, such as ``walk``
@@ -125,8 +125,8 @@ class DMControlEnv(gymnasium.Env):
 
     @property
     def terminates(self) -> bool:
-        """Whether an episode may end before its time limit: LQR's alone do, on convergence."""
-        return self.task_info.domain == "lqr"
+        """Whether an episode may end before its time limit: in LQR and some locomotion tasks."""
+        return self.simulation.terminates
 
     @property
     def physics(self) -> Any:

@@ -113,7 +113,7 @@ class SuiteSimulation:
             and type(self.physics).set_control is Physics.set_control
         )
         self._plain_after = kind.after_step is Task.after_step
-        self._terminates = kind.get_termination is not ControlTask.get_termination
+        self.terminates: bool = kind.get_termination is not ControlTask.get_termination
         self._edits = exact.ModelEdits(self._model)
         cache_named_indexing(self.physics)
         use_fast_rewards(self.task)
@@ -174,7 +174,7 @@ class SuiteSimulation:
             physics.step(self.n_sub_steps)
         if not self._plain_after or task._visualize_reward:
             task.after_step(physics)
-        discount = task.get_termination(physics) if self._terminates else None
+        discount = task.get_termination(physics) if self.terminates else None
         return float(task.get_reward(physics)), discount
 
     def _advance(self) -> None:

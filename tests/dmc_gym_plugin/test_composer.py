@@ -94,9 +94,26 @@ def test_equals_dm_control(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FEATURES if "reassemble_5" not in name])
+@pytest.mark.parametrize("name", FEATURES)
 def test_state(name: str) -> None:
     check_state("manipulation", name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not tasks.has_labmaze(), reason="labmaze is not installed")
+def test_a_fall_terminates_and_the_environment_says_that_it_may() -> None:
+    env = dmc_gym_plugin.DMControlEnv("locomotion", "cmu_humanoid_run_walls")
+    assert env.terminates
+    env.reset(seed=0)
+    terminated = False
+    for _ in range(60):  # without a controller it falls in half a second
+        _, _, terminated, truncated, _ = env.step(np.zeros(56, np.float32))
+        assert not truncated
+        if terminated:
+            break
+    assert terminated
+    env.close()
+    assert not dmc_gym_plugin.DMControlEnv("manipulation", "reach_site_features").terminates
 
 
 @needs_opengl

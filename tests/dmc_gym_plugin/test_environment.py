@@ -103,6 +103,8 @@ def test_lqr_terminates_when_it_has_converged() -> None:
     assert steps > 1000  # beyond the registered limit, which -1 took away
     assert largest < 10  # the bound that stands for dm_control's 1e10
     assert reward == pytest.approx(1.0)
+    assert base.terminates
+    assert not walker().unwrapped.terminates
 
 
 def test_lqr_draws_its_model_from_the_seed() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 from dmc_gym_plugin.rendering import is_headless
@@ -12,6 +14,9 @@ from dmc_gym_plugin.views import VIEWS
 
 RENDER_MODES = ("rgb_array", "depth_array", "human", "multi_camera")
 CHANNELS = ("first", "last")
+
+#: Other packages' words for what has another name here.
+SYNONYMS = {"frame_skip": "action_repeat", "from_pixels": "observation", "obs_type": "observation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Settings:
             check_count(name, getattr(self, name))
         if self.max_episode_steps is not None and self.max_episode_steps != -1:
             check_count("max_episode_steps", self.max_episode_steps)
+        if self.task_kwargs is not None:
+            check_task_kwargs(self.task_kwargs)
         if self.render_mode == "human" and is_headless():
             raise ValueError(
                 "render_mode='human' opens a window, but neither DISPLAY nor WAYLAND_DISPLAY is "
@@ -73,15 +80,35 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {listed}.")
 
 
-def refuse_unknown(names: list[str], known: list[str]) -> None:
-    """Refuse unknown keyword arguments, naming the nearest known one.
+def check_task_kwargs(kwargs: Any) -> None:
+    """Refuse what is no dictionary, and limits that no episode meets.
 
-    :raises TypeError: if there is any
+    The names in it are checked where the task is built, which knows its constructor.
+    """
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"task_kwargs is {kwargs!r}; give a dictionary, such as {{'time_limit': 10}}."
+        )
+    limit = kwargs.get("time_limit", 1)
+    number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
+    if not number or not 0 < limit < math.inf:
+        raise ValueError(
+            f"time_limit is {limit!r}; give seconds above 0, or no time_limit and "
+            "max_episode_steps=-1 for none."
+        )
+
+
+def refuse_unknown(names: list[str], known: list[str]) -> None:
+    """Refuse unknown keyword arguments, naming the one that is probably meant.
+
+    :raises ValueError: if there is any; a TypeError would have ``gymnasium.make`` append its own
+        words to the sentence
     """
     if names:
-        nearest = difflib.get_close_matches(names[0], known, n=1, cutoff=0.0)[0]
-        raise TypeError(
-            f"The environment does not know the keyword {names[0]!r}; did you mean {nearest!r}?"
+        name = names[0]
+        nearest = SYNONYMS.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"The environment does not know the keyword {name!r}; did you mean {nearest!r}?"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect
 import logging
 import math
 from collections.abc import Iterator
@@ -81,9 +82,24 @@ class SuiteSimulation:
         self._domain = domain
         self._task_name = task
         self._task_kwargs = dict(task_kwargs or {})
+        self._check_names()
         # LQR draws its model while it is built, so a seed needs a new model.
         self._rebuild_on_seed = domain == "lqr"
         self._build(self._task_kwargs.pop("random", None))
+
+    def _check_names(self) -> None:
+        """Refuse keyword arguments that the task's constructor does not take."""
+        if (self._domain, self._task_name) in extended.BUILDERS:
+            taken = list(inspect.signature(extended.load).parameters)[2:]
+        else:
+            constructor = getattr(suite, self._domain).SUITE[self._task_name]
+            taken = list(inspect.signature(constructor).parameters)
+        for name in self._task_kwargs:
+            if name not in taken:
+                raise ValueError(
+                    f"task_kwargs holds {name!r}, which {self._domain}-{self._task_name} does not "
+                    f"take; choose of {', '.join(taken)}."
+                )
 
     def _load(self, task_kwargs: dict[str, Any]) -> Any:
         name = (self._domain, self._task_name)

@@ -377,6 +377,8 @@ class TDMPC2(OffPolicyAlgorithm):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1.")
+            if value is not None and value != int(value):
+                raise ValueError(f"{name} is {value}: it must be a whole number.")
         if isinstance(self.learning_starts, str) or self.learning_starts < 0:
             raise ValueError(
                 f"learning_starts is {self.learning_starts!r}: give a number of steps or 'auto'."

@@ -135,6 +135,10 @@ def test_info_and_physics() -> None:
 def test_task_kwargs_reach_dm_control() -> None:
     env = gymnasium.make("DMC/walker-walk-v0", task_kwargs={"time_limit": 5}, action_repeat=2)
     assert env.unwrapped.max_episode_steps == 100  # 5 s of 0.025 s steps, two at a time
+    env = gymnasium.make("DMC/pendulum-spin-v0", task_kwargs={"time_limit": 3})  # an extended task
+    assert env.unwrapped.max_episode_steps == 150
+    env = gymnasium.make("DMC/cartpole-three_poles-v0", task_kwargs={"num_poles": 2})  # its own
+    assert env.observation_space.shape == (8,)
     with pytest.raises(ValueError, match=r"takes no task_kwargs, but got \['time_limit'\]"):
         gymnasium.make("DMC/manipulation-reach_site_features-v0", task_kwargs={"time_limit": 5})
 
@@ -217,9 +221,21 @@ def walker(**kwargs: object) -> gymnasium.Env:
     ("make", "error", "message"),
     [
         (partial(walker, observation="pixel"), ValueError, "observation is 'pixel'; choose"),
-        (partial(walker, observaton="flat"), TypeError, "'observaton'; did you mean 'observation'"),
+        (partial(walker, observaton="flat"), ValueError, r"'observaton'; did you mean 'obs\w+'\?$"),
+        (partial(walker, frame_skip=2), ValueError, "'frame_skip'; did you mean 'action_repeat'"),
         (partial(walker, camera_id="front"), ValueError, r"no camera 'front'.*'side', 'back'"),
         (partial(walker, camera_id=2), ValueError, r"no camera 2.*0 to 1"),
+        (partial(walker, camera_id=0.5), ValueError, r"no camera 0\.5"),
+        (partial(walker, camera_id=[0]), ValueError, r"no camera \[0\]"),
+        (partial(walker, render_mode="rgb"), ValueError, "render_mode is 'rgb'; choose one of"),
+        (partial(walker, height=-3), ValueError, "height is -3; give a whole number"),
+        (partial(walker, task_kwargs="x"), ValueError, "task_kwargs is 'x'; give a dictionary"),
+        (partial(walker, task_kwargs={"x": 1}), ValueError, "holds 'x', which walker-walk does"),
+        (
+            partial(walker, task_kwargs={"time_limit": 0}),
+            ValueError,
+            "time_limit is 0; give seconds above 0",
+        ),
         (partial(walker, action_repeat=0), ValueError, "action_repeat is 0; give a whole number"),
         (partial(walker, action_repeat=1.5), ValueError, "action_repeat is 1.5"),
         (partial(walker, frame_stack=0), ValueError, "frame_stack is 0"),

@@ -134,6 +134,7 @@ def test_policies_by_name_and_by_class(make_agent, point_env):
     ("arguments", "message"),
     [
         ({"horizon": 0}, "horizon is 0: it must be at least 1"),
+        ({"horizon": 1.5}, "horizon is 1.5: it must be a whole number"),
         ({"train_horizon": 0}, "train_horizon is 0: it must be at least 1"),
         ({"num_elites": 40}, "num_elites is 40 but there are only 32 samples: lower num_elites"),
         ({"num_pi_trajs": 32}, "num_pi_trajs is 32: it must be at least 0 and below num_samples"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import gymnasium
 
 from dmc_gym_plugin import rendering
+from dmc_gym_plugin.settings import check_count
 from dmc_gym_plugin.sizes import SIZES
-from dmc_gym_plugin.tasks import TASKS, has_labmaze
+from dmc_gym_plugin.tasks import NAMESPACE, TASKS, has_labmaze
 
 GROUPS = ("suite", "extended", "manipulation", "locomotion")
 
@@ -50,7 +51,16 @@ def preview(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.output} ends in {suffix!r}; give one of {known}.")
     env_ids = [name for arg in args.ids for name in (ids_of(arg) if arg in GROUPS else [arg])]
     for env_id in env_ids:
+        if not env_id.startswith(f"{NAMESPACE}/"):
+            raise SystemExit(
+                f"{env_id} is none of the {NAMESPACE}/ tasks; `python -m dmc_gym_plugin list` "
+                "prints them."
+            )
         gymnasium.spec(env_id)  # an unknown id ends here, before any work
+    for name in ("tiles", "columns", "height", "width"):
+        check_count(f"--{name}", getattr(args, name))
+    if args.steps is not None:
+        check_count("--steps", args.steps)
     if suffix in pictures.FILMS and len(env_ids) > 1:
         raise SystemExit(f"A film shows one task, but {len(env_ids)} were given; name one.")
     options = {

@@ -53,9 +53,12 @@ class Photographer:
         if isinstance(camera, str):
             if camera in names:
                 return names.index(camera)
-        elif isinstance(camera, numbers.Integral) and not isinstance(camera, bool):
-            if -1 <= camera < model.ncam:
-                return int(camera)
+        elif (
+            isinstance(camera, numbers.Integral)
+            and not isinstance(camera, bool)
+            and -1 <= camera < model.ncam
+        ):
+            return int(camera)
         raise ValueError(
             f"The model has no camera {camera!r}; its cameras are {names} (0 to {model.ncam - 1}), "
             "and -1 is the free camera."

@@ -89,7 +89,9 @@ def _font(labels: list[str], width: int) -> Any:
 
 def episode_sheet(env_id: str, tiles: int, columns: int, **options: Any) -> Image.Image:
     """Return ``tiles`` moments of one episode, evenly spaced, as a sheet."""
-    steps = options["steps"] or gymnasium.spec(env_id).max_episode_steps or 1000
+    steps = options["steps"]
+    if steps is None:
+        steps = gymnasium.spec(env_id).max_episode_steps or 1000
     moments = {round(k * steps / max(1, tiles - 1)) for k in range(tiles)}
     pictures = []
     for step, total, draw in play(env_id, **options):

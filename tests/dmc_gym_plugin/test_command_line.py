@@ -75,6 +75,11 @@ def test_unknown_names_end_in_a_sentence(tmp_path: Path) -> None:
         main(["preview", "DMC/walker-walk-v0", "-o", str(tmp_path / "x.txt")])
     with pytest.raises(SystemExit, match="no group 'suit'"):
         main(["list", "suit"])
+    with pytest.raises(SystemExit, match="CartPole-v1 is none of the DMC/ tasks"):
+        main(["preview", "CartPole-v1", "-o", str(tmp_path / "x.png")])
+    for option in ("--steps", "--tiles", "--columns", "--height", "--width"):
+        with pytest.raises(SystemExit, match=f"{option} is 0; give a whole number"):
+            main(["preview", "DMC/walker-walk-v0", "-o", str(tmp_path / "x.png"), option, "0"])
     assert not list(tmp_path.iterdir())
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from typing import Any
 
 import numpy as np
-from dm_control import composer
-from dm_control.composer.observation import observable
 from numpy.typing import NDArray
+
+with warnings.catch_warnings():  # composer shows the whole process every DeprecationWarning
+    from dm_control import composer
+    from dm_control.composer.observation import observable
 
 from dmc_gym_plugin import rendering
 from dmc_gym_plugin import state as exact

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -77,6 +79,18 @@ def test_table_is_the_installed_manipulation() -> None:
     from dm_control import manipulation
 
     assert set(tasks.MANIPULATION) == set(manipulation.ALL)
+
+
+def test_composer_leaves_the_warning_filters_alone() -> None:
+    code = (
+        "import gymnasium, dmc_gym_plugin, mujoco, dm_control.mujoco, warnings\n"
+        "before = list(warnings.filters)\n"
+        "gymnasium.make('DMC/manipulation-reach_site_features-v0').reset()\n"
+        "new = [entry for entry in warnings.filters if entry not in before]\n"
+        "print([entry for entry in new if issubclass(DeprecationWarning, entry[2])])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_reach_site_equals_dm_control() -> None:

@@ -1,6 +1,7 @@
 # make train      environment, installation, and the main job: TD-MPC2 learns to run
 # make test       environment, installation, lint, types, fast tests
 # make test-all   the same with the slow tests
+# make dist       sdist and wheel to hand on, and the wheel that stands in for labmaze on Python 3.13
 # ENV, STEPS, ALGO, ARGS and LOGS change what is trained, PYTHON and VENV where, TORCH which build.
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # threads wait for each other on two cores are slower by far than one after the other.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: train install install-dev lint types test test-all clean
+.PHONY: train install install-dev lint types test test-all dist clean
 .DELETE_ON_ERROR:
 
 train: install
@@ -49,7 +50,7 @@ $(VENV)/.torch: constraints.txt
 	fi
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml startup/tdmpc2_sb3_startup.pth startup/tdmpc2_sb3_startup.py
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml hatch_build.py startup/tdmpc2_sb3_startup.pth startup/tdmpc2_sb3_startup.py
 	$(PIP) install --quiet -c constraints.txt -e .
 	touch $@
 
@@ -69,6 +70,11 @@ test: lint types
 
 test-all: lint types
 	$(PYTEST) -m "slow or not slow"
+
+dist: install-dev
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/python -m build --wheel --outdir dist placeholders/labmaze
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

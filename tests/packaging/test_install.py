@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import email
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 YAML_FILES = sorted(path.name for path in (REPOSITORY / "hyperparams").glob("*.yml"))
@@ -75,6 +78,36 @@ def test_contents(wheel):
         "tdmpc2_sb3_startup.pth",
         "tdmpc2_sb3_startup.py",
     }
+
+
+def required(wheel: Path) -> list[Requirement]:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    return [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+
+
+def test_a_checkout_brings_its_placeholder_for_labmaze(wheel):
+    (labmaze,) = [item for item in required(wheel) if item.name == "labmaze"]
+    assert labmaze.url == (REPOSITORY / "placeholders" / "labmaze").as_uri()
+    needed = {p: labmaze.marker.evaluate({"python_version": p}) for p in ("3.12", "3.13", "3.14")}
+    assert needed == {"3.12": False, "3.13": True, "3.14": True}
+
+
+def test_what_is_handed_on_names_no_folder_of_this_machine(wheel, tmp_path):
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(REPOSITORY)]
+    subprocess.run(command, check=True, capture_output=True)
+    (clean,) = tmp_path.glob("*.whl")
+    assert [str(item) for item in required(clean)] == [
+        str(item) for item in required(wheel) if item.name != "labmaze"
+    ]
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2]: member for member in archive.getmembers()}
+        assert {"hatch_build.py", "placeholders/labmaze/pyproject.toml"} <= set(names)
+        texts = [archive.extractfile(names["PKG-INFO"]).read()]
+    texts += [zipfile.ZipFile(clean).read(name) for name in zipfile.ZipFile(clean).namelist()]
+    assert not any(str(REPOSITORY).encode() in text for text in texts)
 
 
 def test_the_zoo_works_from_the_installed_wheel(installed, tmp_path):

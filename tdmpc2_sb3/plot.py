@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
+
+from tdmpc2_sb3.zoo_yaml import read_yaml
 
 PUBLISHED = Path(__file__).parent / "data" / "published_curves.csv"
 PUBLISHED_LABELS = {  # points every 100,000 frames, straight lines between them
@@ -60,35 +61,12 @@ class Curve(NamedTuple):
     high: np.ndarray
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Reads the zoo's files without running anything: Python tags become plain values."""
-
-
-def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.SequenceNode):
-        values = loader.construct_sequence(node, deep=True)
-        is_ordered_dict = suffix.endswith("collections.OrderedDict") and len(values) == 1
-        return dict(values[0]) if is_ordered_dict else values
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    return loader.construct_scalar(node)  # type: ignore[arg-type]
-
-
-_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    with path.open() as file:
-        content = yaml.load(file, Loader=_PlainLoader)
-    return content if isinstance(content, dict) else {}
-
-
 def read_action_repeat(folder: Path, env_name: str) -> int:
     """Return the frames of a step: from the configuration, else the command line, else 1."""
     for file in ("config.yml", "args.yml"):
-        env_kwargs = _read_yaml(folder / env_name / file).get("env_kwargs")
+        path = folder / env_name / file
+        # Lenient: runs of any algorithm are drawn, whatever else their settings hold.
+        env_kwargs = read_yaml(path, strict=False).get("env_kwargs") if path.is_file() else None
         if isinstance(env_kwargs, dict) and "action_repeat" in env_kwargs:
             return int(env_kwargs["action_repeat"])
     return 1
@@ -248,7 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for folder in options.folders:
         if not folder.is_dir():
             parser.error(f"{folder} is no folder; give the zoo's log folder, such as logs/")
-    runs = read_runs(options.folders)
+    try:
+        runs = read_runs(options.folders)
+    except ValueError as error:  # a configuration that is no YAML
+        parser.error(str(error))
     if options.env:
         parts = [part.replace("/", "-") for part in options.env]
         runs = [run for run in runs if any(part in run.env_name for part in parts)]

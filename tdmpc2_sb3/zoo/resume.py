@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch as th
-import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.utils import set_random_seed
@@ -24,6 +22,7 @@ from tdmpc2_sb3.callbacks import latest_checkpoint, load_checkpoint, read_run
 from tdmpc2_sb3.saving import read_archive
 from tdmpc2_sb3.zoo import checkpoints
 from tdmpc2_sb3.zoo.register import ALGORITHMS, install
+from tdmpc2_sb3.zoo_yaml import read_yaml
 
 #: In the checkpoint already; the zoo would run strings among them as code.
 SAVED_WITH_THE_MODEL = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
@@ -56,41 +55,6 @@ class Run(NamedTuple):
         """Steps of the final model, 0 if there is none."""
         path = self.folder / f"{self.name}.zip"
         return read_archive(path, "cpu")[0]["num_timesteps"] if path.is_file() else 0
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads plain values, and the two kinds of Python object that the zoo's files are made of."""
-
-
-def _ordered_dict(loader: yaml.SafeLoader, node: yaml.Node) -> OrderedDict[str, Any]:
-    assert isinstance(node, yaml.SequenceNode)
-    return OrderedDict(*loader.construct_sequence(node, deep=True))
-
-
-def _tuple(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[Any, ...]:
-    assert isinstance(node, yaml.SequenceNode)
-    return tuple(loader.construct_sequence(node, deep=True))
-
-
-_Loader.add_constructor(
-    "tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered_dict
-)
-_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _tuple)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a file of the zoo without building any object that could run code.
-
-    :raises ValueError: if it holds other Python objects than dictionaries and tuples, or no YAML
-    """
-    try:
-        return dict(yaml.load(path.read_text(), Loader=_Loader))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        what = str(getattr(error, "problem", None) or error)
-        raise ValueError(
-            f"'{path}' is damaged or holds Python objects, which are not read as they can run "
-            f"code ({what}): replace them by plain values."
-        ) from error
 
 
 def find_run(folder: str | Path) -> Run:

@@ -193,7 +193,7 @@ def load_checkpoint(
     :raises FileNotFoundError: if the folder holds no checkpoint
     """
     path = pathlib.Path(folder)
-    if not (path / MODEL_FILE).is_file():
+    if not (path / RUN_FILE).is_file():  # a run's own folder may well hold a model.zip
         newest = latest_checkpoint(path)
         if newest is None:
             raise FileNotFoundError(

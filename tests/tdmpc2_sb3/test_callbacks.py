@@ -202,6 +202,13 @@ def test_a_failed_checkpoint_leaves_the_one_before(tmp_path: Path, monkeypatch) 
     assert resumed.num_timesteps == 10
 
 
+def test_a_model_saved_beside_the_checkpoints_is_not_taken_for_one(tmp_path: Path) -> None:
+    model = TDMPC2("MlpPolicy", make_env(), **TINY).learn(10)
+    write_checkpoint(model, tmp_path)
+    model.learn(5, reset_num_timesteps=False).save(tmp_path / MODEL_FILE)
+    assert load_checkpoint(TDMPC2, tmp_path, make_env())[0].num_timesteps == 10
+
+
 def test_a_folder_without_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No checkpoint in"):
         load_checkpoint(TDMPC2, tmp_path, make_env())

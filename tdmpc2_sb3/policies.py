@@ -18,6 +18,7 @@ from tdmpc2_sb3.planner import (
     MANY_ACTIONS,
     Plan,
     PlannerConfig,
+    PlanNoise,
     check_planner,
     plan,
     sample_plan_noise,
@@ -25,9 +26,13 @@ from tdmpc2_sb3.planner import (
 )
 from tdmpc2_sb3.world_model import WorldModel, resolve_architecture
 
-# Deterministic predictions draw from a generator of this seed, made anew at each call.
+# Deterministic predictions draw from a generator made anew at each call, of this seed plus the
+# plan's age in steps: no two steps of an episode share their random numbers. A seed taken from the
+# observation's bits would do so too, but the last bit differs with the number of environments
+# planned at once and between machines, and would change every draw.
 PREDICTION_SEED = 0
 
+#: Means of the plans [E, H, A], and how many steps ago each began [E]. Without the ages they are 0.
 PlanState = tuple[np.ndarray, ...]
 
 
@@ -203,9 +208,54 @@ class TDMPC2Policy(BasePolicy):
         """
         num_envs = previous_mean.shape[0]
         noise = sample_plan_noise(self.world_model, self.planner, num_envs, generator, shared_noise)
+        return self._plan_with(observation, previous_mean, episode_start, noise, explore)
+
+    @th.no_grad()
+    def _plan_with(
+        self,
+        observation: PyTorchObs,
+        previous_mean: th.Tensor,
+        episode_start: th.Tensor,
+        noise: PlanNoise,
+        explore: bool,
+    ) -> Plan:
         latent = self.world_model.encode(observation, noise.offsets)
         initial_mean = shift_plan(previous_mean, episode_start)
         return self._plan(self.world_model, latent, initial_mean, noise, self.planner, explore)
+
+    def _steady_noise(self, ages: np.ndarray) -> PlanNoise:
+        """The random numbers of deterministic plans: functions of each plan's age alone.
+
+        :param ages: steps since each plan began, [E]
+        """
+        model, config = self.world_model, self.planner
+        different, rows = np.unique(ages, return_inverse=True)
+        draws = []
+        for age in different:
+            generator = th.Generator(self.device).manual_seed(PREDICTION_SEED + int(age))
+            shared_by = len(ages) if len(different) == 1 else 1
+            draws.append(sample_plan_noise(model, config, shared_by, generator, shared=True))
+        # All environments evaluate the same Q heads: the same for every age, so that an action
+        # does not depend on the ages of the plans beside it.
+        generator = th.Generator(self.device).manual_seed(PREDICTION_SEED)
+        heads = model.sample_heads(generator, rows=config.num_iterations)
+        if len(different) == 1:
+            return draws[0]._replace(heads=heads)
+        index = th.as_tensor(rows, device=self.device)
+
+        def gather(parts: list[th.Tensor], axis: int) -> th.Tensor:
+            return th.cat(parts, axis).index_select(axis, index)
+
+        offsets = [draw.offsets for draw in draws if draw.offsets is not None]
+        return PlanNoise(
+            policy=gather([draw.policy for draw in draws], 1),
+            samples=gather([draw.samples for draw in draws], 2),
+            terminal=gather([draw.terminal for draw in draws], 1),
+            heads=heads,
+            gumbel=gather([draw.gumbel for draw in draws], 0),
+            exploration=gather([draw.exploration for draw in draws], 0),
+            offsets=gather(offsets, 1) if offsets else None,
+        )
 
     @th.no_grad()
     def prior_action(
@@ -241,10 +291,11 @@ class TDMPC2Policy(BasePolicy):
         returned state and SB3's ``episode_start`` on, as ``evaluate_policy`` does.
 
         :param observation: of one environment or of E
-        :param state: the previous call's second result: plan means [E, H, A]
+        :param state: the previous call's second result: plan means [E, H, A] and ages [E]
         :param episode_start: [E], bool; a true row is a cold start
         :param deterministic: whether to act without exploration noise. The plan then draws from a
-            generator seeded anew at each call: the same observation and plan, the same action
+            generator seeded anew at each call by the plan's age: the same observation and state,
+            the same action, however many environments are planned at once
         :param use_planner: if False, acts with the policy prior alone and passes the state through
         :return: actions in the action space's bounds, state for the next call
         :raises ValueError: if the observation or the state is of the wrong shape
@@ -257,19 +308,30 @@ class TDMPC2Policy(BasePolicy):
             )
         tensor, vectorized = self.obs_to_tensor(observation)
         num_envs = len(next(iter(tensor.values())) if isinstance(tensor, dict) else tensor)
-        generator = self.generator
-        if deterministic:
-            generator = th.Generator(self.device).manual_seed(PREDICTION_SEED)
         if use_planner:
-            previous_mean, start = self._read_state(state, episode_start, num_envs)
-            result = self.plan(
-                tensor, previous_mean, start, generator, not deterministic, deterministic
-            )
-            scaled, state = result.action, (result.mean.cpu().numpy(),)
+            previous_mean, start, ages = self._read_state(state, episode_start, num_envs)
+            result = self._predict_plan(tensor, previous_mean, start, ages, deterministic)
+            scaled, state = result.action, (result.mean.cpu().numpy(), ages + 1)
         else:
+            generator = self.generator
+            if deterministic:
+                generator = th.Generator(self.device).manual_seed(PREDICTION_SEED)
             scaled = self.prior_action(tensor, num_envs, generator, deterministic)
         actions = self.unscale(scaled)
         return (actions if vectorized else actions[0]), state
+
+    def _predict_plan(
+        self,
+        observation: PyTorchObs,
+        previous_mean: th.Tensor,
+        start: th.Tensor,
+        ages: np.ndarray,
+        deterministic: bool,
+    ) -> Plan:
+        if not deterministic:
+            return self.plan(observation, previous_mean, start, self.generator, explore=True)
+        noise = self._steady_noise(ages)
+        return self._plan_with(observation, previous_mean, start, noise, explore=False)
 
     def unscale(self, scaled: th.Tensor) -> np.ndarray:
         """Actions in [-1, 1], [E, A], as actions within the space's bounds, [E, *shape]."""
@@ -282,9 +344,12 @@ class TDMPC2Policy(BasePolicy):
 
     def _read_state(
         self, state: PlanState | None, episode_start: np.ndarray | None, num_envs: int
-    ) -> tuple[th.Tensor, th.Tensor]:
+    ) -> tuple[th.Tensor, th.Tensor, np.ndarray]:
+        """Plan means [E, H, A], whether each is void [E], and the plans' ages [E]."""
+        ages = np.zeros(num_envs, dtype=np.int64)
         if state is None:
-            return self.zero_plan(num_envs), th.ones(num_envs, dtype=th.bool, device=self.device)
+            start = th.ones(num_envs, dtype=th.bool, device=self.device)
+            return self.zero_plan(num_envs), start, ages
         expected = (num_envs, self.planner.horizon, self.world_model.action_dim)
         mean = np.asarray(state[0], dtype=np.float32)
         if mean.shape != expected:
@@ -292,23 +357,23 @@ class TDMPC2Policy(BasePolicy):
                 f"The plan passed as state has shape {mean.shape}, but {expected} (environments, "
                 "horizon, action) is needed: pass the state of the previous call, or None."
             )
-        start = np.zeros(num_envs, dtype=bool) if episode_start is None else episode_start
-        start = np.asarray(start, dtype=bool).reshape(num_envs)
-        return th.as_tensor(mean, device=self.device), th.as_tensor(start, device=self.device)
+        if len(state) > 1:
+            ages = np.asarray(state[1], dtype=np.int64).reshape(num_envs)
+        starts = np.zeros(num_envs, dtype=bool) if episode_start is None else episode_start
+        starts = np.asarray(starts, dtype=bool).reshape(num_envs)
+        return (
+            th.as_tensor(mean, device=self.device),
+            th.as_tensor(starts, device=self.device),
+            np.where(starts, 0, ages),
+        )
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """A cold-start plan's action in [-1, 1], [E, A]."""
         num_envs = len(
             next(iter(observation.values())) if isinstance(observation, dict) else observation
         )
-        generator = self.generator
-        if deterministic:
-            generator = th.Generator(self.device).manual_seed(PREDICTION_SEED)
-        mean = self.zero_plan(num_envs)
-        start = th.ones(num_envs, dtype=th.bool, device=self.device)
-        return self.plan(
-            observation, mean, start, generator, not deterministic, deterministic
-        ).action
+        mean, start, ages = self._read_state(None, None, num_envs)
+        return self._predict_plan(observation, mean, start, ages, deterministic).action
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic)

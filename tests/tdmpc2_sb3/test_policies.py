@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule
 
+from tdmpc2_sb3.planner import plan, sample_plan_noise, shift_plan
 from tdmpc2_sb3.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SSMPolicy
 
 SIZES = {
@@ -45,10 +48,10 @@ def test_one_environment_and_many(make_policy):
     policy = make_policy()
     action, state = policy.predict(observe(), deterministic=True)
     assert action.shape == (2,)
-    assert [part.shape for part in state] == [(1, 3, 2)]
+    assert [part.shape for part in state] == [(1, 3, 2), (1,)]  # plan and its age
     actions, states = policy.predict(observe(4), deterministic=True)
     assert actions.shape == (4, 2)
-    assert [part.shape for part in states] == [(4, 3, 2)]
+    assert [part.shape for part in states] == [(4, 3, 2), (4,)]
     assert actions.dtype == np.float32
 
 
@@ -69,22 +72,81 @@ def test_actions_of_any_shape(make_policy):
     assert policy.predict(observe(4))[0].shape == (4, 2, 3)
 
 
+def by_hand(policy, observation, previous_mean, age):
+    """A deterministic plan of one environment, from the planner's own functions."""
+    seeded = th.Generator().manual_seed(age)
+    noise = sample_plan_noise(policy.world_model, policy.planner, 1, seeded)
+    heads = policy.world_model.sample_heads(th.Generator().manual_seed(0), rows=3)
+    latent = policy.world_model.encode(th.as_tensor(observation[None]), noise.offsets)
+    mean = th.zeros(1, 3, 2) if age == 0 else th.as_tensor(previous_mean[None])
+    mean = shift_plan(mean, th.tensor([age == 0]))
+    noise = noise._replace(heads=heads)
+    return plan(policy.world_model, latent, mean, noise, policy.planner, explore=False)
+
+
 def test_the_state_is_the_plan_that_warm_starts_the_next_call(make_policy):
     policy = make_policy()
-    _, state = policy.predict(observe(2), deterministic=True)
-    warm, next_state = policy.predict(observe(2, seed=1), state, deterministic=True)
-    expected = policy.plan(
-        th.as_tensor(observe(2, seed=1)),
-        th.as_tensor(state[0]),
-        th.zeros(2, dtype=th.bool),
-        th.Generator().manual_seed(0),
-        explore=False,
-        shared_noise=True,
-    )
-    np.testing.assert_array_equal(next_state[0], expected.mean.numpy())
-    np.testing.assert_array_equal(warm, policy.unscale(expected.action))
-    _, cold_state = policy.predict(observe(2, seed=1), deterministic=True)
-    assert np.abs(cold_state[0] - next_state[0]).max() > 1e-3  # the warm start matters
+    state = None
+    for age in range(3):
+        o = observe(2, seed=age)
+        previous = np.zeros((2, 3, 2), np.float32) if state is None else state[0]
+        actions, state = policy.predict(o, state, deterministic=True)
+        for env in range(2):
+            expected = by_hand(policy, o[env], previous[env], age)
+            np.testing.assert_allclose(state[0][env], expected.mean[0].numpy(), atol=1e-5)
+            np.testing.assert_allclose(actions[env], policy.unscale(expected.action)[0], atol=1e-4)
+        assert state[1].tolist() == [age + 1] * 2
+    _, cold_state = policy.predict(o, deterministic=True)
+    assert np.abs(cold_state[0] - state[0]).max() > 1e-3  # the warm start matters
+
+
+def test_deterministic_noise_differs_from_step_to_step_and_repeats_from_episode_to_episode(
+    make_policy,
+):
+    policy = make_policy()
+    actions, states = [], []
+    state = None
+    for step in range(12):
+        start = np.array([step % 6 == 0])
+        _, state = policy.predict(observe(1), state, start, deterministic=True)
+        states.append(state)
+    assert [int(state[1][0]) for state in states] == [*range(1, 7)] * 2
+    for first, second in zip(states[:6], states[6:], strict=True):
+        np.testing.assert_array_equal(first[0], second[0])
+    # One plan continued at six ages: six draws, so six actions.
+    mean = states[0][0]
+    for age in range(1, 7):
+        actions.append(policy.predict(observe(1), (mean, np.array([age])), deterministic=True)[0])
+    gaps = [np.abs(a - b).max() for a, b in itertools.combinations(actions, 2)]
+    assert min(gaps) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["vector", "image"])
+def test_environments_at_different_steps_act_as_each_alone(make_policy, kind):
+    policy, obs = make_policy(), observe(5)
+    if kind == "image":
+        policy = make_policy(CnnPolicy, IMAGE, latent_dim=512)
+        obs = np.random.default_rng(1).integers(0, 256, (5, 3, 64, 64), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    mean = rng.uniform(-0.5, 0.5, (5, 3, 2)).astype(np.float32)
+    ages, start = np.array([3, 0, 70, 3, 9]), np.array([False, False, False, True, False])
+    together, states = policy.predict(obs, (mean, ages), start, deterministic=True)
+    assert states[1].tolist() == [4, 1, 71, 1, 10]
+    for env in range(5):
+        row = slice(env, env + 1)
+        alone, state = policy.predict(
+            obs[row], (mean[row], ages[row]), start[row], deterministic=True
+        )
+        np.testing.assert_allclose(together[row], alone, atol=1e-4)
+        np.testing.assert_allclose(states[0][row], state[0], atol=1e-4)
+
+
+def test_a_state_without_ages_is_a_plan_just_begun(make_policy):
+    policy = make_policy()
+    mean = np.full((2, 3, 2), 0.3, np.float32)
+    short, _ = policy.predict(observe(2), (mean,), deterministic=True)
+    full, _ = policy.predict(observe(2), (mean, np.zeros(2, int)), deterministic=True)
+    np.testing.assert_array_equal(short, full)
 
 
 def test_a_reset_row_is_a_cold_start_and_the_others_are_not(make_policy):

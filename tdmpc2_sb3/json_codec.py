@@ -20,6 +20,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
+from tdmpc2_sb3 import action_noise
 from tdmpc2_sb3.json_classes import (
     ENUMS,
     RECORDS,
@@ -118,6 +119,9 @@ def _describe(value: Any) -> str:
 
 
 def _remedy(value: Any) -> str:
+    for kind in type(value).__mro__[1:]:
+        if kind.__name__ in _SPACES and isinstance(value, spaces.Space):
+            return f"give the environment a plain gymnasium.spaces.{kind.__name__} in its place"
     if callable(value) and not isinstance(value, th.nn.Module):
         return (
             "use a number or a schedule of stable_baselines3.common.utils (ConstantSchedule, "
@@ -254,6 +258,11 @@ def _decode_record(value: dict[str, Any]) -> Any:
     return record(**fields)
 
 
+def _encode_noise(value: Any, name: str) -> dict[str, Any]:
+    attributes = _encode(action_noise.to_plain(value), name)
+    return {_TAG: "action noise", "kind": type(value).__name__, "attributes": attributes}
+
+
 def _encode_space(value: spaces.Space, name: str) -> dict[str, Any]:
     """Spaces keep their random stream: the warm-up's random actions come from it."""
     fields: dict[str, Any]
@@ -332,6 +341,7 @@ _ENCODERS: dict[type, Callable[[Any, str], dict[str, Any]]] = {
     th.Size: _encode_items("torch size"),
     th.dtype: lambda value, name: {_TAG: "torch dtype", "value": str(value)},
     th.device: lambda value, name: {_TAG: "torch device", "value": str(value)},
+    **dict.fromkeys(action_noise.NOISES.values(), _encode_noise),
     spaces.Box: _encode_space,
     spaces.Discrete: _encode_space,
     spaces.MultiDiscrete: _encode_space,
@@ -359,6 +369,9 @@ _DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "torch size": lambda value: th.Size(decode(value["items"])),
     "torch dtype": lambda value: _torch_dtype(value["value"]),
     "torch device": lambda value: th.device(value["value"]),
+    "action noise": lambda value: action_noise.from_plain(
+        value["kind"], decode(value["attributes"])
+    ),
     "space": _decode_space,
     "record": _decode_record,
     "enum": lambda value: import_listed(value["name"], ENUMS)(value["value"]),

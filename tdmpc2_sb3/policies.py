@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import pathlib
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import ConstantSchedule, get_device
 from torch import nn
 
 from tdmpc2_sb3.compilation import compiled
@@ -24,6 +28,7 @@ from tdmpc2_sb3.planner import (
     sample_plan_noise,
     shift_plan,
 )
+from tdmpc2_sb3.saving import read_archive, write_archive
 from tdmpc2_sb3.world_model import WorldModel, resolve_architecture
 
 # Deterministic predictions draw from a generator made anew at each call, of this seed plus the
@@ -34,6 +39,24 @@ PREDICTION_SEED = 0
 
 #: Means of the plans [E, H, A], and how many steps ago each began [E]. Without the ages they are 0.
 PlanState = tuple[np.ndarray, ...]
+
+SelfTDMPC2Policy = TypeVar("SelfTDMPC2Policy", bound="TDMPC2Policy")
+
+#: Under which name a saved policy's arguments stand in its file.
+ARGUMENTS = "policy_arguments"
+#: Arguments that are sizes of the world model.
+SIZES = (
+    "latent_dim",
+    "enc_dim",
+    "mlp_dim",
+    "num_enc_layers",
+    "num_q",
+    "simnorm_dim",
+    "num_bins",
+    "dropout",
+)
+#: Which policy each kind of observation takes.
+POLICIES = {"vectors": "MlpPolicy", "images": "CnnPolicy", "dictionaries": "MultiInputPolicy"}
 
 
 class TDMPC2Policy(BasePolicy):
@@ -69,6 +92,7 @@ class TDMPC2Policy(BasePolicy):
     """
 
     DEFAULT_DYNAMICS = "mlp"
+    OBSERVATIONS = ""  # what the policy is for, where it takes not every kind
     scale: th.Tensor
 
     def __init__(
@@ -101,6 +125,7 @@ class TDMPC2Policy(BasePolicy):
         compile: bool | str = "auto",
     ):
         super().__init__(observation_space, action_space, squash_output=True)
+        self._check_observations()
         action_dim = int(np.prod(action_space.shape))
         sizes = {
             "latent_dim": latent_dim,
@@ -130,11 +155,18 @@ class TDMPC2Policy(BasePolicy):
             gamma,
         )
         check_planner(self.planner)
+        dynamics = self.DEFAULT_DYNAMICS if dynamics is None else dynamics
+        self._arguments_for_saving = {
+            "dynamics": dynamics,
+            "dynamics_kwargs": dynamics_kwargs,
+            "enc_lr_scale": enc_lr_scale,
+            "compile": compile,
+        }
         self.world_model = WorldModel(
             observation_space,
             action_dim,
             resolve_architecture(model_size, sizes),
-            self.DEFAULT_DYNAMICS if dynamics is None else dynamics,
+            dynamics,
             dynamics_kwargs,
             episodic,
         )
@@ -142,6 +174,18 @@ class TDMPC2Policy(BasePolicy):
         self._make_optimizers(lr_schedule(1.0), enc_lr_scale)
         self._generator: th.Generator | None = None
         self._plan = compiled(plan, compile)
+
+    def _check_observations(self) -> None:
+        found = "vectors"
+        if isinstance(self.observation_space, spaces.Dict):
+            found = "dictionaries"
+        elif is_image_space(self.observation_space):
+            found = "images"
+        if self.OBSERVATIONS not in ("", found):
+            raise ValueError(
+                f"{type(self).__name__} is for {self.OBSERVATIONS}, but the observation space is "
+                f"{self.observation_space}: use {POLICIES[found]}."
+            )
 
     def _make_optimizers(self, learning_rate: float, enc_lr_scale: float) -> None:
         model = self.world_model
@@ -375,6 +419,50 @@ class TDMPC2Policy(BasePolicy):
         mean, start, ages = self._read_state(None, None, num_envs)
         return self._predict_plan(observation, mean, start, ages, deterministic).action
 
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        sizes = self.world_model.architecture._asdict()
+        rates = {group["lr"] / group["lr_scale"] for group in self.prior_optimizer.param_groups}
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": ConstantSchedule(float(rates.pop())),
+            "episodic": self.world_model.episodic,
+            **{name: sizes[name] for name in SIZES},
+            **self.planner._asdict(),
+            **self._arguments_for_saving,
+        }
+
+    def save(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:  # type: ignore[override]
+        """Saves the policy alone, atomically and without pickled code; optimisers are left out.
+
+        :param path: file (``.zip`` is added if it has no suffix), or a binary stream
+        :raises TypeError: naming an argument that cannot be written without pickling
+        """
+        data = {ARGUMENTS: self._get_constructor_parameters()}
+        write_archive(path, data, {"policy": self.state_dict()})
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfTDMPC2Policy],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        device: th.device | str = "auto",
+    ) -> SelfTDMPC2Policy:
+        """Loads a policy saved by :meth:`save`; no pickled code is executed.
+
+        :param path: file, or a binary stream
+        :param device: where the policy goes
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if it is damaged or holds no policy alone
+        """
+        data, tensors = read_archive(path, device)
+        if ARGUMENTS not in data:
+            raise ValueError(
+                f"{path!r} holds a whole agent: load it by TDMPC2.load(path) and take its policy."
+            )
+        policy = cls(**data[ARGUMENTS])
+        policy.load_state_dict(tensors["policy"])
+        return policy.to(get_device(device))
+
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic)
 
@@ -392,6 +480,10 @@ class SSMPolicy(TDMPC2Policy):
 class CnnPolicy(TDMPC2Policy):
     """TD-MPC2 on images, with the paper's pixel encoder."""
 
+    OBSERVATIONS = "images"
+
 
 class MultiInputPolicy(TDMPC2Policy):
     """TD-MPC2 on dictionaries of vectors and images."""
+
+    OBSERVATIONS = "dictionaries"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pathlib
 import sys
@@ -32,6 +33,7 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+from tdmpc2_sb3 import action_noise as noises
 from tdmpc2_sb3 import episode_state, interrupts, official_checkpoint
 from tdmpc2_sb3.environment_facts import (
     EnvironmentFacts,
@@ -105,6 +107,8 @@ class TDMPC2(OffPolicyAlgorithm):
     :param gamma: discount factor; "auto": from the episode length
     :param train_freq: steps between updates, or (n, "episode")
     :param gradient_steps: gradient steps an update; -1: as many as steps were collected
+    :param action_noise: added to every action after the warm-up, in [-1, 1] units; None: the plan's
+        own spread alone explores
     :param replay_buffer_class: :class:`SequenceReplayBuffer` or a subclass
     :param replay_buffer_kwargs: further arguments of the buffer
     :param initial_gradient_steps: gradient steps made at once when learning starts; "auto": one
@@ -173,6 +177,7 @@ class TDMPC2(OffPolicyAlgorithm):
         gamma: float | str = "auto",
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
         replay_buffer_class: type[SequenceReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         initial_gradient_steps: int | str = "auto",
@@ -231,6 +236,7 @@ class TDMPC2(OffPolicyAlgorithm):
             gamma=gamma,  # type: ignore[arg-type]
             train_freq=train_freq,
             gradient_steps=gradient_steps,
+            action_noise=action_noise,
             replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
             policy_kwargs=policy_kwargs,
@@ -296,17 +302,8 @@ class TDMPC2(OffPolicyAlgorithm):
         self._resolve_settings()
         self._check_settings()
         self._setup_lr_schedule()
-        if self.replay_buffer_class is None:
-            self.replay_buffer_class = SequenceReplayBuffer
         if self.replay_buffer is None:
-            self.replay_buffer = self.replay_buffer_class(
-                self.buffer_size,
-                self.observation_space,
-                self.action_space,
-                device=self.device,
-                n_envs=self.n_envs,
-                **{"horizon": self.sequence_length, **self.replay_buffer_kwargs},
-            )
+            self.replay_buffer = self._make_buffer()
         # Before the weights are drawn, from SB3's global stream.
         BaseAlgorithm.set_random_seed(self, self.seed)
         arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS}
@@ -327,6 +324,20 @@ class TDMPC2(OffPolicyAlgorithm):
         self._plan_mean: th.Tensor | None = None
         self._saved_episodes: episode_state.EpisodeStates | None = None
         self._update_step = self._make_update_step()
+
+    def _make_buffer(self) -> SequenceReplayBuffer:
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = SequenceReplayBuffer
+        buffer = self.replay_buffer_class(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            **{"horizon": self.sequence_length, **self.replay_buffer_kwargs},
+        )
+        assert isinstance(buffer, SequenceReplayBuffer)
+        return buffer
 
     def _resolve_settings(self) -> None:
         automatic = [
@@ -507,9 +518,15 @@ class TDMPC2(OffPolicyAlgorithm):
         elif self._saved_episodes is not None:
             episode_state.restore(self.env, self._saved_episodes)
         self._saved_episodes = None
-        return super()._setup_learn(
+        going_on = not reset_num_timesteps and self._last_obs is not None
+        noise = copy.deepcopy(self.action_noise) if going_on else None
+        result = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if noise is not None and type(noise) is type(self.action_noise):
+            # SB3 resets the noise at each call; within an episode it goes on.
+            vars(self.action_noise).update(vars(noise))
+        return result
 
     def _abandon_episodes(self) -> None:
         """The environments will be reset: what was open is over."""
@@ -811,6 +828,7 @@ class TDMPC2(OffPolicyAlgorithm):
         return {
             "episodes": episodes,
             "action_space_stream": self.action_space.np_random.bit_generator.state,
+            "noise_stream": None if self.action_noise is None else noises.stream(),
         }
 
     def _run_streams(self) -> dict[str, th.Tensor]:
@@ -842,9 +860,10 @@ class TDMPC2(OffPolicyAlgorithm):
         :param path: file, or a binary stream
         :param env: environment to go on with; none is needed for predictions
         :param device: where the model goes
-        :param custom_objects: attributes to use instead of the saved ones
+        :param custom_objects: to use instead of the saved attributes of these names
         :param print_system_info: whether to print the present versions
-        :param force_reset: accepted for SB3's sake; see above
+        :param force_reset: if False, an environment that cannot be restored is not reset either:
+            it must still be in the state in which the model was saved
         :param kwargs: attributes that replace the saved ones
         :raises ValueError: if the file is no such archive, is damaged, or does not fit the
             environment
@@ -852,7 +871,11 @@ class TDMPC2(OffPolicyAlgorithm):
         if print_system_info:
             get_system_info()
         data, tensors = read_archive(path, device, custom_objects, True, print_system_info)
-        data.update(custom_objects or {})
+        if "run_state" not in data:
+            raise ValueError(
+                f"{path!r} holds no whole agent: a policy saved alone is loaded by its own class, "
+                "such as MlpPolicy.load(path)."
+            )
         run_state, streams = data.pop("run_state"), tensors.pop("run_streams")
         if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
             raise ValueError(
@@ -861,7 +884,7 @@ class TDMPC2(OffPolicyAlgorithm):
             )
         same_envs = False
         if env is not None:
-            env = cls._wrap_env(env, data["verbose"])
+            env = cls._wrap_env(env, data.get("verbose", 0))
             check_for_correct_spaces(env, data["observation_space"], data["action_space"])
             same_envs = env.num_envs == data["n_envs"]
             data["n_envs"] = env.num_envs
@@ -872,21 +895,28 @@ class TDMPC2(OffPolicyAlgorithm):
         model.set_parameters(tensors, exact_match=True, device=device)
         if kwargs.get("seed", model.seed) == data.get("seed"):
             model._restore_streams(streams, run_state)
-        model._restore_run(streams, run_state, same_envs)
+        model._restore_run(streams, run_state, same_envs, force_reset)
         return model
 
     def _restore_streams(self, streams: dict[str, th.Tensor], run_state: dict[str, Any]) -> None:
         self._training_generator.set_state(streams["training"].cpu())
         self.policy.generator.set_state(streams["predictions"].cpu())
         self.action_space.np_random.bit_generator.state = run_state["action_space_stream"]
+        if run_state.get("noise_stream") is not None:
+            noises.restore_stream(run_state["noise_stream"])
 
     def _restore_run(
-        self, streams: dict[str, th.Tensor], run_state: dict[str, Any], same_envs: bool
+        self,
+        streams: dict[str, th.Tensor],
+        run_state: dict[str, Any],
+        same_envs: bool,
+        force_reset: bool,
     ) -> None:
-        """Keeps the episodes in progress for :meth:`learn` if they can be restored."""
+        """Keeps the episodes in progress for :meth:`learn` if they can be restored or still run."""
         episodes = run_state["episodes"]
-        if same_envs and episodes is not None and episode_state.can_capture(self.env):  # type: ignore[arg-type]
-            self._saved_episodes = episodes
+        restorable = same_envs and episodes is not None and episode_state.can_capture(self.env)  # type: ignore[arg-type]
+        if restorable or (same_envs and not force_reset):
+            self._saved_episodes = episodes if restorable else None
             if "plan_mean" in streams:
                 self._plan_mean = streams["plan_mean"].to(self.device)
         else:
@@ -977,5 +1007,7 @@ class TDMPC2(OffPolicyAlgorithm):
             environment does, and is closed as truncated otherwise
         :raises ValueError: if the file is damaged or does not fit this buffer
         """
+        if self.replay_buffer is None:
+            self.replay_buffer = self._make_buffer()
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         self.replay_buffer.load(path)

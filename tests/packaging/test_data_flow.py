@@ -31,7 +31,18 @@ ROWS = {
     ],
     "tdmpc2_sb3": [
         ("tools", ["statistics", "compilation", "interrupts"]),
-        ("files", ["file_io", "json_classes", "json_codec", "saving", "run_files", "zoo_yaml"]),
+        (
+            "files",
+            [
+                "file_io",
+                "action_noise",
+                "json_classes",
+                "json_codec",
+                "saving",
+                "run_files",
+                "zoo_yaml",
+            ],
+        ),
         ("environment", ["environment_facts", "episode_state"]),
         (
             "sequence buffer",

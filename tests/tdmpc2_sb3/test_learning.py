@@ -539,8 +539,8 @@ def test_episodes_shorter_than_the_horizon_are_named(make_agent, point_env):
 # -- does it learn? ------------------------------------------------------------------------------
 
 
-def mean_return(agent, env, episodes=5):
-    return evaluate_policy(agent, env, n_eval_episodes=episodes, warn=False)[0]
+def mean_return(agent, env, episodes=5, deterministic=True):
+    return evaluate_policy(agent, env, episodes, deterministic, warn=False)[0]
 
 
 def test_it_learns_to_stand_at_a_point(make_agent, point_env):
@@ -557,6 +557,7 @@ def test_it_learns_to_stand_at_a_point(make_agent, point_env):
     )
     env = vec_point_env(point_env, **settings)
     env.seed(100)
-    untrained = mean_return(agent, env)
+    # Deterministic, an untrained agent would repeat one sequence of random actions, lucky or not.
+    untrained = mean_return(agent, env, deterministic=False)  # 7 to 12 with three seeds
     agent.learn(350)
-    assert untrained < 12 < 15 < mean_return(agent, env)  # 17 to 19 with three seeds
+    assert untrained < 13 < 15 < mean_return(agent, env)  # 16 to 19 with three seeds

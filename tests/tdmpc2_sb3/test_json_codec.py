@@ -257,6 +257,8 @@ def test_files_cannot_name_other_classes(name):
         {"__type__": "space", "kind": "Box"},
         {"__type__": "numpy generator", "state": {"bit_generator": "seterr"}},
         {"__type__": "float", "value": "1"},
+        {"__type__": "action noise", "kind": "Popen", "attributes": {}},
+        {"__type__": "action noise", "kind": "NormalActionNoise", "attributes": {"_mu": 0}},
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import rl_zoo3
 import rl_zoo3.exp_manager
 import rl_zoo3.hyperparams_opt
 import rl_zoo3.utils
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.zoo import register
@@ -100,6 +101,21 @@ def test_ssm_takes_its_policy_unless_told_otherwise(tmp_path):
         "tdmpc2_ssm", "DMC/walker-walk-v0", tmp_path, hyperparams={"policy": "CnnPolicy"}
     )
     assert told.read_hyperparameters()[0]["policy"] == "CnnPolicy"
+
+
+@pytest.mark.parametrize(
+    ("kind", "noise"),
+    [("normal", NormalActionNoise), ("ornstein-uhlenbeck", OrnsteinUhlenbeckActionNoise)],
+)
+def test_the_zoos_action_noise_reaches_the_agent(tmp_path, kind, noise):
+    small = {"latent_dim": 16, "enc_dim": 16, "mlp_dim": 16, "num_samples": 40, "num_q": 2}
+    asked = {"noise_type": kind, "noise_std": 0.25, **small}
+    experiment = manager("tdmpc2", "Pendulum-v1", tmp_path, hyperparams=asked, seed=1)
+    model, _ = experiment.setup_experiment()
+    assert type(model.action_noise) is noise
+    assert model.action_noise._sigma.tolist() == [0.25]
+    model.save(tmp_path / "m")
+    assert type(TDMPC2.load(tmp_path / "m").action_noise) is noise
 
 
 @pytest.mark.parametrize(

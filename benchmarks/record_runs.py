@@ -1,0 +1,65 @@
+"""Keeps the evaluations of the zoo's runs as small CSV files, one a run, and prints a table.
+
+    python benchmarks/record_runs.py logs/ -o benchmarks/baselines
+
+A file is named ``<algorithm>_<environment>_seed<seed>.csv`` and holds agent steps, frames, minutes
+since the start (evaluations included), and mean and standard deviation of the return.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from tdmpc2_sb3.plot import read_run
+from tdmpc2_sb3.zoo_yaml import read_yaml
+
+FIELDS = ("agent_steps", "frames", "minutes", "mean_return", "std_return", "episodes")
+
+
+def record(folder: Path, output: Path) -> str | None:
+    """Writes a run's CSV and returns its line of the table; None if it was never evaluated."""
+    run = read_run(folder)
+    if run is None:
+        return None
+    with np.load(folder / "evaluations.npz") as data:
+        deviations, episodes = data["results"].std(axis=1), data["results"].shape[1]
+    seed = read_yaml(folder / run.env_name / "args.yml", strict=False).get("seed", "")
+    path = output / f"{run.algo}_{run.env_name}_seed{seed}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(FIELDS)
+        for steps, minutes, mean, deviation in zip(
+            run.steps, run.minutes, run.returns, deviations, strict=True
+        ):
+            row = (int(steps), int(steps) * run.action_repeat, round(float(minutes), 2))
+            writer.writerow((*row, round(float(mean), 2), round(float(deviation), 2), episodes))
+    best = int(np.argmax(run.returns))
+    return (
+        f"| {run.algo} | {run.env_name} | {seed} | {int(run.steps[-1]):,} | {run.minutes[-1]:.0f} "
+        f"| {run.returns[best]:.1f} at {int(run.steps[best]):,} | {run.returns[-1]:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("logs", type=Path, nargs="+", help="log folders of the zoo")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the CSV files")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    print("| algorithm | task | seed | agent steps | minutes | best return | last return |")
+    print("|---|---|---|---|---|---|---|")
+    folders = {path.parent for logs in args.logs for path in logs.rglob("evaluations.npz")}
+    for folder in sorted(folders):
+        line = record(folder, args.output)
+        if line is not None:
+            print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,7 @@ from tdmpc2_sb3.kernels import Norm
 from tdmpc2_sb3.layers import FastLinear, NormedLinear, SimNorm, linear
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
-DT_MIN, DT_MAX = 1e-3, 5.0  # step size, in agent steps
+DT_MIN, DT_MAX = 1e-3, 5.0  # step size, in agent steps; kernels.c has them too
 RING_INNER, RING_OUTER = 0.7, 0.99  # |Abar| at the start
 
 
@@ -154,8 +154,8 @@ class SSMLayer(nn.Module):
         return self._advance(stream, x)[0]
 
     def _advance(self, stream: th.Tensor, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        drive, direct, dt = self._products(self._normed(stream))
-        states = scan(self.discretise(dt), drive, x)  # [H, ..., 2P]
+        drive, direct, selection = self._products(self._normed(stream))
+        states = self._states(selection, drive, x)  # [H, ..., 2P]
         return stream + self.mix(gelu_sum(self.readout(states), direct)), states
 
     def _normed(self, stream: th.Tensor) -> th.Tensor:
@@ -164,19 +164,31 @@ class SSMLayer(nn.Module):
             return kernels.layer_norm(stream, norm.weight, norm.bias, Norm(eps=norm.eps))
         return self.norm(stream)  # type: ignore[no-any-return]
 
-    def _products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """B v [..., 2P], V v [..., 2D], and dt, [..., P] if selective and [P] if not."""
+    def _products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """B v [..., 2P], V v [..., 2D], and W_2 W_1 v, [..., P] if selective."""
         weights = [self.drive.weight, self.direct.weight]
         if self.rank:
             weights.append(self.select_in.weight)
         sizes = [len(weight) for weight in weights]
         drive, direct, *selection = linear(v, th.cat(weights)).split(sizes, dim=-1)
-        raw = self.beta + self.select_out(selection[0]) if self.rank else self.beta
-        return drive, direct, F.softplus(raw).clamp(DT_MIN, DT_MAX)
+        return drive, direct, self.select_out(selection[0]) if self.rank else None
+
+    def _states(self, selection: th.Tensor | None, drive: th.Tensor, x: th.Tensor) -> th.Tensor:
+        if selection is not None and kernels.usable(drive):
+            return kernels.selective_scan(selection, drive, x, self._alpha(), self.omega, self.beta)
+        return scan(self.discretise(self.step_sizes(selection)), drive, x)
+
+    def step_sizes(self, selection: th.Tensor | None) -> th.Tensor:
+        """dt for W_2 W_1 v, [..., P], or of a time-invariant layer, [P]."""
+        raw = self.beta if selection is None else self.beta + selection
+        return F.softplus(raw).clamp(DT_MIN, DT_MAX)
+
+    def _alpha(self) -> th.Tensor:
+        return ALPHA_MIN + self.nu.exp()
 
     def discretise(self, dt: th.Tensor) -> Discretisation:
         """Abar and G of this layer's modes for step sizes dt, [..., P]."""
-        return discretise(ALPHA_MIN + self.nu.exp(), self.omega, dt)
+        return discretise(self._alpha(), self.omega, dt)
 
 
 def scan(system: Discretisation, drive: th.Tensor, x: th.Tensor) -> th.Tensor:

@@ -578,3 +578,114 @@ def gelu_sum(a: th.Tensor, b: th.Tensor) -> th.Tensor:
     if _records_gradients(a, b):
         return _GeluSum.apply(a, b, distance)  # type: ignore[no-any-return]
     return _gelu_sum_forward(a, b, distance)
+
+
+class _SelectiveScan(th.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        selection: th.Tensor,
+        drive: th.Tensor,
+        start: th.Tensor,
+        alpha: th.Tensor,
+        omega: th.Tensor,
+        beta: th.Tensor,
+        distance: int,
+    ) -> th.Tensor:
+        states = _selective_scan_forward(selection, drive, start, alpha, omega, beta, distance)
+        ctx.save_for_backward(selection, drive, start, alpha, omega, beta, states)
+        ctx.distance = distance
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        selection, drive, start, alpha, omega, beta, states = ctx.saved_tensors
+        grad, steps, modes = grads[0].contiguous(), len(selection), len(alpha)
+        grad_selection, grad_start = th.empty_like(selection), th.empty_like(start)
+        grad_drive = th.empty_like(states)
+        parameters = th.zeros(3, modes)
+        threads = _threads(selection.numel())
+        carry, sums = th.empty(threads, 2, modes), th.empty(threads, 3, modes)
+        if selection.numel():
+            _library().selective_scan_backward(
+                grad.data_ptr(),
+                selection.data_ptr(),
+                drive.data_ptr(),
+                start.data_ptr(),
+                alpha.data_ptr(),
+                omega.data_ptr(),
+                beta.data_ptr(),
+                states.data_ptr(),
+                grad_selection.data_ptr(),
+                grad_drive.data_ptr(),
+                grad_start.data_ptr(),
+                parameters.data_ptr(),
+                carry.data_ptr(),
+                sums.data_ptr(),
+                steps,
+                selection.numel() // steps // modes,
+                modes,
+                ctx.distance,
+                threads,
+            )
+        return grad_selection, grad_drive, grad_start, *parameters, None
+
+
+def _selective_scan_forward(
+    selection: th.Tensor,
+    drive: th.Tensor,
+    start: th.Tensor,
+    alpha: th.Tensor,
+    omega: th.Tensor,
+    beta: th.Tensor,
+    distance: int,
+) -> th.Tensor:
+    steps, modes = len(selection), len(alpha)
+    states = selection.new_empty(*selection.shape[:-1], 2 * modes)
+    if selection.numel():
+        _library().selective_scan_forward(
+            selection.data_ptr(),
+            drive.data_ptr(),
+            start.data_ptr(),
+            alpha.data_ptr(),
+            omega.data_ptr(),
+            beta.data_ptr(),
+            states.data_ptr(),
+            steps,
+            selection.numel() // steps // modes,
+            modes,
+            distance,
+            _threads(selection.numel()),
+        )
+    return states
+
+
+def selective_scan(
+    selection: th.Tensor,
+    drive: th.Tensor,
+    start: th.Tensor,
+    alpha: th.Tensor,
+    omega: th.Tensor,
+    beta: th.Tensor,
+) -> th.Tensor:
+    """x_{k+1} = Abar_k x_k + G_k b_k with step sizes clamp(softplus(beta + selection_k)).
+
+    :param selection: [H, ..., P]
+    :param drive: b by real and imaginary parts, [H, ..., 2P], which may be a cut of columns
+    :param start: x_0, whose axes broadcast to those of a step, [..., 2P]
+    :param alpha: decay rates > 0, [P]
+    :param omega: angular frequencies, [P]
+    :param beta: [P]
+    :return: x_1..x_H, [H, ..., 2P]
+    """
+    selection = selection.contiguous()
+    start = start.expand(drive.shape[1:]).contiguous()
+    distance = _row_distance(drive)
+    if distance is None:
+        drive = drive.contiguous()
+        distance = drive.shape[-1]
+    if _records_gradients(selection, drive, start, alpha, omega, beta):
+        return _SelectiveScan.apply(  # type: ignore[no-any-return]
+            selection, drive, start, alpha, omega, beta, distance
+        )
+    return _selective_scan_forward(selection, drive, start, alpha, omega, beta, distance)

@@ -37,6 +37,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "two_hot_cross_entropy_backward": (*(POINTER,) * 5, *(INTEGER,) * 4),
     "gelu_sum_forward": (*(POINTER,) * 3, *(INTEGER,) * 4),
     "gelu_sum_backward": (*(POINTER,) * 4, *(INTEGER,) * 4),
+    "selective_scan_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),
+    "selective_scan_backward": (*(POINTER,) * 14, *(INTEGER,) * 5),
 }
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
+from tdmpc2_sb3.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
 from tdmpc2_sb3.kernels import Activation, Norm, library
 from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
 
@@ -227,6 +228,31 @@ def test_gelu_of_a_sum_with_a_cut_of_columns(threads):
     th.testing.assert_close(
         kernels.gelu_sum(a, odd), F.gelu(a + odd, approximate="tanh"), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("spread", [1.0, 6.0], ids=["usual step sizes", "beyond their bounds"])
+def test_selective_scan(threads, steps, spread):
+    """Against discretise and scan, the plain path, in double precision."""
+    modes, rows = 37, 60
+    wide = randn(steps, rows, 2 * modes + 9)
+    inputs = [
+        randn(steps, rows, modes, scale=spread, seed=1),
+        wide,
+        randn(1, 2 * modes, seed=2),  # one start for all rows
+        randn(modes, seed=3).exp() * 0.3 + 1e-3,
+        randn(modes, seed=4, scale=4.0),
+        randn(modes, seed=5),
+    ]
+
+    def fast(selection, wide, *rest):
+        return kernels.selective_scan(selection, wide[..., 9:], *rest)
+
+    def plain(selection, wide, start, alpha, omega, beta):
+        dt = F.softplus(beta + selection).clamp(DT_MIN, DT_MAX)
+        return scan(discretise(alpha, omega, dt), wide[..., 9:], start)
+
+    compare(fast, plain, [x.detach().requires_grad_(True) for x in inputs])
 
 
 @pytest.mark.parametrize("activation", list(Activation))

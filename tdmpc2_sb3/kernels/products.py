@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 Product = Callable[..., th.Tensor]
 SMALL = 2**24  # multiply-adds; oneDNN lays a weight out anew in every call, which must pay
@@ -28,8 +28,6 @@ def onednn_linear() -> Product | None:
         return None
     try:
         operator = th.ops.mkldnn._linear_pointwise
-        if operator not in flop_registry:  # torch's counter of operations does not know it
-            register_flop_formula(operator)(_count_operations)
 
         def product(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
             return operator(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
@@ -39,10 +37,6 @@ def onednn_linear() -> Product | None:
     except (AttributeError, RuntimeError, TypeError):  # an operator without promises
         return None
     return product if right else None
-
-
-def _count_operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x) * weight[0]
 
 
 def linear_product(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
@@ -69,3 +63,12 @@ def grad_input(grad: th.Tensor, weight: th.Tensor) -> th.Tensor:
     if fast is not None and weight.is_contiguous():
         return fast(grad, weight.t(), None)
     return grad @ weight
+
+
+def _count_operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+# torch's counter of operations does not know the operator, and reads its formulas when it starts.
+if hasattr(th.ops.mkldnn, "_linear_pointwise"):
+    register_flop_formula(th.ops.mkldnn._linear_pointwise)(_count_operations)

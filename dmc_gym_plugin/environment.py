@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import gymnasium
@@ -189,6 +190,7 @@ class DMControlEnv(gymnasium.Env):
             self._refuse_step()
         control = self._action_map.to_control(action)
         advance = self.simulation.step
+        max_frames = math.inf if self._max_frames is None else self._max_frames
         rewards = np.zeros(self.action_repeat)
         total = 0.0
         terminated = truncated = False
@@ -200,7 +202,7 @@ class DMControlEnv(gymnasium.Env):
             frames += 1
             if discount is not None:
                 terminated, truncated = discount == 0.0, discount != 0.0
-            if self._frames + frames == self._max_frames:
+            if self._frames + frames >= max_frames:  # beyond it if the limit was lowered since
                 truncated = True
         self._frames += frames
         self._steps += 1

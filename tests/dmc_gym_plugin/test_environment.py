@@ -17,9 +17,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 import dmc_gym_plugin
-from dmc_gym_plugin import tasks
+from dmc_gym_plugin import rendering, tasks
+from dmc_gym_plugin.views import VIEWS
 
-VIEWS = ("flat", "dict", "pixels", "state+pixels")
+needs_opengl = pytest.mark.skipif(
+    rendering.choose_backend() == "disable", reason=f"no OpenGL: {rendering.REMEDY}"
+)
 ALL_IDS = [info.id for info in tasks.TASKS.values() if info.group in ("suite", "extended")]
 
 
@@ -37,23 +40,18 @@ def check(env_id: str, view: str, pictures: bool) -> None:
     assert [text for text in messages if "infinity. This is probably" not in text] == []
 
 
+@needs_opengl
 @pytest.mark.parametrize("view", VIEWS)
 def test_checkers(view: str) -> None:
     check("DMC/cartpole-balance-v0", view, pictures=view == "flat")
 
 
 @pytest.mark.slow
+@needs_opengl
 @pytest.mark.parametrize("env_id", ALL_IDS)
 def test_checkers_on_every_task(env_id: str) -> None:
-    check(env_id, "flat", pictures=False)
-    check(env_id, "dict", pictures=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("domain", sorted(tasks.SUITE))
-def test_checkers_with_pictures(domain: str) -> None:
-    # Its pixels are those of the "pixels" view, which test_checkers covers.
-    check(tasks.env_id(domain, tasks.SUITE[domain][0]), "state+pixels", pictures=False)
+    for view in VIEWS:
+        check(env_id, view, pictures=False)
 
 
 def test_seeds_reproduce_episodes() -> None:
@@ -82,6 +80,15 @@ def test_the_limit_truncates_and_stops_a_repeat() -> None:
     assert info["physics_time"] == pytest.approx(20.0)
     with pytest.raises(gymnasium.error.ResetNeeded, match="over"):
         env.step(np.zeros(1, np.float32))
+
+
+def test_a_limit_lowered_within_an_episode_ends_it() -> None:
+    env = dmc_gym_plugin.DMControlEnv("pendulum", "swingup")
+    env.reset(seed=0)
+    for _ in range(5):
+        assert not env.step(np.zeros(1, np.float32))[3]
+    env.max_episode_steps = 3
+    assert env.step(np.zeros(1, np.float32))[3]
 
 
 def test_lqr_terminates_when_it_has_converged() -> None:

@@ -402,7 +402,12 @@ class TDMPC2Policy(BasePolicy):
                 "horizon, action) is needed: pass the state of the previous call, or None."
             )
         if len(state) > 1:
-            ages = np.asarray(state[1], dtype=np.int64).reshape(num_envs)
+            ages = np.asarray(state[1])
+            if ages.shape != (num_envs,) or ages.dtype.kind not in "iu":
+                raise ValueError(
+                    f"The plans' ages passed as state are {state[1]!r}, but whole numbers of shape "
+                    f"{(num_envs,)} are needed: pass the state of the previous call, or None."
+                )
         starts = np.zeros(num_envs, dtype=bool) if episode_start is None else episode_start
         starts = np.asarray(starts, dtype=bool).reshape(num_envs)
         return (

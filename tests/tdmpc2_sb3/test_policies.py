@@ -256,6 +256,10 @@ def test_a_state_of_the_wrong_shape(make_policy):
     message = r"shape \(2, 3, 2\), but \(3, 3, 2\) .* pass the state of the previous call, or None"
     with pytest.raises(ValueError, match=message):
         policy.predict(observe(3), state)
+    mean = np.zeros((2, 3, 2), np.float32)
+    for ages in (np.zeros(3, int), np.zeros(2), 1):
+        with pytest.raises(ValueError, match=r"ages .* whole numbers of shape \(2,\) are needed"):
+            policy.predict(observe(2), (mean, ages))
 
 
 @pytest.mark.parametrize("kind", [MlpPolicy, SSMPolicy])

@@ -142,10 +142,12 @@ def attempts() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     for pattern in ("lib/libgomp*", "lib/libomp*", "../torch.libs/libgomp*"):
         found.extend(sorted(folder.glob(pattern)))
     parallel = ("-Xpreprocessor", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
+    is_arm = platform.machine().lower() in ("arm64", "aarch64")
+    native = "-mcpu=native" if is_arm else "-march=native"
     result: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     for runtime in found[:1]:
-        result.append((("-march=native", *parallel), (str(runtime.resolve()),)))
-    result.append((("-march=native", "-fopenmp-simd"), ()))
+        result.append(((native, *parallel), (str(runtime.resolve()),)))
+    result.append(((native, "-fopenmp-simd"), ()))
     result.append((("-fopenmp-simd",), ()))
     return result
 

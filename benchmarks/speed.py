@@ -14,12 +14,14 @@ costs nothing, by as many updates as the setting asks for: two a step in the zoo
 reference. ``--num-envs`` measures it with several environments: at the same update ratio, and
 (``sparse``) with one update every four steps. ``--authors`` runs a checkout of the authors'
 repository beside ours, its device changed to this one as it is imported (it needs their
-requirements, above all tensordict).
+requirements, above all tensordict). ``--jax`` does the same with a checkout of tdmpc2-jax at 5M,
+whose planning and updates are compiled (it needs jax, flax, optax, jaxtyping and einops).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.abc
 import importlib.util
@@ -48,6 +50,8 @@ EPISODE_STEPS = 500
 PEAK_SIZE = 512
 LOOP_STEPS = 4  # timed at once
 SPARSE_RATIO = 4  # steps for each update
+PAUSE = 0.2  # seconds, in which the last one's threads go to sleep
+OTHERS = ("authors'", "JAX port's")
 ZOO_YAML = Path(__file__).parents[1] / "hyperparams" / "tdmpc2.yml"
 NOT_ARGUMENTS = ("policy", "n_timesteps", "eval_freq", "env_kwargs", "callback", "buffer_size")
 
@@ -228,6 +232,64 @@ def authors_contenders(model: str, args: argparse.Namespace) -> list[Contender]:
     ]
 
 
+def jax_contenders(args: argparse.Namespace) -> list[Contender]:
+    """Planning and updating of the JAX port's 5M agent, by the settings of its own file."""
+    sys.path.insert(0, args.jax)
+    import flax.linen
+    import jax
+    import optax
+    from flax.training.train_state import TrainState
+
+    port = importlib.import_module("tdmpc2_jax")
+    activations = importlib.import_module("tdmpc2_jax.common.activations")
+    layer = importlib.import_module("tdmpc2_jax.networks").NormedLinear
+    config = yaml.safe_load((Path(args.jax) / "tdmpc2_jax" / "config.yaml").read_text())
+    of_encoder, of_model = config["encoder"], _numbers(config["world_model"])
+    of_agent = _numbers(config["tdmpc2"])
+    of_model.pop("dtype")
+    first, second, key = jax.random.split(jax.random.PRNGKey(0), 3)
+    simnorm = functools.partial(activations.simnorm, simplex_dim=of_model["simnorm_dim"])
+    module = flax.linen.Sequential(
+        [
+            layer(of_encoder["encoder_dim"], activation=activations.mish),
+            layer(of_model["latent_dim"], activation=simnorm),
+        ]
+    )
+    rng = np.random.default_rng(0)
+    observation = rng.standard_normal((1, OBSERVATION_DIM), np.float32)
+    encoder = TrainState.create(
+        apply_fn=module.apply,
+        params=module.init(first, observation)["params"],
+        tx=optax.chain(
+            optax.clip_by_global_norm(of_model["max_grad_norm"]),
+            optax.adam(float(of_encoder["learning_rate"])),
+        ),
+    )
+    model = port.WorldModel.create(action_dim=ACTION_DIM, encoder=encoder, key=second, **of_model)
+    agent = port.TDMPC2.create(world_model=model, **of_agent)
+    steps, rows = of_agent["horizon"], of_agent["batch_size"]
+    flags = np.zeros((steps, rows), bool)
+    data = (
+        rng.standard_normal((steps, rows, OBSERVATION_DIM), np.float32),
+        rng.uniform(-1, 1, (steps, rows, ACTION_DIM)).astype(np.float32),
+        rng.uniform(0, 1, (steps, rows)).astype(np.float32),
+        rng.standard_normal((steps, rows, OBSERVATION_DIM), np.float32),
+        flags,
+        flags,
+    )
+    _, last_plan = agent.act(observation, None, key=key)
+
+    def plan() -> None:
+        jax.block_until_ready(agent.act(observation, last_plan, key=key))
+
+    def update() -> None:
+        jax.block_until_ready(agent.update(*data, key=key))
+
+    plan()
+    update()
+    return [Contender("JAX port's plan (5)", plan), Contender("JAX port's update (5)", update)]
+
+
 def _numbers(config: dict[str, Any]) -> dict[str, Any]:
     # YAML 1.1 reads 3e-4 as a string.
     result = dict(config)
@@ -274,6 +336,7 @@ def measure(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(rounds):
         for contender in contenders:
+            time.sleep(PAUSE)
             start = time.perf_counter()
             contender.run()
             times[contender.name].append((time.perf_counter() - start) / contender.repeats)
@@ -317,21 +380,22 @@ def report(contenders: list[Contender], times: dict[str, list[float]], heading: 
             )
             row += f"| {contender.flops / contender.repeats / 1e9:.2f} | {share:.0%} |"
         lines.append(row)
-    lines += ratios(contenders, times)
+    for owner in OTHERS:
+        lines += ratios(contenders, times, owner)
     return "\n".join(lines) + "\n"
 
 
-def ratios(contenders: list[Contender], times: dict[str, list[float]]) -> list[str]:
-    """The authors' time over ours, for plan, update and both."""
+def ratios(contenders: list[Contender], times: dict[str, list[float]], owner: str) -> list[str]:
+    """Another code's time over ours, for plan, update and both."""
     lines = []
     names = {contender.name for contender in contenders}
-    models = {name.split("(")[1][:-1] for name in names if name.startswith("authors'")}
+    models = {name.split("(")[1][:-1] for name in names if name.startswith(owner)}
     for model in sorted(models):
         pairs = {
             what: [
                 (theirs, ours)
                 for theirs, ours in zip(
-                    times[f"authors' {what} ({model})"],
+                    times[f"{owner} {what} ({model})"],
                     times[f"{what} ({model}, mlp)"],
                     strict=True,
                 )
@@ -346,7 +410,7 @@ def ratios(contenders: list[Contender], times: dict[str, list[float]]) -> list[s
             ratio = statistics.median(theirs / ours for theirs, ours in values)
             lines.append(f"| {what} | {model} | {ratio:.2f} |")
     if lines:
-        header = ["", "| authors' time / ours | model | median ratio |", "|---|---|---|"]
+        header = ["", f"| {owner} time / ours | model | median ratio |", "|---|---|---|"]
         lines = header + lines
     return lines
 
@@ -368,6 +432,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--authors", help="a checkout of the authors' repository")
+    parser.add_argument("--jax", help="a checkout of tdmpc2-jax")
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     args = parser.parse_args()
     th.set_num_threads(args.threads)
@@ -380,10 +445,14 @@ def main() -> None:
             contenders += loop_contenders(model, dynamics, args)
         if args.authors and model != "zoo":
             contenders += authors_contenders(model, args)
+        if args.jax and model == "5":
+            contenders += jax_contenders(args)
     measure(contenders, 2)  # warm
     line = command()
     if args.authors:
         line = line.replace(args.authors, "PATH/TO/tdmpc2")
+    if args.jax:
+        line = line.replace(args.jax, "PATH/TO/tdmpc2-jax")
     heading = f"# Speed of planning and learning\n\nCommand: `{line}`\n\nMachine: {machine}."
     text = report(contenders, measure(contenders, args.rounds), heading)
     print(text)

@@ -54,6 +54,7 @@ ROWS = {
                 "replay_file",
             ],
         ),
+        ("kernels", ["kernels", "kernels.*"]),
         ("layers", ["discrete_regression", "layers"]),
         ("dynamics", ["dynamics", "dynamics.*"]),
         ("world model", ["encoders", "world_model"]),
@@ -78,6 +79,7 @@ OUTSIDE = {
         "environment": {"gymnasium", "numpy"},
     },
     "tdmpc2_sb3": {
+        "kernels": {"torch"},
         "layers": {"torch"},
         "dynamics": {"torch"},
         "losses": {"torch"},

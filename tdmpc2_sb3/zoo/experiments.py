@@ -157,7 +157,7 @@ def _learn(original: Callable[..., None]) -> Callable[..., None]:
             original(self, model)
             return
         env = model.env
-        env.close = lambda: None
+        _innermost(env).close = lambda: None
         try:
             self._run_lock = checkpoints.lock(self.save_path)
             original(self, model)
@@ -187,8 +187,15 @@ def _save_trained_model(original: Callable[..., None]) -> Callable[..., None]:
     return save_trained_model
 
 
+def _innermost(env: Any) -> Any:
+    """The environments below all wrappers: VecNormalize pickles what is set on itself."""
+    while hasattr(env, "venv"):
+        env = env.venv
+    return env
+
+
 def _close(env: Any) -> None:
-    env.__dict__.pop("close", None)  # uncovers the class's own
+    _innermost(env).__dict__.pop("close", None)  # uncovers the class's own
     with contextlib.suppress(EOFError, BrokenPipeError):  # workers that Ctrl-C has ended
         env.close()
 

@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
 from imageio_ffmpeg import count_frames_and_secs
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.plot import read_run
@@ -295,3 +297,24 @@ def test_paper_settings_by_name(zoo, tmp_path):
 def test_hyperparams_folder_is_told(zoo):
     folder = Path(zoo("", "hyperparams", module="tdmpc2_sb3.zoo").stdout.strip())
     assert (folder / "tdmpc2.yml").is_file()
+
+
+def test_normalised_observations(zoo, tiny, tmp_path):
+    """The zoo keeps VecNormalize beside the best and the last model, and plays back by it."""
+    trained = train(
+        zoo, tiny, "-n", "120", "--eval-freq", "60", "--eval-episodes", "2", "--seed", "0",
+        "--n-eval-envs", "1", params=("normalize:'dict(norm_obs=True, norm_reward=False)'",),
+    )  # fmt: skip
+    assert "Normalization activated" in trained.stdout
+    run = tmp_path / "logs" / "tdmpc2" / f"{NAME}_1"
+    for file in (run / "vecnormalize.pkl", run / NAME / "vecnormalize.pkl"):
+        statistics = VecNormalize.load(str(file), DummyVecEnv([lambda: gym.make(CHEETAH)]))
+        assert statistics.obs_rms.count > 60
+        assert "close" not in vars(statistics)
+    with np.load(run / "evaluations.npz") as data:
+        last = data["results"][1]
+    common = ["--algo", "tdmpc2", "--env", CHEETAH, "-f", "logs", "--no-render", "--seed", "0"]
+    played = zoo("enjoy", *common, "-n", "20").stdout
+    assert "Loading running average" in played
+    assert np.isfinite(last).all()
+    assert len(episode_rewards(played)) == 1

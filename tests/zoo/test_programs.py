@@ -300,21 +300,18 @@ def test_hyperparams_folder_is_told(zoo):
 
 
 def test_normalised_observations(zoo, tiny, tmp_path):
-    """The zoo keeps VecNormalize beside the best and the last model, and plays back by it."""
+    """The zoo saves VecNormalize with every best model, while training, and plays back by it."""
     trained = train(
         zoo, tiny, "-n", "120", "--eval-freq", "60", "--eval-episodes", "2", "--seed", "0",
         "--n-eval-envs", "1", params=("normalize:'dict(norm_obs=True, norm_reward=False)'",),
     )  # fmt: skip
     assert "Normalization activated" in trained.stdout
     run = tmp_path / "logs" / "tdmpc2" / f"{NAME}_1"
-    for file in (run / "vecnormalize.pkl", run / NAME / "vecnormalize.pkl"):
-        statistics = VecNormalize.load(str(file), DummyVecEnv([lambda: gym.make(CHEETAH)]))
-        assert statistics.obs_rms.count > 60
-        assert "close" not in vars(statistics)
-    with np.load(run / "evaluations.npz") as data:
-        last = data["results"][1]
+    file = run / NAME / "vecnormalize.pkl"
+    statistics = VecNormalize.load(str(file), DummyVecEnv([lambda: gym.make(CHEETAH)]))
+    assert statistics.obs_rms.count > 120
+    assert "close" not in vars(statistics)
     common = ["--algo", "tdmpc2", "--env", CHEETAH, "-f", "logs", "--no-render", "--seed", "0"]
     played = zoo("enjoy", *common, "-n", "20").stdout
     assert "Loading running average" in played
-    assert np.isfinite(last).all()
     assert len(episode_rewards(played)) == 1

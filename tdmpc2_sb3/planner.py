@@ -9,6 +9,7 @@ Gaussian samples, A action, Z latent.
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import torch as th
@@ -63,9 +64,11 @@ def check_planner(config: PlannerConfig) -> None:
     """
     :raises ValueError: naming the setting that is out of range and the remedy
     """
-    for name in ("horizon", "num_samples", "num_elites", "num_iterations"):
+    for name in ("horizon", "num_samples", "num_elites", "num_iterations", "num_pi_trajs"):
         value = getattr(config, name)
-        if value < 1:
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} is {value!r}: it must be a whole number.")
+        if name != "num_pi_trajs" and value < 1:
             raise ValueError(f"{name} is {value}: planning needs at least 1.")
     if config.num_elites > config.num_samples:
         raise ValueError(

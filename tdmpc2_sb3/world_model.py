@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import torch as th
@@ -212,6 +213,8 @@ def check_architecture(arch: Architecture) -> None:
     """
     for name in ("latent_dim", "enc_dim", "mlp_dim", "num_enc_layers", "num_q", "simnorm_dim"):
         value = getattr(arch, name)
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} is {value!r}: it must be a whole number.")
         if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1.")
     if arch.latent_dim % arch.simnorm_dim:

@@ -182,6 +182,7 @@ def test_explicit_sizes_override_the_models():
     ("changes", "message"),
     [
         ({"latent_dim": 20}, "latent_dim is 20: it must be a multiple of simnorm_dim, 8"),
+        ({"mlp_dim": 25.6}, "mlp_dim is 25.6: it must be a whole number"),
         ({"mlp_dim": 0}, "mlp_dim is 0: it must be at least 1"),
         ({"num_q": 0}, "num_q is 0: it must be at least 1"),
         ({"dropout": 1.0}, r"dropout is 1.0: it must lie in \[0, 1\)"),

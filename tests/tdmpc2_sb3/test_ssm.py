@@ -442,7 +442,7 @@ def test_a_trained_ssm_predicts_the_pendulum_as_well_as_the_mlp() -> None:
     errors = {}
     for name, kind in (("mlp", MLPDynamics), ("ssm", SSMDynamics)):
         found = []
-        for seed in range(2):  # single trainings differ by a tenth
+        for seed in range(6):  # single trainings differ by a tenth, in either direction
             th.manual_seed(seed)
             dynamics = kind(pendulum.latent_dim, 1, 64)
             pendulum.train(dynamics)

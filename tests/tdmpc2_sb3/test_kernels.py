@@ -341,14 +341,18 @@ def test_without_kernels_everything_goes_on_with_one_warning(tmp_path, variables
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators differ")
 @pytest.mark.parametrize("variable", [None, "MALLOC_ARENA_MAX"])
 def test_freed_arrays_are_kept(variable):
-    """Page faults of allocating 8 MiB again and again, with and without the setting."""
+    """Allocating the same 16 MiB again and again costs no page faults, unless the user decided."""
     program = (
         "import resource, torch as th\n"
         "from tdmpc2_sb3.kernels.library import keep_freed_memory\n"
         "print(keep_freed_memory())\n"
-        "th.ones(2**21)\n"
+        "def steps(count):\n"
+        "    for _ in range(count):\n"
+        "        first, second = th.ones(2**21), th.ones(2**21)\n"
+        "        del first, second\n"
+        "steps(10)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(10): first, second = th.ones(2**21), th.ones(2**21); del first, second\n"
+        "steps(10)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
@@ -359,7 +363,8 @@ def test_freed_arrays_are_kept(variable):
     )
     is_set, faults = done.stdout.split()
     assert is_set == str(variable is None)
-    assert (int(faults) < 5000) == (variable is None)
+    if variable is None:
+        assert int(faults) < 100  # of 4 KiB; 40,960 if every array were fetched anew
 
 
 def test_no_warning_where_they_are_built():

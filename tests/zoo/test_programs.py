@@ -267,6 +267,8 @@ def test_ctrl_c_saves_the_model(tmp_path, tiny):
     process = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True,
+        # As in a terminal: shells start background jobs, CI's too, with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     monitor = run / "0.monitor.csv"
     end = time.monotonic() + 240

@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"The CPU kernels could not be built ({reason}); training goes on with torch's own, "
-            "about a fifth slower. Install a C compiler (Debian: apt install gcc; macOS: "
+            "about a quarter slower. Install a C compiler (Debian: apt install gcc; macOS: "
             f"xcode-select --install), or set {SWITCH}=0 to silence this.",
             RuntimeWarning,
             stacklevel=2,

@@ -8,7 +8,6 @@ Shapes: ``...`` any leading axes, B rows, Q members of an ensemble, K bins.
 
 from __future__ import annotations
 
-import ctypes
 import enum
 from typing import Any, NamedTuple
 
@@ -46,18 +45,17 @@ def usable(x: th.Tensor) -> bool:
     )
 
 
-def _library() -> ctypes.CDLL:
+def _run(name: str, *arguments: th.Tensor | float | None) -> None:
+    """Calls a function of kernels.c; a tensor is handed over as the address of its numbers."""
     loaded = library()
     assert loaded is not None, "ask usable() first"
-    return loaded
+    getattr(loaded, name)(
+        *(each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments)
+    )
 
 
 def _threads(num_elements: int) -> int:
     return th.get_num_threads() if num_elements >= PARALLEL_FROM else 1
-
-
-def _pointer(x: th.Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def _records_gradients(*tensors: th.Tensor | None) -> bool:
@@ -77,13 +75,14 @@ def _norm_forward(
     cols = x.shape[-1]
     rows = x.numel() // cols
     if rows:
-        _library().norm_forward(
-            x.data_ptr(),
-            _pointer(mask),
-            gain.data_ptr(),
-            shift.data_ptr(),
-            y.data_ptr(),
-            _pointer(statistics),
+        _run(
+            "norm_forward",
+            x,
+            mask,
+            gain,
+            shift,
+            y,
+            statistics,
             rows,
             cols,
             norm.eps,
@@ -113,17 +112,18 @@ def _norm_backward(
         return grad_x
     threads = _threads(x.numel())
     sums = th.empty(threads, 3, cols)
-    _library().norm_backward(
-        grad.data_ptr(),
-        x.data_ptr(),
-        _pointer(mask),
-        _pointer(y),
-        gain.data_ptr(),
-        shift.data_ptr(),
-        statistics.data_ptr(),
-        grad_x.data_ptr(),
-        grad_parameters.data_ptr(),
-        sums.data_ptr(),
+    _run(
+        "norm_backward",
+        grad,
+        x,
+        mask,
+        y,
+        gain,
+        shift,
+        statistics,
+        grad_x,
+        grad_parameters,
+        sums,
         rows,
         cols,
         int(norm.activation),
@@ -156,7 +156,7 @@ def _grad_weight(
 ) -> th.Tensor:
     if weight.dim() == 2:
         return grads[0].t() @ x
-    if _is_everyone(members, weight):
+    if members == _everyone(weight):
         out = th.empty_like(weight)
         for member in members:
             th.mm(grads[member].t(), _rows_of(x, member), out=out[member])
@@ -167,15 +167,15 @@ def _grad_weight(
     return out
 
 
-def _is_everyone(members: tuple[int, ...], parameter: th.Tensor) -> bool:
-    return members == tuple(range(len(parameter)))
+def _everyone(parameter: th.Tensor) -> tuple[int, ...]:
+    return tuple(range(len(parameter)))
 
 
 def _spread(values: th.Tensor, parameter: th.Tensor, members: tuple[int, ...]) -> th.Tensor:
     """Puts the members' rows of a gradient, [Q', out], where they belong in the whole's."""
     if parameter.dim() == 1:
         return values[0]
-    if _is_everyone(members, parameter):
+    if members == _everyone(parameter):
         return values.contiguous()
     return th.zeros_like(parameter).index_add_(0, th.tensor(members), values)
 
@@ -312,7 +312,7 @@ def normed_linear(
         z = z.reshape(-1, z.shape[-1])
         a = None if a is None else a.reshape(-1, a.shape[-1])
     elif members is None:
-        members = tuple(range(len(weight)))
+        members = _everyone(weight)
     if _records_gradients(z, a, weight, bias, gain, shift):
         y = _NormedLinear.apply(z, a, weight, bias, gain, shift, mask, members, norm)
     else:
@@ -376,7 +376,7 @@ def linear(
         members = (0,)
         x = x.reshape(-1, x.shape[-1])
     elif members is None:
-        members = tuple(range(len(weight)))
+        members = _everyone(weight)
     if _records_gradients(x, weight, bias):
         y = _Linear.apply(x, weight, bias, members)
     else:
@@ -430,11 +430,12 @@ class _TwoHotInverse(th.autograd.Function):
         logits, bins = ctx.saved_tensors
         grad, grad_logits = grads[0].contiguous(), th.empty_like(logits)
         if grad.numel():
-            _library().two_hot_inverse_backward(
-                grad.data_ptr(),
-                logits.data_ptr(),
-                bins.data_ptr(),
-                grad_logits.data_ptr(),
+            _run(
+                "two_hot_inverse_backward",
+                grad,
+                logits,
+                bins,
+                grad_logits,
                 grad.numel(),
                 logits.shape[-1],
                 _threads(logits.numel()),
@@ -445,10 +446,11 @@ class _TwoHotInverse(th.autograd.Function):
 def _two_hot_inverse_forward(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
     out = logits.new_empty(logits.shape[:-1])
     if out.numel():
-        _library().two_hot_inverse_forward(
-            logits.data_ptr(),
-            bins.data_ptr(),
-            out.data_ptr(),
+        _run(
+            "two_hot_inverse_forward",
+            logits,
+            bins,
+            out,
             out.numel(),
             logits.shape[-1],
             _threads(logits.numel()),
@@ -470,11 +472,12 @@ class _TwoHotCrossEntropy(th.autograd.Function):
         out = logits.new_empty(logits.shape[:-1])
         log_sum = th.empty_like(out)
         if out.numel():
-            _library().two_hot_cross_entropy_forward(
-                logits.data_ptr(),
-                position.data_ptr(),
-                out.data_ptr(),
-                log_sum.data_ptr(),
+            _run(
+                "two_hot_cross_entropy_forward",
+                logits,
+                position,
+                out,
+                log_sum,
                 out.numel(),
                 position.numel(),
                 logits.shape[-1],
@@ -488,12 +491,13 @@ class _TwoHotCrossEntropy(th.autograd.Function):
         logits, position, log_sum = ctx.saved_tensors
         grad, grad_logits = grads[0].contiguous(), th.empty_like(logits)
         if grad.numel():
-            _library().two_hot_cross_entropy_backward(
-                grad.data_ptr(),
-                logits.data_ptr(),
-                position.data_ptr(),
-                log_sum.data_ptr(),
-                grad_logits.data_ptr(),
+            _run(
+                "two_hot_cross_entropy_backward",
+                grad,
+                logits,
+                position,
+                log_sum,
+                grad_logits,
                 grad.numel(),
                 position.numel(),
                 logits.shape[-1],
@@ -526,11 +530,12 @@ class _GeluSum(th.autograd.Function):
         a, b = ctx.saved_tensors
         grad, grad_x = grads[0].contiguous(), th.empty_like(a)
         if grad.numel():
-            _library().gelu_sum_backward(
-                grad.data_ptr(),
-                a.data_ptr(),
-                b.data_ptr(),
-                grad_x.data_ptr(),
+            _run(
+                "gelu_sum_backward",
+                grad,
+                a,
+                b,
+                grad_x,
                 a.numel() // a.shape[-1],
                 a.shape[-1],
                 ctx.distance,
@@ -542,10 +547,11 @@ class _GeluSum(th.autograd.Function):
 def _gelu_sum_forward(a: th.Tensor, b: th.Tensor, distance: int) -> th.Tensor:
     y = th.empty_like(a)
     if a.numel():
-        _library().gelu_sum_forward(
-            a.data_ptr(),
-            b.data_ptr(),
-            y.data_ptr(),
+        _run(
+            "gelu_sum_forward",
+            a,
+            b,
+            y,
             a.numel() // a.shape[-1],
             a.shape[-1],
             distance,
@@ -554,14 +560,17 @@ def _gelu_sum_forward(a: th.Tensor, b: th.Tensor, distance: int) -> th.Tensor:
     return y
 
 
-def _row_distance(x: th.Tensor) -> int | None:
-    """Elements from a row to the next where that is the same everywhere, as in a cut of columns."""
-    if x.stride(-1) != 1:
-        return None
-    for axis in range(x.dim() - 2, 0, -1):
-        if x.stride(axis - 1) != x.stride(axis) * x.shape[axis]:
-            return None
-    return x.stride(-2) if x.dim() > 1 else x.shape[-1]
+def _with_even_rows(x: th.Tensor) -> tuple[th.Tensor, int]:
+    """x, or a copy if need be, and the elements from each row to the next.
+
+    A cut of columns needs no copy.
+    """
+    even = x.stride(-1) == 1 and all(
+        x.stride(axis - 1) == x.stride(axis) * x.shape[axis] for axis in range(1, x.dim() - 1)
+    )
+    if even and x.dim() > 1:
+        return x, x.stride(-2)
+    return x.contiguous(), x.shape[-1]
 
 
 def gelu_sum(a: th.Tensor, b: th.Tensor) -> th.Tensor:
@@ -571,10 +580,7 @@ def gelu_sum(a: th.Tensor, b: th.Tensor) -> th.Tensor:
     :param b: [..., D], which may be a cut of columns
     """
     a = a.contiguous()
-    distance = _row_distance(b)
-    if distance is None:
-        b = b.contiguous()
-        distance = b.shape[-1]
+    b, distance = _with_even_rows(b)
     if _records_gradients(a, b):
         return _GeluSum.apply(a, b, distance)  # type: ignore[no-any-return]
     return _gelu_sum_forward(a, b, distance)
@@ -607,21 +613,22 @@ class _SelectiveScan(th.autograd.Function):
         threads = _threads(selection.numel())
         carry, sums = th.empty(threads, 2, modes), th.empty(threads, 3, modes)
         if selection.numel():
-            _library().selective_scan_backward(
-                grad.data_ptr(),
-                selection.data_ptr(),
-                drive.data_ptr(),
-                start.data_ptr(),
-                alpha.data_ptr(),
-                omega.data_ptr(),
-                beta.data_ptr(),
-                states.data_ptr(),
-                grad_selection.data_ptr(),
-                grad_drive.data_ptr(),
-                grad_start.data_ptr(),
-                parameters.data_ptr(),
-                carry.data_ptr(),
-                sums.data_ptr(),
+            _run(
+                "selective_scan_backward",
+                grad,
+                selection,
+                drive,
+                start,
+                alpha,
+                omega,
+                beta,
+                states,
+                grad_selection,
+                grad_drive,
+                grad_start,
+                parameters,
+                carry,
+                sums,
                 steps,
                 selection.numel() // steps // modes,
                 modes,
@@ -643,14 +650,15 @@ def _selective_scan_forward(
     steps, modes = len(selection), len(alpha)
     states = selection.new_empty(*selection.shape[:-1], 2 * modes)
     if selection.numel():
-        _library().selective_scan_forward(
-            selection.data_ptr(),
-            drive.data_ptr(),
-            start.data_ptr(),
-            alpha.data_ptr(),
-            omega.data_ptr(),
-            beta.data_ptr(),
-            states.data_ptr(),
+        _run(
+            "selective_scan_forward",
+            selection,
+            drive,
+            start,
+            alpha,
+            omega,
+            beta,
+            states,
             steps,
             selection.numel() // steps // modes,
             modes,
@@ -680,10 +688,7 @@ def selective_scan(
     """
     selection = selection.contiguous()
     start = start.expand(drive.shape[1:]).contiguous()
-    distance = _row_distance(drive)
-    if distance is None:
-        drive = drive.contiguous()
-        distance = drive.shape[-1]
+    drive, distance = _with_even_rows(drive)
     if _records_gradients(selection, drive, start, alpha, omega, beta):
         return _SelectiveScan.apply(  # type: ignore[no-any-return]
             selection, drive, start, alpha, omega, beta, distance

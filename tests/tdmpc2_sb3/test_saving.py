@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import pickle
 import zipfile
 
-import cloudpickle
 import numpy as np
 import pytest
 import stable_baselines3
 import torch as th
 from gymnasium import spaces
+from same_models import no_unpickling
 from stable_baselines3 import SAC
 from stable_baselines3.common.utils import FloatSchedule
 
@@ -24,28 +22,6 @@ from tdmpc2_sb3.saving import (
     read_archive,
     write_archive,
 )
-
-
-@contextlib.contextmanager
-def no_unpickling():
-    """Within it, everything that would execute pickled code fails."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("unpickled")
-
-    plain_load = th.load
-
-    def load(*args, **kwargs):
-        assert kwargs.get("weights_only") is True
-        return plain_load(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(th, "load", load)
-        for module in (pickle, cloudpickle):
-            patch.setattr(module, "load", refuse)
-            patch.setattr(module, "loads", refuse)
-        patch.setattr(pickle, "Unpickler", refuse)
-        yield
 
 
 def example():

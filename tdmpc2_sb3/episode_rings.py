@@ -10,7 +10,8 @@ stored once::
 
 An episode's last observation has a row of its own without an action. A sub-sequence is therefore
 valid exactly if the T rows from its start on all hold actions: the final row of its episode, or the
-newest row of the ring, ends it. This module knows rows only, not what is stored in them.
+newest row of the ring, ends it. On request a sub-sequence may also run past a termination; it then
+stays at the final row. This module knows rows only, not what is stored in them.
 
 Shape legend: T horizon, E environments, R rows per environment; row r of environment e is the flat
 row ``e * R + r``.
@@ -39,12 +40,17 @@ class EpisodeRings:
     :param rows_per_env: R
     :param n_envs: E
     :param horizon: steps T of a sub-sequence
+    :param past_terminations: whether sub-sequences start at the last T - 1 steps before a
+        termination too
     """
 
-    def __init__(self, rows_per_env: int, n_envs: int, horizon: int) -> None:
+    def __init__(
+        self, rows_per_env: int, n_envs: int, horizon: int, past_terminations: bool = False
+    ) -> None:
         self.rows_per_env = rows_per_env
         self.n_envs = n_envs
         self.horizon = horizon
+        self.past_terminations = past_terminations
         self.margin = 0  # rows before a start that its stack of frames needs
         self.columns = np.arange(n_envs) * rows_per_env  # flat row where each ring begins
         self.flags = np.zeros(0, dtype=np.uint8)
@@ -115,14 +121,23 @@ class EpisodeRings:
         """End the running episodes of ``which`` [E] and mark where their sub-sequences start."""
         if not which.any():
             return
-        first, count = self.running_starts()
+        first, _ = self.running_starts()
         for env in np.flatnonzero(which & self.running):
-            rows = self._ring_rows(int(env), int(first[env]), int(first[env] + count[env]))
+            begin = int(first[env])
+            end = begin + (int(self.head[env]) - begin) % self.rows_per_env
+            rows = self._starts(int(env), begin, end)
             self.flags[rows] |= _START
             self.num_starts += len(rows)
             self.running[env] = False
             self.running_steps[env] = 0
             self.head[env] = (self.head[env] + 1) % self.rows_per_env
+
+    def _starts(self, env: int, begin: int, end: int) -> np.ndarray:
+        """Return the flat rows where sub-sequences start, of a finished episode's ring rows."""
+        terminated = self.terminated(self._ring_rows(env, end - 1, end)).any()
+        if not (self.past_terminations and terminated):
+            end -= self.horizon - 1
+        return self._ring_rows(env, begin, end)
 
     def _release(self, envs: np.ndarray, heads: np.ndarray) -> None:
         """Uncount what the rows about to be overwritten hold."""
@@ -151,6 +166,10 @@ class EpisodeRings:
         """Say of flat rows [...] whether zeros filled up the first stack of their episode."""
         return (self.flags.take(rows) & _ZERO_PADDED) != 0
 
+    def is_step(self, rows: np.ndarray) -> np.ndarray:
+        """Say of flat rows [...] whether a step began there."""
+        return (self.flags.take(rows) & _STEP) != 0
+
     def terminated(self, rows: np.ndarray) -> np.ndarray:
         """Say of flat rows [...] whether their step ended the episode by a termination."""
         return (self.flags.take(rows) & _TERMINATED) != 0
@@ -175,7 +194,7 @@ class EpisodeRings:
         :param number: how many
         :param num_running: sub-sequences in running episodes: all of them, or 0 to leave them out
         :param rng: source of randomness
-        :return: flat rows [T+1, number]
+        :return: flat rows [T+1, number]; past a termination the episode's final row is repeated
         """
         if num_running == 0:
             starts = self._draw_finished(number, rng)
@@ -188,10 +207,22 @@ class EpisodeRings:
             offsets = tickets - (ends - count)[env]
             running = self.columns[env] + (first[env] + offsets) % self.rows_per_env
             starts = np.concatenate([self._draw_finished(number - len(tickets), rng), running])
-        rows = starts + np.arange(self.horizon + 1)[:, None]
+        steps: np.ndarray = np.arange(self.horizon + 1)[:, None]
         ring_ends = (starts // self.rows_per_env + 1) * self.rows_per_env
+        if self.past_terminations:
+            steps = np.minimum(steps, self._steps_left(starts, ring_ends))
+        rows = starts + steps
         rows -= self.rows_per_env * (rows >= ring_ends)
         return rows
+
+    def _steps_left(self, starts: np.ndarray, ring_ends: np.ndarray) -> np.ndarray:
+        """Count the steps from each of ``starts`` [n] to its episode's end, up to T."""
+        left = np.zeros_like(starts)
+        for _ in range(self.horizon):
+            rows = starts + left
+            rows -= self.rows_per_env * (rows >= ring_ends)
+            left += self.is_step(rows)
+        return left
 
     def _draw_finished(self, number: int, rng: np.random.Generator) -> np.ndarray:
         """Draw flagged rows [number] by rejection: no index of them takes up memory."""
@@ -230,7 +261,7 @@ class EpisodeRings:
                     continue  # the running episode
                 whole = self.place(self.columns[env] + begin % self.rows_per_env) == 0
                 begin += 0 if whole else self.margin
-                self.flags[self._ring_rows(env, begin, end - self.horizon + 1)] |= _START
+                self.flags[self._starts(env, begin, end)] |= _START
         self.num_steps = int(np.count_nonzero(self.flags & _STEP))
         self.num_starts = int(np.count_nonzero(self.flags & _START))
 

@@ -119,6 +119,14 @@ def _at(observations: Observation, index: int | slice) -> Observation:
     return observations[index]
 
 
+def _mean(values: th.Tensor, valid: th.Tensor | None) -> th.Tensor:
+    """Mean over the batch [B] of the steps' values; steps that are not valid count as 0.
+
+    Shapes: values [..., T, B], valid [T, B], result [..., T].
+    """
+    return (values if valid is None else values * valid).mean(-1)
+
+
 @th.no_grad()
 def td_targets(
     model: WorldModel,
@@ -156,21 +164,22 @@ def model_losses(
     predicted = model.dynamics.rollout(model.dynamics.initial_state(latent), batch.actions)
     latents = th.cat([latent.unsqueeze(0), predicted])  # [T + 1, B, Z]
 
-    squared_error = (predicted - next_latents).square().mean((1, 2))  # [T]
-    consistency = (weights * squared_error).sum()
+    squared_error = (predicted - next_latents).square().mean(2)  # [T, B]
+    consistency = (weights * _mean(squared_error, batch.valid)).sum()
 
     reward_logits = model.reward_logits(latents[:-1], batch.actions)  # [T, B, K]
     reward_ce = two_hot_cross_entropy(reward_logits, batch.rewards, model.bins)  # [T, B]
-    reward = (weights * reward_ce.mean(1)).sum()
+    reward = (weights * _mean(reward_ce, batch.valid)).sum()
 
     q_logits = model.q_logits(latents[:-1], batch.actions, None, noise.q_dropout)  # [Q, T, B, K]
     q_ce = two_hot_cross_entropy(q_logits, targets, model.bins)  # [Q, T, B]
-    value = (weights * q_ce.mean((0, 2))).sum()
+    value = (weights * _mean(q_ce, batch.valid).mean(0)).sum()
 
     termination = th.zeros((), device=weights.device)
     if model.episodic:
         logits = model.termination_logit(latents[1:])  # [T, B]
-        termination = F.binary_cross_entropy_with_logits(logits, batch.terminations)
+        bce = F.binary_cross_entropy_with_logits(logits, batch.terminations, reduction="none")
+        termination = _mean(bce, batch.valid).mean()
 
     total = (
         config.consistency_coef * consistency
@@ -205,6 +214,18 @@ def updated_scale(scale: th.Tensor, q: th.Tensor, tau: float) -> th.Tensor:
     return th.lerp(scale, (percentile(0.95) - percentile(0.05)).clamp_min(1.0), tau)
 
 
+def alive_states(batch: SequenceBatch) -> th.Tensor | None:
+    """1 where a state is followed by actions, 0 from a termination on, [T + 1, B].
+
+    None for sub-sequences that never run past a termination: the reference trains the policy in
+    all of their states.
+    """
+    if batch.valid is None:
+        return None
+    alive = batch.valid * (1.0 - batch.terminations)
+    return th.cat([th.ones_like(alive[:1]), alive])
+
+
 def policy_loss(
     model: WorldModel,
     latents: th.Tensor,
@@ -213,6 +234,7 @@ def policy_loss(
     config: LossConfig,
     weights: th.Tensor,
     tau: float,
+    alive: th.Tensor | None = None,
 ) -> PolicyLosses:
     """-(entropy_coef * scaled entropy + Q / S), weighted over the steps (TD-MPC2, eq. 4).
 
@@ -225,6 +247,7 @@ def policy_loss(
     :param config: coefficients
     :param weights: of :func:`step_weights`, [T + 1]
     :param tau: rate at which S moves
+    :param alive: of :func:`alive_states`, [T + 1, B]; None if all states count
     """
     sample = model.policy(latents, noise.policy_action)
     logits = model.q_logits(
@@ -233,7 +256,7 @@ def policy_loss(
     q = two_hot_inverse(logits, model.bins).mean(0)  # [T + 1, B]
     new_scale = updated_scale(scale, q[0].detach(), tau)
     objective = config.entropy_coef * sample.scaled_entropy + q / new_scale
-    total = -(weights * objective.mean(1)).sum()
+    total = -(weights * _mean(objective, alive)).sum()
     return PolicyLosses(
         total,
         -sample.log_prob.detach().mean(),

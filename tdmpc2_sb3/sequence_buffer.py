@@ -40,12 +40,15 @@ class SequenceBatch(NamedTuple):
     actions: [T, B, A], scaled to [-1, 1] as the algorithm stores them
     rewards: [T, B]
     terminations: [T, B], 1 where the step terminated the episode (a truncated one has 0)
+    valid: [T, B], 1 where there was a step, 0 past a termination: there the last observation is
+        repeated, actions and rewards are 0; None if every step of every sub-sequence is one
     """
 
     observations: TensorOrDict
     actions: th.Tensor
     rewards: th.Tensor
     terminations: th.Tensor
+    valid: th.Tensor | None = None
 
 
 class SequenceReplayBuffer(ReplayBuffer):
@@ -54,10 +57,11 @@ class SequenceReplayBuffer(ReplayBuffer):
     Sub-sequences start uniformly at every row of a finished episode from which T steps follow. The
     running episodes are left out, as in the reference implementation, unless they hold more
     sub-sequences than all finished ones together (endless tasks would learn nothing otherwise) or
-    ``sample_open_episodes`` is set. As in the reference, an episode shorter than T steps is never
+    ``sample_open_episodes`` is set. In the reference an episode shorter than T steps is never
     sampled, and an episode's last step only as the last of a sub-sequence, so that it is drawn T
-    times less often than the steps in its middle: in tasks that end within a few steps choose a
-    short horizon.
+    times less often than the steps in its middle. Where that step is a termination it is the one
+    that matters most; ``past_terminations`` lets sub-sequences start at it too and go on, marked
+    as not valid, past it.
 
     Memory is taken at the first stored step: R rows for each environment, of the observation plus
     4 bytes an action dimension plus 5 (walker-walk: 125 bytes a step). Floats are kept as float32.
@@ -77,6 +81,7 @@ class SequenceReplayBuffer(ReplayBuffer):
     :param horizon: number T of steps in a sub-sequence
     :param seed: seed of the sampling
     :param sample_open_episodes: sample from running episodes too
+    :param past_terminations: let sub-sequences start at every step of an episode that terminated
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         horizon: int = 3,
         seed: int | None = None,
         sample_open_episodes: bool = False,
+        past_terminations: bool = False,
     ) -> None:
         if horizon < 1:
             raise ValueError(f"horizon={horizon} is not a number of steps: choose 1 or more.")
@@ -101,6 +107,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.handle_timeout_termination = handle_timeout_termination
         self.horizon = horizon
         self.sample_open_episodes = sample_open_episodes
+        self.past_terminations = past_terminations
         self.rng = np.random.default_rng(seed)
         self.reset()
 
@@ -109,7 +116,9 @@ class SequenceReplayBuffer(ReplayBuffer):
     def reset(self) -> None:
         """Forget everything stored and give the memory back."""
         super().reset()
-        self.rings = EpisodeRings(self.buffer_size, self.n_envs, self.horizon)
+        self.rings = EpisodeRings(
+            self.buffer_size, self.n_envs, self.horizon, self.past_terminations
+        )
         self.stored = StoredObservations(self.observation_space, self.rings)
         self.num_added = 0  # calls of add
 
@@ -292,11 +301,20 @@ class SequenceReplayBuffer(ReplayBuffer):
         rows = self.rings.draw(batch_size, running, self.rng)  # [T+1, B]
         observations = self._normalize_obs(self.stored.gather(rows), env)
         rows = rows[:-1]
+        actions = self.actions.take(rows, axis=0)
+        rewards = self._normalize_reward(self.rewards.take(rows), env)
+        valid = None
+        if self.past_terminations:
+            is_step = self.rings.is_step(rows).astype(np.float32)
+            actions *= is_step[..., None]  # a final row holds whatever was there before
+            rewards *= is_step
+            valid = self._to_device(is_step)
         return SequenceBatch(
             self._observations_to_torch(observations),
-            self._to_device(self.actions.take(rows, axis=0)),
-            self._to_device(self._normalize_reward(self.rewards.take(rows), env)),
+            self._to_device(actions),
+            self._to_device(rewards),
             self._to_device(self.rings.terminated(rows).astype(np.float32)),
+            valid,
         )
 
     def _num_running_starts(self) -> int:

@@ -142,8 +142,9 @@ class TDMPC2(OffPolicyAlgorithm):
         episodic) at T = 3, adapted to any other T so that its last step keeps its weight
     :param enc_lr_scale: the encoder's learning rate relative to the others'
     :param max_grad_norm: gradients are clipped to this norm
-    :param episodic: whether episodes may terminate, which adds a termination head; "auto": asked
-        of the environment
+    :param episodic: whether episodes may terminate, which adds a termination head and lets
+        sub-sequences run past a termination (``replay_buffer_kwargs=dict(past_terminations=False)``
+        is the reference); "auto": asked of the environment
     :param use_planner: if False, the policy prior acts alone; may be changed at any time
     :param compile: whether planning and updates go through ``torch.compile``, which takes minutes
         at the start and falls back with a warning if it fails; "auto": they do not
@@ -334,7 +335,11 @@ class TDMPC2(OffPolicyAlgorithm):
             self.action_space,
             device=self.device,
             n_envs=self.n_envs,
-            **{"horizon": self.sequence_length, **self.replay_buffer_kwargs},
+            **{
+                "horizon": self.sequence_length,
+                "past_terminations": bool(self.episodic),
+                **self.replay_buffer_kwargs,
+            },
         )
         assert isinstance(buffer, SequenceReplayBuffer)
         return buffer

@@ -10,6 +10,7 @@ from tdmpc2_sb3.losses import (
     ModelLosses,
     PolicyLosses,
     UpdateNoise,
+    alive_states,
     model_losses,
     policy_loss,
 )
@@ -77,6 +78,7 @@ class UpdateStep:
             self.config,
             self.policy_weights,
             self.tau,
+            alive_states(batch),
         )
         prior_grad_norm = self._step(policy.prior_optimizer, policy.prior_parameters, prior.total)
 

@@ -54,19 +54,25 @@ def make_policy(roughen, episodic=False, dtype=th.float32, dropout=0.01, num_q=4
     return policy.to(dtype)
 
 
-def make_batch(steps, dtype=th.float32, seed=0):
+def make_batch(steps, dtype=th.float32, seed=0, past_terminations=False):
     generator = th.Generator().manual_seed(seed)
 
     def draw(*shape):
         return th.randn(*shape, generator=generator).to(dtype)
 
     terminations = (th.rand(steps, BATCH, generator=generator) < 0.3).to(dtype)
-    return SequenceBatch(
+    batch = SequenceBatch(
         draw(steps + 1, BATCH, OBS_DIM),
         draw(steps, BATCH, ACTION_DIM).clamp(-1, 1),
         3 * draw(steps, BATCH),
         terminations,
     )
+    if not past_terminations:
+        return batch
+    valid = th.ones(steps, BATCH, dtype=dtype)
+    for t in range(1, steps):
+        valid[t] = valid[t - 1] * (1 - terminations[t - 1])
+    return batch._replace(terminations=terminations * valid, valid=valid)
 
 
 def make_noise(policy, steps, dtype=th.float32, seed=3):
@@ -97,6 +103,7 @@ class PlainUpdate:
 
     def model_loss(self, plain, batch, noise, episodic):
         steps = len(batch.rewards)
+        valid = th.ones_like(batch.rewards) if batch.valid is None else batch.valid
         with th.no_grad():
             next_z = plain.encode(batch.observations[1:])
             next_a = plain.policy_action(next_z, noise.next_action)
@@ -112,15 +119,18 @@ class PlainUpdate:
             weight = self.rho**t
             action = batch.actions[t]
             logits = plain.reward_logits(z, action)
-            reward = reward + weight * plain.cross_entropy(logits, batch.rewards[t]).mean()
+            ce = plain.cross_entropy(logits, batch.rewards[t])
+            reward = reward + weight * (valid[t] * ce).mean()
             for head in range(plain.num_q):
                 mask = None
                 if noise.q_dropout is not None:
                     mask = noise.q_dropout[head].view(steps, BATCH, -1)[t]
                 logits = plain.q_logits(z, action, head, mask)
-                value = value + weight * plain.cross_entropy(logits, targets[t]).mean()
+                ce = plain.cross_entropy(logits, targets[t])
+                value = value + weight * (valid[t] * ce).mean()
             z = plain.next(z, action)
-            consistency = consistency + weight * F.mse_loss(z, next_z[t])
+            error = (z - next_z[t]).square().mean(-1)
+            consistency = consistency + weight * (valid[t] * error).mean()
             zs.append(z)
         losses = {
             "consistency": consistency / steps,
@@ -129,9 +139,10 @@ class PlainUpdate:
             "termination": th.zeros(()),
         }
         if episodic:
-            losses["termination"] = F.binary_cross_entropy_with_logits(
-                plain.termination_logit(th.stack(zs[1:])), batch.terminations
-            )
+            p = th.sigmoid(plain.termination_logit(th.stack(zs[1:])))
+            d = batch.terminations
+            cross_entropy = -(d * p.log() + (1 - d) * (1 - p).log())
+            losses["termination"] = (valid * cross_entropy).mean()
         total = (
             20 * losses["consistency"]
             + 0.1 * losses["reward"]
@@ -140,8 +151,12 @@ class PlainUpdate:
         )
         return total, losses, [z.detach() for z in zs]
 
-    def prior_loss(self, plain, zs, noise):
+    def prior_loss(self, plain, zs, noise, batch):
         values, objective = [], []
+        alive = [th.ones(BATCH)] * len(zs)
+        if batch.valid is not None:  # no action follows a termination
+            for t in range(1, len(zs)):
+                alive[t] = alive[t - 1] * (batch.terminations[t - 1] == 0)
         for t, z in enumerate(zs):
             mean, log_std = plain.policy_moments(z)
             eps = noise.policy_action[t]
@@ -162,7 +177,8 @@ class PlainUpdate:
         self.scale += TAU * (spread - self.scale)  # before it divides
         loss = 0.0
         for t in range(len(zs)):
-            loss = loss - self.rho**t * (objective[t] + values[t] / self.scale).mean()
+            gain = objective[t] + values[t] / self.scale
+            loss = loss - self.rho**t * (alive[t] * gain).mean()
         return loss / len(zs)
 
     def adam(self, gradients, eps, rate_of):
@@ -192,7 +208,7 @@ class PlainUpdate:
         names = self.names("policy_net")
         leaves = {n: self.state[n].clone().requires_grad_(True) for n in names}
         plain = self.make_model({**self.state, **leaves})  # with the updated Q heads
-        prior = self.prior_loss(plain, zs, noise)
+        prior = self.prior_loss(plain, zs, noise, batch)
         gradients = dict(zip(names, th.autograd.grad(prior, list(leaves.values())), strict=True))
         prior_norm = self.adam(gradients, 1e-5, lambda n: RATE)
         for name in self.names("target_q_ensemble"):
@@ -222,6 +238,7 @@ def make_update(policy, steps, rho=0.5, max_grad_norm=20.0):
 CASES = {
     "plain": {},
     "episodic": {"episodic": True, "rho": 0.7},
+    "past terminations": {"episodic": True, "rho": 0.7, "past_terminations": True},
     "long": {"steps": 6},
     "one step": {"steps": 1},
     "clipped": {"max_grad_norm": 0.05},
@@ -239,7 +256,7 @@ def test_two_updates_give_the_losses_and_weights_of_the_specification(case, roug
     update = make_update(policy, steps, settings["rho"], settings["max_grad_norm"])
     before = {k: v.clone() for k, v in policy.world_model.state_dict().items()}
     for seed in range(2):
-        batch = make_batch(steps, th.float64, seed)
+        batch = make_batch(steps, th.float64, seed, settings.get("past_terminations", False))
         noise = make_noise(policy, steps, th.float64, seed)
         logged = update(batch, noise)
         expected = plain(batch, noise, episodic)

@@ -76,7 +76,11 @@ class Record:
         self.current[env] = None
 
     def windows(self, include_open: bool) -> set[tuple[int, ...]]:
-        """Ids of every valid sub-sequence: T+1 rows of one episode among the newest R rows."""
+        """Ids of every valid sub-sequence: T+1 rows of one episode among the newest R rows.
+
+        With ``past_terminations`` also those that start at a step of an episode that terminated
+        and stay at its last row.
+        """
         found = set()
         length = self.buffer.horizon + 1
         for env, rows in enumerate(self.rows):
@@ -86,6 +90,14 @@ class Record:
                 same = len({row["episode"] for row in part}) == 1
                 if same and (include_open or (env, part[0]["episode"]) in self.finished):
                     found.add(tuple(row["id"] for row in part))
+            for begin, row in enumerate(kept):
+                end = begin  # the final row of this row's episode
+                while kept[end]["step"] and end + 1 < len(kept):
+                    end += 1
+                terminated = end > begin and kept[end - 1].get("terminated")
+                if self.buffer.past_terminations and terminated and row["step"]:
+                    ids = [each["id"] for each in kept[begin : end + 1]]
+                    found.add(tuple((ids + ids[-1:] * length)[:length]))
         return found
 
     def stored_steps(self) -> int:
@@ -114,9 +126,14 @@ def feed_random(
 
 @pytest.mark.parametrize(("n_envs", "horizon"), [(1, 1), (1, 3), (3, 2), (3, 5)])
 @pytest.mark.parametrize("end_probability", [0.4, 0.1])
-def test_samples_exactly_the_valid_windows_through_wrap_arounds(n_envs, horizon, end_probability):
+@pytest.mark.parametrize("past_terminations", [False, True])
+def test_samples_exactly_the_valid_windows_through_wrap_arounds(
+    n_envs, horizon, end_probability, past_terminations
+):
     rng = np.random.default_rng(horizon)
-    buffer = make(size=40 * n_envs, n_envs=n_envs, horizon=horizon)
+    buffer = make(
+        size=40 * n_envs, n_envs=n_envs, horizon=horizon, past_terminations=past_terminations
+    )
     record = Record(buffer)
     for _ in range(25):  # 200 steps a ring of 40 rows: wraps about five times
         feed_random(record, 8, rng, end_probability)
@@ -136,7 +153,8 @@ def test_batch_fields_belong_together():
     assert batch.observations.shape == (4, 500, 3)
     assert batch.actions.shape == (3, 500, 2)
     assert batch.rewards.shape == batch.terminations.shape == (3, 500)
-    assert {tensor.dtype for tensor in batch} == {th.float32}
+    assert batch.valid is None
+    assert {tensor.dtype for tensor in batch[:4]} == {th.float32}
     ids = batch.observations[:-1, :, 0]
     assert th.equal(batch.observations, batch.observations[..., :1].expand(-1, -1, 3))
     assert th.equal(batch.actions, th.stack([ids, -ids], -1))
@@ -147,6 +165,30 @@ def test_batch_fields_belong_together():
     assert (
         0 < batch.terminations.sum() == batch.terminations[-1].sum()
     )  # only as a sub-sequence's last step
+
+
+def test_past_a_termination_nothing_is_valid_and_all_is_zero():
+    buffer = make(size=20, horizon=3, past_terminations=True)
+    record = Record(buffer)
+    for _ in range(6):  # wraps, so that final rows hold old actions
+        for end in (None, None, None, None, "terminated"):
+            record.step([end])
+    record.step(["terminated"])  # an episode shorter than the horizon
+    last = record.rows[0][-2]["id"]
+    batch = buffer.sample(2000)
+    ids = batch.observations[..., 0]
+    (one,) = th.unique(ids[:, ids[0] == last], dim=1).T
+    assert one.tolist() == [last, last + 1, last + 1, last + 1]
+    ended = th.zeros(2000)
+    for t in range(3):
+        assert th.equal(batch.valid[t], 1 - ended)
+        assert th.equal(batch.rewards[t], batch.valid[t] * ids[t] / 2)
+        action = th.stack([ids[t], -ids[t]], -1)
+        assert th.equal(batch.actions[t], batch.valid[t][:, None] * action)
+        terminated = th.tensor([float(int(i) in record.terminated_ids()) for i in ids[t]])
+        assert th.equal(batch.terminations[t], terminated)
+        assert th.equal(ids[t + 1], ids[t] + batch.valid[t])
+        ended = ended + terminated
 
 
 @pytest.mark.parametrize("end_probability", [0.3, 0.02])
@@ -305,7 +347,7 @@ def test_normalisation_is_the_vec_env_s():
     scale = np.sqrt(env.ret_rms.var + env.epsilon)
     expected = np.clip(raw.rewards.numpy() / scale, -10, 10)
     np.testing.assert_allclose(batch.rewards.numpy(), expected, rtol=1e-5)
-    assert {tensor.dtype for tensor in batch} == {th.float32}
+    assert {tensor.dtype for tensor in batch[:4]} == {th.float32}
 
 
 def test_a_million_walker_walk_steps_take_at_most_130_mb():
@@ -362,7 +404,7 @@ def test_extend_equals_add():
     one.extend(*steps, infos)
     for index in range(20):
         other.add(*(field[index] for field in steps), infos[index])
-    for first, second in zip(one.sample(100), other.sample(100), strict=True):
+    for first, second in zip(one.sample(100)[:4], other.sample(100)[:4], strict=True):
         assert th.equal(first, second)
 
 

@@ -107,6 +107,13 @@ def test_arguments_reach_what_they_set(make_agent):
     agent.learn(25)
 
 
+def test_sub_sequences_run_past_terminations_where_there_are_any(make_agent):
+    assert not make_agent(episodic=False).replay_buffer.rings.past_terminations
+    assert make_agent(episodic=True).replay_buffer.rings.past_terminations
+    reference = make_agent(episodic=True, replay_buffer_kwargs={"past_terminations": False})
+    assert not reference.replay_buffer.rings.past_terminations
+
+
 @pytest.mark.parametrize(("episodic", "rho"), [(False, 0.5), (True, 0.7)])
 def test_automatic_rho(make_agent, episodic, rho):
     update = make_agent(episodic=episodic)._update_step

@@ -30,6 +30,7 @@ class LossConfig(NamedTuple):
     value_coef: float = 0.1
     termination_coef: float = 1.0
     entropy_coef: float = 1e-4
+    encoded_terminations: bool = False  # see model_losses
 
 
 class UpdateNoise(NamedTuple):
@@ -150,15 +151,22 @@ def model_losses(
 ) -> ModelLosses:
     """Consistency, reward, value and termination losses (TD-MPC2, eq. 3).
 
+    The reference encodes observations with gradients as a sub-sequence's first alone, which a
+    terminal one never is. Dynamics and termination head then agree on a mark of their own that no
+    encoded state bears, and that unseen terminations lack. With ``config.encoded_terminations`` the
+    head learns from the encoded next observations as well, and the encoder from the head.
+
     :param model: in which gradients are recorded, targets apart
     :param batch: sub-sequences that stay within an episode
     :param noise: of :func:`sample_update_noise`
     :param config: coefficients
     :param weights: of :func:`step_weights`, [T]
     """
-    with th.no_grad():
-        next_latents = model.encode(_at(batch.observations, slice(1, None)), noise.next_offsets)
-        targets = td_targets(model, next_latents, batch, noise, config.gamma)
+    classifies_encoded = model.episodic and config.encoded_terminations
+    with th.set_grad_enabled(classifies_encoded and th.is_grad_enabled()):
+        encoded = model.encode(_at(batch.observations, slice(1, None)), noise.next_offsets)
+    next_latents = encoded.detach()
+    targets = td_targets(model, next_latents, batch, noise, config.gamma)
 
     latent = model.encode(_at(batch.observations, 0), noise.first_offsets)  # z_0 [B, Z]
     predicted = model.dynamics.rollout(model.dynamics.initial_state(latent), batch.actions)
@@ -177,8 +185,10 @@ def model_losses(
 
     termination = th.zeros((), device=weights.device)
     if model.episodic:
-        logits = model.termination_logit(latents[1:])  # [T, B]
-        bce = F.binary_cross_entropy_with_logits(logits, batch.terminations, reduction="none")
+        classified = th.stack([predicted, encoded] if classifies_encoded else [predicted])
+        logits = model.termination_logit(classified)  # [2 or 1, T, B]
+        ended = batch.terminations.expand_as(logits)
+        bce = F.binary_cross_entropy_with_logits(logits, ended, reduction="none")
         termination = _mean(bce, batch.valid).mean()
 
     total = (

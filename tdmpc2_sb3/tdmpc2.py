@@ -142,9 +142,11 @@ class TDMPC2(OffPolicyAlgorithm):
         episodic) at T = 3, adapted to any other T so that its last step keeps its weight
     :param enc_lr_scale: the encoder's learning rate relative to the others'
     :param max_grad_norm: gradients are clipped to this norm
-    :param episodic: whether episodes may terminate, which adds a termination head and lets
-        sub-sequences run past a termination (``replay_buffer_kwargs=dict(past_terminations=False)``
-        is the reference); "auto": asked of the environment
+    :param episodic: whether episodes may terminate, which adds a termination head; "auto": asked
+        of the environment
+    :param reference_terminations: True: learn from terminations as the reference does. False:
+        sub-sequences also start at the last steps before one and run past it, and the termination
+        head learns from encoded states besides predicted ones
     :param use_planner: if False, the policy prior acts alone; may be changed at any time
     :param compile: whether planning and updates go through ``torch.compile``, which takes minutes
         at the start and falls back with a warning if it fails; "auto": they do not
@@ -211,6 +213,7 @@ class TDMPC2(OffPolicyAlgorithm):
         enc_lr_scale: float = 0.3,
         max_grad_norm: float = 20.0,
         episodic: bool | str = "auto",
+        reference_terminations: bool = False,
         use_planner: bool = True,
         compile: bool | str = "auto",
         stats_window_size: int = 100,
@@ -279,6 +282,7 @@ class TDMPC2(OffPolicyAlgorithm):
         self.enc_lr_scale = enc_lr_scale
         self.max_grad_norm = max_grad_norm
         self.episodic = episodic
+        self.reference_terminations = reference_terminations
         self.use_planner = use_planner
         self.compile = compile
         # Progress that outlives learn() and files: continuing repeats no warm-up and no burst.
@@ -337,7 +341,7 @@ class TDMPC2(OffPolicyAlgorithm):
             n_envs=self.n_envs,
             **{
                 "horizon": self.sequence_length,
-                "past_terminations": bool(self.episodic),
+                "past_terminations": bool(self.episodic) and not self.reference_terminations,
                 **self.replay_buffer_kwargs,
             },
         )
@@ -452,6 +456,7 @@ class TDMPC2(OffPolicyAlgorithm):
                 self.value_coef,
                 self.termination_coef,
                 self.entropy_coef,
+                bool(self.episodic) and not self.reference_terminations,
             ),
             step_weights(steps, steps, float(rho), horizon_aware),
             step_weights(steps + 1, steps, float(rho), horizon_aware),

@@ -30,6 +30,7 @@ from tdmpc2_sb3.update import UpdateStep
 
 GAMMA, TAU, RATE, ENC_SCALE = 0.97, 0.01, 3e-4, 0.3
 CONFIG = LossConfig(gamma=GAMMA)
+ENCODED = CONFIG._replace(encoded_terminations=True)
 OBS_DIM, ACTION_DIM, BATCH = 5, 3, 7
 
 
@@ -90,10 +91,11 @@ def make_noise(policy, steps, dtype=th.float32, seed=3):
 class PlainUpdate:
     """One gradient step as the specification tells it, on tensors by name."""
 
-    def __init__(self, policy, plain_model, rho=0.5, max_grad_norm=20.0):
+    def __init__(self, policy, plain_model, rho=0.5, max_grad_norm=20.0, encoded=False):
         self.state = {k: v.detach().clone() for k, v in policy.world_model.state_dict().items()}
         self.make_model = plain_model
         self.rho, self.max_grad_norm = rho, max_grad_norm
+        self.encoded = encoded
         self.scale = 1.0
         self.moments: dict[str, Any] = {}
         self.steps = 0
@@ -139,10 +141,12 @@ class PlainUpdate:
             "termination": th.zeros(()),
         }
         if episodic:
-            p = th.sigmoid(plain.termination_logit(th.stack(zs[1:])))
-            d = batch.terminations
-            cross_entropy = -(d * p.log() + (1 - d) * (1 - p).log())
-            losses["termination"] = (valid * cross_entropy).mean()
+            d, means = batch.terminations, []
+            for states in [th.stack(zs[1:]), plain.encode(batch.observations[1:])]:
+                x = plain.termination_logit(states)  # -log p and -log(1 - p) without p
+                cross_entropy = d * (1 + (-x).exp()).log() + (1 - d) * (1 + x.exp()).log()
+                means.append((valid * cross_entropy).mean())
+            losses["termination"] = (means[0] + means[1]) / 2 if self.encoded else means[0]
         total = (
             20 * losses["consistency"]
             + 0.1 * losses["reward"]
@@ -224,10 +228,10 @@ class PlainUpdate:
         }
 
 
-def make_update(policy, steps, rho=0.5, max_grad_norm=20.0):
+def make_update(policy, steps, rho=0.5, max_grad_norm=20.0, config=CONFIG):
     return UpdateStep(
         policy,
-        CONFIG,
+        config,
         rho ** th.arange(steps, dtype=policy.scale.dtype) / steps,
         rho ** th.arange(steps + 1, dtype=policy.scale.dtype) / (steps + 1),
         TAU,
@@ -239,6 +243,9 @@ CASES = {
     "plain": {},
     "episodic": {"episodic": True, "rho": 0.7},
     "past terminations": {"episodic": True, "rho": 0.7, "past_terminations": True},
+    "encoded terminations": {
+        "episodic": True, "rho": 0.7, "past_terminations": True, "encoded": True
+    },  # fmt: skip
     "long": {"steps": 6},
     "one step": {"steps": 1},
     "clipped": {"max_grad_norm": 0.05},
@@ -252,8 +259,10 @@ def test_two_updates_give_the_losses_and_weights_of_the_specification(case, roug
     steps, episodic = settings["steps"], settings["episodic"]
     policy = make_policy(roughen, episodic, th.float64, settings.get("dropout", 0.1))
     policy.world_model.bins = th.linspace(-10, 10, 101, dtype=th.float64)
-    plain = PlainUpdate(policy, plain_model, settings["rho"], settings["max_grad_norm"])
-    update = make_update(policy, steps, settings["rho"], settings["max_grad_norm"])
+    encoded = settings.get("encoded", False)
+    options = settings["rho"], settings["max_grad_norm"]
+    plain = PlainUpdate(policy, plain_model, *options, encoded)
+    update = make_update(policy, steps, *options, ENCODED if encoded else CONFIG)
     before = {k: v.clone() for k, v in policy.world_model.state_dict().items()}
     for seed in range(2):
         batch = make_batch(steps, th.float64, seed, settings.get("past_terminations", False))

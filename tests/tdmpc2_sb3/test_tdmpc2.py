@@ -64,7 +64,7 @@ def test_the_default_model_is_the_papers_5m():
     assert arch == (512, 256, 512, 2, 5, 8, 101, -10.0, 10.0, 0.01)
     assert agent.policy.planner == (3, 512, 64, 24, 6, 0.5, 0.05, 2.0, 0.975)
     update = agent._update_step
-    assert update.config == (0.975, 20.0, 0.1, 0.1, 1.0, 1e-4)
+    assert update.config == (0.975, 20.0, 0.1, 0.1, 1.0, 1e-4, False)
     th.testing.assert_close(update.model_weights, th.tensor([1.0, 0.5, 0.25]) / 3)
     th.testing.assert_close(update.policy_weights, th.tensor([1.0, 0.5, 0.25, 0.125]) / 4)
     assert (update.tau, update.max_grad_norm) == (0.01, 20.0)
@@ -98,7 +98,7 @@ def test_arguments_reach_what_they_set(make_agent):
     arch = agent.policy.world_model.architecture
     assert (arch.simnorm_dim, arch.num_bins, arch.dropout) == (4, 51, 0.2)
     update = agent._update_step
-    assert update.config == (0.9, 10.0, 0.2, 0.3, 0.4, 1e-3)
+    assert update.config == (0.9, 10.0, 0.2, 0.3, 0.4, 1e-3, False)
     th.testing.assert_close(update.model_weights, th.tensor([1.0, 0.8]) / 2)
     assert (update.tau, update.max_grad_norm) == (0.05, 5.0)
     assert agent.replay_buffer.horizon == agent.sequence_length == 2
@@ -107,11 +107,14 @@ def test_arguments_reach_what_they_set(make_agent):
     agent.learn(25)
 
 
-def test_sub_sequences_run_past_terminations_where_there_are_any(make_agent):
-    assert not make_agent(episodic=False).replay_buffer.rings.past_terminations
-    assert make_agent(episodic=True).replay_buffer.rings.past_terminations
-    reference = make_agent(episodic=True, replay_buffer_kwargs={"past_terminations": False})
-    assert not reference.replay_buffer.rings.past_terminations
+@pytest.mark.parametrize(
+    ("episodic", "reference", "past"),
+    [(False, False, False), (True, False, True), (True, True, False)],
+)
+def test_terminations_are_learnt_from_where_there_are_any(make_agent, episodic, reference, past):
+    agent = make_agent(episodic=episodic, reference_terminations=reference)
+    assert agent.replay_buffer.rings.past_terminations is past
+    assert agent._update_step.config.encoded_terminations is past
 
 
 @pytest.mark.parametrize(("episodic", "rho"), [(False, 0.5), (True, 0.7)])

@@ -39,10 +39,10 @@ import torch as th
 import yaml
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
-from torch.utils.flop_counter import FlopCounterMode
 
 from machine import command, describe
 from tdmpc2_sb3 import TDMPC2
+from tdmpc2_sb3.kernels.products import operation_counter
 
 OBSERVATION_DIM = 24  # walker-walk's
 ACTION_DIM = 6
@@ -150,7 +150,7 @@ def synchronize(device: th.device) -> None:
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         run()
     return int(counter.get_total_flops())
 

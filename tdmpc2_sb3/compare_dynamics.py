@@ -20,10 +20,10 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tdmpc2_sb3.compilation import compiled
 from tdmpc2_sb3.dynamics import DYNAMICS
+from tdmpc2_sb3.kernels.products import operation_counter
 from tdmpc2_sb3.policies import TDMPC2Policy
 from tdmpc2_sb3.tdmpc2 import TDMPC2
 
@@ -53,7 +53,7 @@ def count_multiply_adds(function: Callable[[], object]) -> int:
 
     Counted while it runs, so that any dynamics, a third party's too, is counted alike.
     """
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         function()
     return counter.get_total_flops() // 2
 

@@ -12,10 +12,12 @@ import functools
 import math
 import platform
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as th
-from torch.utils.flop_counter import register_flop_formula
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 Product = Callable[..., th.Tensor]
 SMALL = 2**24  # multiply-adds; oneDNN lays a weight out anew in every call, which must pay
@@ -69,6 +71,20 @@ def _count_operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: An
     return 2 * math.prod(x) * weight[0]
 
 
-# torch's counter of operations does not know the operator, and reads its formulas when it starts.
-if hasattr(th.ops.mkldnn, "_linear_pointwise"):
-    register_flop_formula(th.ops.mkldnn._linear_pointwise)(_count_operations)
+def operation_counter() -> FlopCounterMode:
+    """torch's counter of operations, which does not know oneDNN's operator by itself."""
+    # Not at the top: it imports triton where there is one, whose library crashes the process once
+    # a software renderer (Mesa's) has brought its own LLVM.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    _register_operator()
+    onednn_linear()  # tries itself out at the first call, which is not to be counted
+    return FlopCounterMode(display=False)
+
+
+@functools.cache
+def _register_operator() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    if hasattr(th.ops.mkldnn, "_linear_pointwise"):
+        register_flop_formula(th.ops.mkldnn._linear_pointwise)(_count_operations)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch as th
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
 from tdmpc2_sb3.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
 from tdmpc2_sb3.kernels import Activation, Norm, library
 from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
+from tdmpc2_sb3.kernels.products import operation_counter
 
 EPS = 1e-5
 MISH = Norm(Activation.MISH, eps=EPS)
@@ -151,9 +151,18 @@ def test_linear(rows, width, with_bias):
     compare(fast, F.linear, [x.requires_grad_(True) for x in inputs])
 
 
+def test_importing_leaves_triton_alone():
+    """Its library crashes a process that has loaded a software renderer's before."""
+    program = "import sys, tdmpc2_sb3, dmc_gym_plugin, tdmpc2_sb3.zoo; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not {"triton", "torch.utils.flop_counter", "torch._dynamo"} & {*done.stdout.split()}
+
+
 def test_operations_are_counted_whichever_library_multiplies():
     x, weight = randn(520, 131).requires_grad_(True), randn(260, 131).requires_grad_(True)
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         kernels.linear(x, weight, None).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 520 * 131 * 260
 

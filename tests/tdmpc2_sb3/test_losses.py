@@ -244,8 +244,11 @@ CASES = {
     "episodic": {"episodic": True, "rho": 0.7},
     "past terminations": {"episodic": True, "rho": 0.7, "past_terminations": True},
     "encoded terminations": {
-        "episodic": True, "rho": 0.7, "past_terminations": True, "encoded": True
-    },  # fmt: skip
+        "episodic": True,
+        "rho": 0.7,
+        "past_terminations": True,
+        "encoded": True,
+    },
     "long": {"steps": 6},
     "one step": {"steps": 1},
     "clipped": {"max_grad_norm": 0.05},

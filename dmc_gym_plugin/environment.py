@@ -80,7 +80,9 @@ class DMControlEnv(gymnasium.Env):
         given = locals()
         self.settings = Settings(**{name: given[name] for name in known})
         self.task_info = tasks.find(domain, task)
+        self._closed = False
         self.simulation = load(self.task_info, task_kwargs, images=observation == "dict")
+        self._terminates = self.simulation.terminates
         self.action_repeat = int(action_repeat)
         self.render_mode = render_mode
         fps = 1.0 / (self.simulation.control_timestep * self.action_repeat)
@@ -97,7 +99,6 @@ class DMControlEnv(gymnasium.Env):
         self._steps = 0
         self._frames = 0
         self._running = False
-        self._closed = False
         own_limit = self.simulation.step_limit
         self._max_frames: int | None = own_limit or self.task_info.control_steps
         if max_episode_steps is not None:
@@ -127,16 +128,18 @@ class DMControlEnv(gymnasium.Env):
     @property
     def terminates(self) -> bool:
         """Whether an episode may end before its time limit: in LQR and some locomotion tasks."""
-        return self.simulation.terminates
+        return self._terminates
 
     @property
     def physics(self) -> Any:
         """dm_control's physics."""
+        self._check_open()
         return self.simulation.physics
 
     @property
     def task(self) -> Any:
         """dm_control's task."""
+        self._check_open()
         return self.simulation.task
 
     @property
@@ -245,6 +248,9 @@ class DMControlEnv(gymnasium.Env):
             if self._photographer is not None:
                 self._photographer.close()
             self.simulation.close()
+            # A pixel view refers back to the environment: without this the simulator's memory would
+            # wait for Python's cyclic garbage collection, however many environments are made.
+            del self._photographer, self._view, self.simulation
 
     def _photos(self) -> Photographer:
         """Return the photographer of the present physics, which some resets replace."""

@@ -122,12 +122,29 @@ class CachedIndexer(FieldIndexer):
         self._array[self._index(key)[0]] = value
 
 
+class CachedStruct:
+    """The cached indexers of a ``mjModel`` or ``mjData``, by the names of its fields.
+
+    dm_control makes a class for every instance, with the indexers as its attributes. A class refers
+    to itself, so indexers that hold their arrays there would keep the whole simulator until
+    Python's cyclic garbage collection runs.
+
+    :param struct: dm_control's named indexers
+    :param source: the ``mjModel`` or ``mjData`` that they index
+    """
+
+    def __init__(self, struct: Any, source: Any) -> None:
+        for name, indexer in struct._asdict().items():
+            setattr(self, name, CachedIndexer(indexer, getattr(source, name)))
+
+    def _asdict(self) -> dict[str, CachedIndexer]:
+        return dict(vars(self))
+
+
 def cache_named_indexing(physics: Any) -> None:
     """Give one ``Physics`` instance cached indexers; other instances are not touched."""
-    for struct, source in (
-        (physics.named.data, physics.data),
-        (physics.named.model, physics.model),
-    ):
-        for name, indexer in struct._asdict().items():
-            # dm_control makes one class per instance, so its attributes belong to this one alone.
-            setattr(type(struct), name, CachedIndexer(indexer, getattr(source, name)))
+    named = physics.named
+    physics._named = named._replace(
+        model=CachedStruct(named.model, physics.model),
+        data=CachedStruct(named.data, physics.data),
+    )

@@ -241,6 +241,7 @@ class SuiteSimulation:
         """Free the OpenGL contexts and the simulator."""
         self.env.close()
         self.physics.free()
+        del self.physics._named  # its cached indexers hold the arrays, whoever holds the physics
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -262,9 +263,20 @@ def test_stepping_too_early_and_too_late() -> None:
     env.reset()
     env.close()
     env.close()  # twice is harmless
-    for use in (partial(env.step, np.zeros(6, np.float32)), env.reset, env.unwrapped.get_state):
-        with pytest.raises(RuntimeError, match="is closed; make a new environment"):
+    base = env.unwrapped
+    for use in (
+        partial(env.step, np.zeros(6, np.float32)),
+        env.reset,
+        env.render,
+        base.get_state,
+        partial(base.set_state, {}),
+        partial(getattr, base, "physics"),
+        partial(getattr, base, "task"),
+        copy.deepcopy(env).reset,  # the copy of a closed environment is closed
+    ):
+        with pytest.raises(RuntimeError, match="walker-walk-v0 is closed; make a new environment"):
             use()
+    assert (base.terminates, base.max_episode_steps) == (False, 1000)  # known still
 
 
 def test_making_an_environment_is_quiet(caplog: pytest.LogCaptureFixture) -> None:

@@ -186,6 +186,35 @@ def test_human_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
         gymnasium.make("DMC/walker-walk-v0", render_mode="human")
 
 
+@pytest.mark.parametrize(
+    ("platform", "display", "mujoco_gl", "works", "chosen"),
+    [
+        ("linux", "", "", ("egl", "osmesa"), "egl"),
+        ("linux", "", "", ("osmesa",), "osmesa"),
+        ("linux", "", "", (), "disable"),
+        ("linux", "", "glfw", ("egl", "osmesa"), "glfw"),  # the user's own wins
+        ("linux", ":0", "", ("egl", "osmesa"), None),  # dm_control's choice stays
+        ("darwin", "", "", ("egl", "osmesa"), None),
+    ],
+)
+def test_choice_of_backend(
+    monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+    display: str,
+    mujoco_gl: str,
+    works: tuple[str, ...],
+    chosen: str | None,
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.setenv("WAYLAND_DISPLAY", "")
+    monkeypatch.setenv("MUJOCO_GL", mujoco_gl)
+    monkeypatch.setattr(rendering, "egl_works", lambda: "egl" in works)
+    monkeypatch.setattr(rendering, "osmesa_loads", lambda: "osmesa" in works)
+    assert (rendering.choose_backend() or None) == chosen
+    assert (os.environ["MUJOCO_GL"] or None) == chosen
+
+
 RENDER = (
     "import gymnasium, os{early}\n"
     "import dmc_gym_plugin\n"

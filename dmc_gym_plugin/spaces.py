@@ -42,11 +42,14 @@ class ActionMap:
 
         :param action: [A], finite; values outside [-1, 1] count as the nearest bound
         :return: [A]; -1 and 1 give the bounds exactly
-        :raises ValueError: if the shape is wrong
+        :raises ValueError: if the shape is wrong, or it holds something else than numbers
         :raises RuntimeError: if a value is not finite (a fault of the caller's model, which
             hyperparameter search must not mistake for a bad setting)
         """
-        action = np.array(action, dtype=np.float64)  # a copy: the caller keeps his own
+        try:
+            action = np.array(action, dtype=np.float64)  # a copy: the caller keeps his own
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The action is {action!r}; give {self.size} numbers.") from error
         if action.shape != self._shape:
             raise ValueError(
                 f"The action has shape {action.shape}, but this task takes {self._shape}."

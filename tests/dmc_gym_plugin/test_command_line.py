@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,7 +27,8 @@ HEAVY = ("dog", "manipulation", "locomotion")
 def check_sizes(info: tasks.TaskInfo) -> None:
     env = dmc_gym_plugin.DMControlEnv(info.domain, info.task)
     observation, action, seconds = SIZES[f"{info.domain}-{info.task}"]
-    assert env.observation_space.shape == (observation,)
+    flat = gymnasium.spaces.Box(-np.inf, np.inf, (observation,), np.float32)
+    assert env.observation_space == flat
     assert env.action_space.shape == (action,)
     assert env.simulation.control_timestep == pytest.approx(seconds)
     assert env.max_episode_steps == info.control_steps

@@ -219,6 +219,9 @@ def test_actions_are_clipped_and_nan_is_refused() -> None:
             first.step(bad)
     with pytest.raises(ValueError, match=r"shape \(3,\).*\(2,\)"):
         first.step(np.zeros(3))
+    for nothing in ("left", {"x": 1}, [[1.0], [1.0, 2.0]]):
+        with pytest.raises(ValueError, match=r"^The action is .*; give 2 numbers\.$"):
+            first.step(nothing)
 
 
 def walker(**kwargs: object) -> gymnasium.Env:

@@ -10,7 +10,7 @@ import pytest
 from dm_control import suite
 
 import dmc_gym_plugin
-from dmc_gym_plugin import tasks
+from dmc_gym_plugin import registration, tasks
 
 
 def test_importing_registers_without_importing_mujoco() -> None:
@@ -33,6 +33,18 @@ def test_every_id_is_registered() -> None:
     assert tasks.env_id("ball_in_cup", "catch") == "DMC/ball_in_cup-catch-v0"
     for domain, task in suite.ALL_TASKS:
         assert gymnasium.spec(f"DMC/{domain}-{task}-v0").max_episode_steps == 1000
+
+
+@pytest.mark.parametrize(("labmaze", "count"), [(True, 96), (False, 87)])
+def test_locomotion_is_registered_only_with_labmaze(
+    monkeypatch: pytest.MonkeyPatch, labmaze: bool, count: int
+) -> None:
+    registered: list[tasks.TaskInfo] = []
+    monkeypatch.setattr(registration, "has_labmaze", lambda: labmaze)
+    monkeypatch.setattr(registration, "register_task", registered.append)
+    registration.register_all()
+    assert len(registered) == count  # 51 suite, 11 extended, 25 manipulation and 9 locomotion tasks
+    assert any(info.group == "locomotion" for info in registered) == labmaze
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.util
 import os
 import sys
 from types import SimpleNamespace
@@ -58,6 +59,7 @@ def import_dm_control() -> None:
 
     :raises RenderingError: where ``MUJOCO_GL``, set by the user, names a backend that is not there
     """
+    load_triton_first()
     choose_backend()
     try:
         importlib.import_module("dm_control.mujoco")
@@ -65,6 +67,18 @@ def import_dm_control() -> None:
         if os.environ.get(VARIABLE):
             raise explain(error) from error
         raise
+
+
+def load_triton_first() -> None:
+    """Import triton, where it is installed, before Mesa's software renderer can be loaded.
+
+    Both bring an LLVM, and a process that loads triton's (as torch's CUDA build for Linux does with
+    its first optimiser) after Mesa's crashes: seen with triton 3.7.1 and Mesa's libLLVM 15. The
+    other way round both work.
+    """
+    if sys.platform.startswith("linux") and importlib.util.find_spec("triton") is not None:
+        with contextlib.suppress(Exception):  # one that cannot be imported cannot crash either
+            importlib.import_module("triton")
 
 
 def egl_works() -> bool:

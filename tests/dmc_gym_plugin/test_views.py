@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -213,6 +214,24 @@ def test_choice_of_backend(
     monkeypatch.setattr(rendering, "osmesa_loads", lambda: "osmesa" in works)
     assert (rendering.choose_backend() or None) == chosen
     assert (os.environ["MUJOCO_GL"] or None) == chosen
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="triton's crash is Linux's")
+def test_triton_is_loaded_before_a_software_renderer(tmp_path: Path) -> None:
+    """A stand-in for triton says whether Mesa's LLVM was there first, and then breaks."""
+    mapped = "'LLVM' in open('/proc/self/maps').read()"
+    (tmp_path / "triton.py").write_text(f"print('triton', {mapped})\nraise OSError\n")
+    program = (
+        "import gymnasium, dmc_gym_plugin; gymnasium.make('DMC/walker-walk-v0'); print('made')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "MUJOCO_GL": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["triton", "False", "made"]
 
 
 RENDER = (

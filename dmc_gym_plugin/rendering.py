@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,7 @@ def choose_backend() -> str | None:
 
     :return: the value of ``MUJOCO_GL`` now, None where dm_control chooses by itself
     """
+    load_triton_first()
     if os.environ.get(VARIABLE) or not is_headless():
         return os.environ.get(VARIABLE)
     if egl_works():
@@ -59,7 +61,6 @@ def import_dm_control() -> None:
 
     :raises RenderingError: where ``MUJOCO_GL``, set by the user, names a backend that is not there
     """
-    load_triton_first()
     choose_backend()
     try:
         importlib.import_module("dm_control.mujoco")
@@ -74,9 +75,11 @@ def load_triton_first() -> None:
 
     Both bring an LLVM, and a process that loads triton's (as torch's CUDA build for Linux does with
     its first optimiser) after Mesa's crashes: seen with triton 3.7.1 and Mesa's libLLVM 15. The
-    other way round both work.
+    other way round both work. Where somebody has loaded Mesa's already, it is too late.
     """
-    if sys.platform.startswith("linux") and importlib.util.find_spec("triton") is not None:
+    if not sys.platform.startswith("linux") or importlib.util.find_spec("triton") is None:
+        return
+    if "libLLVM" not in Path("/proc/self/maps").read_text(errors="replace"):
         with contextlib.suppress(Exception):  # one that cannot be imported cannot crash either
             importlib.import_module("triton")
 

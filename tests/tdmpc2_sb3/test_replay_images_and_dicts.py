@@ -120,7 +120,7 @@ def test_saved_and_loaded_stacks_are_the_same(tmp_path):
     other = buffer_for(IMAGES, size=30, n_envs=2)
     other.load(tmp_path / "b")
     assert other.num_subsequences == buffer.num_subsequences
-    for first, second in zip(buffer.sample(200), other.sample(200), strict=True):
+    for first, second in zip(buffer.sample(200)[:4], other.sample(200)[:4], strict=True):
         assert th.equal(first, second)
 
 

@@ -8,9 +8,12 @@ controls since; restoring it replays them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import warnings
+import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -77,6 +80,18 @@ def count_steps(limit: float, timestep: float, n_sub_steps: int) -> int | None:
     return steps
 
 
+@contextlib.contextmanager
+def _numpy_stream_of(random: np.random.RandomState) -> Iterator[None]:
+    """Let numpy's global stream, from which mazes draw textures, follow the task's for a while."""
+    before = np.random.get_state()  # noqa: NPY002
+    _, key, position, *_ = random.get_state(legacy=True)
+    np.random.seed(zlib.crc32(np.asarray(key).tobytes(), int(position)))  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
 class ComposerSimulation:
     """A composer task; the interface is that of ``SuiteSimulation``.
 
@@ -101,6 +116,8 @@ class ComposerSimulation:
         # first one, and a replay from the one before its episode.
         self._built = exact.copy_attributes(self.task)
         self._before = self._built
+        self._target_kinds = list(getattr(self.task, "_target_builders", ()))
+        self._order_before = self._order()
         self._start: dict[str, Any] | None = None
         self._controls: list[NDArray[np.float64]] = []
         self._observation: Any = None
@@ -130,13 +147,25 @@ class ComposerSimulation:
         """Give the task the random generator that dm_control builds from a seed."""
         self.env._random_state = exact.random_state_from_seed(seed)
         exact.restore_attributes(self.task, self._built)
+        self._set_order(range(len(self._target_kinds)))
+
+    def _order(self) -> list[int]:
+        """Return how a foraging task has shuffled its kinds of targets; they are functions."""
+        kinds = getattr(self.task, "_target_builders", ())
+        return [self._target_kinds.index(kind) for kind in kinds]
+
+    def _set_order(self, order: Iterable[int]) -> None:
+        if self._target_kinds:
+            self.task._target_builders[:] = [self._target_kinds[index] for index in order]
 
     def reset(self) -> None:
         """Start an episode."""
         self._before = exact.copy_attributes(self.task)
+        self._order_before = self._order()
         self._start = exact.copy_random_state(self.random)
         self._controls = []
-        self._observation = self.env.reset().observation
+        with _numpy_stream_of(self.random):
+            self._observation = self.env.reset().observation
 
     def step(self, control: NDArray[np.float64]) -> tuple[float, float | None]:
         """Advance one control step.
@@ -166,6 +195,7 @@ class ComposerSimulation:
         return {
             "start": self._start,
             "task": self._before,
+            "order": self._order_before,
             "controls": np.array(self._controls).reshape(-1, size),
             "random": exact.copy_random_state(self.random),
         }
@@ -175,6 +205,7 @@ class ComposerSimulation:
         if state["start"] is not None:
             self.random.set_state(state["start"])
             exact.restore_attributes(self.task, state["task"])
+            self._set_order(state["order"])
             self.reset()
             for control in np.asarray(state["controls"], np.float64):
                 self.step(control)

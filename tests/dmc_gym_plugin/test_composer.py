@@ -193,6 +193,15 @@ def test_locomotion_needs_labmaze(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not tasks.has_labmaze(), reason="labmaze is not installed")
 @pytest.mark.parametrize("name", tasks.LOCOMOTION)
+def test_checkers_on_locomotion(name: str) -> None:
+    check(f"DMC/locomotion-{name}-v0", "flat")
+    if rendering.choose_backend() != "disable":  # their dictionaries hold the walker's view
+        check(f"DMC/locomotion-{name}-v0", "dict")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not tasks.has_labmaze(), reason="labmaze is not installed")
+@pytest.mark.parametrize("name", tasks.LOCOMOTION)
 def test_locomotion(name: str) -> None:
     env = gymnasium.make(f"DMC/locomotion-{name}-v0")
     assert env.unwrapped.max_episode_steps == tasks.LOCOMOTION[name]

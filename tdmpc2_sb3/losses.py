@@ -31,6 +31,15 @@ class LossConfig(NamedTuple):
     termination_coef: float = 1.0
     entropy_coef: float = 1e-4
     encoded_terminations: bool = False  # see model_losses
+    td_lambda: float = 0.0  # see td_targets
+
+
+class PolicyNoise(NamedTuple):
+    """The random numbers of the policy's loss."""
+
+    action: th.Tensor  # [T + 1, B, A]
+    heads: th.Tensor  # [2]
+    dropout: th.Tensor | None  # [2, (T + 1) B, hidden]
 
 
 class UpdateNoise(NamedTuple):
@@ -39,11 +48,9 @@ class UpdateNoise(NamedTuple):
     next_action: th.Tensor  # [T, B, A]
     target_heads: th.Tensor  # [2]
     q_dropout: th.Tensor | None  # [Q, T B, hidden]
-    policy_action: th.Tensor  # [T + 1, B, A]
-    policy_heads: th.Tensor  # [2]
-    policy_dropout: th.Tensor | None  # [2, (T + 1) B, hidden]
     first_offsets: th.Tensor | None  # [images, B, 2]
     next_offsets: th.Tensor | None  # [images, T B, 2]
+    policy: PolicyNoise | None  # None: a step that leaves the policy prior alone
 
 
 class ModelLosses(NamedTuple):
@@ -91,7 +98,11 @@ def step_weights(num_steps: int, train_horizon: int, rho: float, horizon_aware: 
 
 
 def sample_update_noise(
-    model: WorldModel, train_horizon: int, batch_size: int, generator: th.Generator
+    model: WorldModel,
+    train_horizon: int,
+    batch_size: int,
+    generator: th.Generator,
+    with_policy: bool = True,
 ) -> UpdateNoise:
     """Draws the random numbers of one gradient step on the generator's device."""
     steps, rows, device = train_horizon, batch_size, generator.device
@@ -106,9 +117,13 @@ def sample_update_noise(
         next_action=normal(steps),
         target_heads=heads[0],
         q_dropout=ensemble.sample_dropout_mask(ensemble.num_q, steps * rows, generator),
-        policy_action=normal(steps + 1),
-        policy_heads=heads[1],
-        policy_dropout=ensemble.sample_dropout_mask(2, (steps + 1) * rows, generator),
+        policy=PolicyNoise(
+            action=normal(steps + 1),
+            heads=heads[1],
+            dropout=ensemble.sample_dropout_mask(2, (steps + 1) * rows, generator),
+        )
+        if with_policy
+        else None,
         first_offsets=model.encoder.sample_offsets(rows, generator),
         next_offsets=model.encoder.sample_offsets(steps * rows, generator),
     )
@@ -134,12 +149,30 @@ def td_targets(
     next_latents: th.Tensor,
     batch: SequenceBatch,
     noise: UpdateNoise,
-    gamma: float,
+    config: LossConfig,
 ) -> th.Tensor:
-    """r + gamma (1 - d) min of two target Q heads at (z', a' ~ pi(z')), [T, B]."""
+    """Targets of the Q heads, [T, B].
+
+    The reference's are r + gamma (1 - d) V(z'), V the lesser of two target Q heads at
+    (z', a' ~ pi(z')). With lambda > 0 they are lambda-returns (Sutton and Barto, section 12.1) cut
+    off at the sub-sequence's end, G_t = r_t + gamma (1 - d_t) ((1 - lambda) V(z_t+1) +
+    lambda G_t+1) with G_T = V(z_T): rewards reach earlier values in fewer updates, but those after
+    the first stem from the actions that were taken, not from the policy prior's.
+    """
     next_actions = model.policy_action(next_latents, noise.next_action)
-    q = model.target_q_values(next_latents, next_actions, noise.target_heads).amin(0)
-    return batch.rewards + gamma * (1.0 - batch.terminations) * q
+    values = model.target_q_values(next_latents, next_actions, noise.target_heads).amin(0)
+    discounts = config.gamma * (1.0 - batch.terminations)
+    if config.td_lambda == 0.0:
+        return batch.rewards + discounts * values
+    future = values[-1]
+    targets = []
+    for reward, discount, value in zip(
+        batch.rewards.flip(0), discounts.flip(0), values.flip(0), strict=True
+    ):
+        target = reward + discount * th.lerp(value, future, config.td_lambda)
+        targets.append(target)
+        future = target
+    return th.stack(targets).flip(0)
 
 
 def model_losses(
@@ -166,7 +199,7 @@ def model_losses(
     with th.set_grad_enabled(classifies_encoded and th.is_grad_enabled()):
         encoded = model.encode(_at(batch.observations, slice(1, None)), noise.next_offsets)
     next_latents = encoded.detach()
-    targets = td_targets(model, next_latents, batch, noise, config.gamma)
+    targets = td_targets(model, next_latents, batch, noise, config)
 
     latent = model.encode(_at(batch.observations, 0), noise.first_offsets)  # z_0 [B, Z]
     predicted = model.dynamics.rollout(model.dynamics.initial_state(latent), batch.actions)
@@ -240,7 +273,7 @@ def policy_loss(
     model: WorldModel,
     latents: th.Tensor,
     scale: th.Tensor,
-    noise: UpdateNoise,
+    noise: PolicyNoise,
     config: LossConfig,
     weights: th.Tensor,
     tau: float,
@@ -253,16 +286,14 @@ def policy_loss(
     :param model: after the world model's optimiser step
     :param latents: z_0..z_T, detached, [T + 1, B, Z]
     :param scale: S before its update, []
-    :param noise: of :func:`sample_update_noise`
+    :param noise: the policy's part of :func:`sample_update_noise`
     :param config: coefficients
     :param weights: of :func:`step_weights`, [T + 1]
     :param tau: rate at which S moves
     :param alive: of :func:`alive_states`, [T + 1, B]; None if all states count
     """
-    sample = model.policy(latents, noise.policy_action)
-    logits = model.q_logits(
-        latents, sample.action, noise.policy_heads, noise.policy_dropout, frozen=True
-    )
+    sample = model.policy(latents, noise.action)
+    logits = model.q_logits(latents, sample.action, noise.heads, noise.dropout, frozen=True)
     q = two_hot_inverse(logits, model.bins).mean(0)  # [T + 1, B]
     new_scale = updated_scale(scale, q[0].detach(), tau)
     objective = config.entropy_coef * sample.scaled_entropy + q / new_scale

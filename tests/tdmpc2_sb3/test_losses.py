@@ -79,13 +79,17 @@ def make_batch(steps, dtype=th.float32, seed=0, past_terminations=False):
 def make_noise(policy, steps, dtype=th.float32, seed=3):
     generator = th.Generator().manual_seed(seed)
     noise = sample_update_noise(policy.world_model, steps, BATCH, generator)
-    return noise._replace(
-        **{
-            name: value.to(dtype)
-            for name, value in noise._asdict().items()
-            if value is not None and value.is_floating_point()
-        }
-    )
+
+    def cast(numbers):
+        return numbers._replace(
+            **{
+                name: value.to(dtype)
+                for name, value in numbers._asdict().items()
+                if isinstance(value, th.Tensor) and value.is_floating_point()
+            }
+        )
+
+    return cast(noise)._replace(policy=cast(noise.policy))
 
 
 class PlainUpdate:
@@ -163,16 +167,16 @@ class PlainUpdate:
                 alive[t] = alive[t - 1] * (batch.terminations[t - 1] == 0)
         for t, z in enumerate(zs):
             mean, log_std = plain.policy_moments(z)
-            eps = noise.policy_action[t]
+            eps = noise.policy.action[t]
             action = th.tanh(mean + eps * log_std.exp())
             gaussian = (-0.5 * eps**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
             log_prob = gaussian - th.log(F.relu(1 - action**2) + 1e-6).sum(-1)
             entropy = -log_prob * (gaussian * ACTION_DIM) / (log_prob + 1e-8)
             heads = []
-            for row, head in enumerate(noise.policy_heads):
+            for row, head in enumerate(noise.policy.heads):
                 mask = None
-                if noise.policy_dropout is not None:
-                    mask = noise.policy_dropout[row].view(len(zs), BATCH, -1)[t]
+                if noise.policy.dropout is not None:
+                    mask = noise.policy.dropout[row].view(len(zs), BATCH, -1)[t]
                 heads.append(plain.scalar(plain.q_logits(z, action, head, mask)))
             values.append((heads[0] + heads[1]) / 2)
             objective.append(1e-4 * entropy)
@@ -333,7 +337,7 @@ def test_terminated_steps_do_not_bootstrap_and_truncated_ones_do(roughen, plain_
     batch = batch._replace(terminations=terminations)
     noise = make_noise(policy, 3)
     next_z = model.encode(batch.observations[1:])
-    targets = td_targets(model, next_z, batch, noise, GAMMA)
+    targets = td_targets(model, next_z, batch, noise, CONFIG)
     assert targets[1, 2] == batch.rewards[1, 2]
     plain = plain_model(model.state_dict())
     action = plain.policy_action(next_z, noise.next_action)
@@ -342,6 +346,46 @@ def test_terminated_steps_do_not_bootstrap_and_truncated_ones_do(roughen, plain_
     others = terminations == 0
     th.testing.assert_close(targets[others], expected[others], rtol=1e-4, atol=1e-5)
     assert (targets[1, 2] - expected[1, 2]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("lam", [0.3, 1.0])
+def test_lambda_returns_by_hand(lam, roughen, plain_model):
+    policy = make_policy(roughen)
+    model = policy.world_model
+    terminations = th.zeros(3, BATCH)
+    terminations[1, 2] = 1.0
+    batch = make_batch(3)._replace(terminations=terminations)
+    noise = make_noise(policy, 3)
+    next_z = model.encode(batch.observations[1:])
+    targets = td_targets(model, next_z, batch, noise, CONFIG._replace(td_lambda=lam))
+    plain = plain_model(model.state_dict())
+    action = plain.policy_action(next_z, noise.next_action)
+    v = th.minimum(*(plain.q(next_z, action, h, target=True) for h in noise.target_heads))
+    r = batch.rewards
+    last = r[2] + GAMMA * v[2]
+    middle = r[1] + GAMMA * ((1 - lam) * v[1] + lam * last)
+    middle[2] = r[1, 2]  # ends there
+    first = r[0] + GAMMA * ((1 - lam) * v[0] + lam * middle)
+    th.testing.assert_close(targets, th.stack([first, middle, last]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_step_without_the_policy(roughen):
+    policy, without = make_policy(roughen), make_policy(roughen)
+    batch, noise = make_batch(3), make_noise(policy, 3)
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
+    logged = make_update(policy, 3)(batch, noise)
+    part = make_update(without, 3)(batch, noise._replace(policy=None))
+    after = policy.state_dict()
+    for name, value in without.state_dict().items():
+        prior = name == "scale" or "policy_net" in name
+        assert th.equal(value, (before if prior else after)[name]), name
+    assert not th.equal(after["scale"], before["scale"])
+    assert part == {name: logged[name] for name in part}
+    assert {name for name in logged if name not in part} == {
+        f"train/{name}"
+        for name in ("policy_loss", "policy_entropy", "policy_scaled_entropy", "policy_grad_norm",
+                     "q_scale")
+    }  # fmt: skip
 
 
 def test_the_policys_loss_leaves_the_model_alone_and_the_targets_take_no_gradient(roughen):
@@ -353,7 +397,8 @@ def test_the_policys_loss_leaves_the_model_alone_and_the_targets_take_no_gradien
     grads = th.autograd.grad(losses.total, policy.prior_parameters, allow_unused=True,
                              retain_graph=True)  # fmt: skip
     assert all(g is None for g in grads)
-    policy_losses = policy_loss(model, losses.latents, policy.scale, make_noise(policy, 3), CONFIG,
+    noise = make_noise(policy, 3).policy
+    policy_losses = policy_loss(model, losses.latents, policy.scale, noise, CONFIG,
                                 step_weights(4, 3, 0.5, False), TAU)  # fmt: skip
     before = [p.detach().clone() for p in policy.model_parameters]
     policy_losses.total.backward(inputs=policy.prior_parameters)
@@ -419,14 +464,17 @@ def test_a_loss_that_is_not_finite_changes_nothing(field, roughen):
 def test_update_noise_is_seeded_and_each_number_is_used_once(roughen):
     policy = make_policy(roughen, dropout=0.2)
     first, same, other = (make_noise(policy, 3, seed=seed) for seed in (1, 1, 2))
-    for name, value in first._asdict().items():
-        if value is None:
-            assert name in ("first_offsets", "next_offsets")
-            continue
-        assert th.equal(value, getattr(same, name))
-        if value.is_floating_point():
-            assert not th.equal(value, getattr(other, name)), name
+    for numbers in (lambda noise: noise, lambda noise: noise.policy):
+        for name, value in numbers(first)._asdict().items():
+            if value is None:
+                assert name in ("first_offsets", "next_offsets")
+                continue
+            if name == "policy":
+                continue
+            assert th.equal(value, getattr(numbers(same), name))
+            if value.is_floating_point():
+                assert not th.equal(value, getattr(numbers(other), name)), name
     assert first.next_action.shape == (3, BATCH, ACTION_DIM)
-    assert first.policy_action.shape == (4, BATCH, ACTION_DIM)
-    assert not th.equal(first.next_action, first.policy_action[:3])
-    assert first.target_heads.unique().numel() == first.policy_heads.unique().numel() == 2
+    assert first.policy.action.shape == (4, BATCH, ACTION_DIM)
+    assert not th.equal(first.next_action, first.policy.action[:3])
+    assert first.target_heads.unique().numel() == first.policy.heads.unique().numel() == 2

@@ -159,20 +159,21 @@ def td_targets(
     lambda G_t+1) with G_T = V(z_T): rewards reach earlier values in fewer updates, but those after
     the first stem from the actions that were taken, not from the policy prior's.
     """
-    next_actions = model.policy_action(next_latents, noise.next_action)
-    values = model.target_q_values(next_latents, next_actions, noise.target_heads).amin(0)
+    used = slice(-1, None) if config.td_lambda == 1.0 else slice(None)
+    latents = next_latents[used]
+    actions = model.policy_action(latents, noise.next_action[used])
+    values = model.target_q_values(latents, actions, noise.target_heads).amin(0)
     discounts = config.gamma * (1.0 - batch.terminations)
     if config.td_lambda == 0.0:
         return batch.rewards + discounts * values
+    targets = th.empty_like(batch.rewards)
     future = values[-1]
-    targets = []
-    for reward, discount, value in zip(
-        batch.rewards.flip(0), discounts.flip(0), values.flip(0), strict=True
-    ):
-        target = reward + discount * th.lerp(value, future, config.td_lambda)
-        targets.append(target)
-        future = target
-    return th.stack(targets).flip(0)
+    for t in reversed(range(len(targets))):
+        if config.td_lambda < 1.0:
+            future = th.lerp(values[t], future, config.td_lambda)
+        future = batch.rewards[t] + discounts[t] * future
+        targets[t] = future
+    return targets
 
 
 def model_losses(

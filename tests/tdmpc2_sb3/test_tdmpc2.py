@@ -44,6 +44,8 @@ def test_defaults_are_the_papers():
         "termination_coef": 1.0,
         "entropy_coef": 1e-4,
         "rho": "auto",
+        "td_lambda": 0.0,
+        "policy_delay": 1,
         "enc_lr_scale": 0.3,
         "max_grad_norm": 20.0,
         "episodic": "auto",
@@ -64,7 +66,7 @@ def test_the_default_model_is_the_papers_5m():
     assert arch == (512, 256, 512, 2, 5, 8, 101, -10.0, 10.0, 0.01)
     assert agent.policy.planner == (3, 512, 64, 24, 6, 0.5, 0.05, 2.0, 0.975)
     update = agent._update_step
-    assert update.config == (0.975, 20.0, 0.1, 0.1, 1.0, 1e-4, False)
+    assert update.config == (0.975, 20.0, 0.1, 0.1, 1.0, 1e-4, False, 0.0)
     th.testing.assert_close(update.model_weights, th.tensor([1.0, 0.5, 0.25]) / 3)
     th.testing.assert_close(update.policy_weights, th.tensor([1.0, 0.5, 0.25, 0.125]) / 4)
     assert (update.tau, update.max_grad_norm) == (0.01, 20.0)
@@ -93,18 +95,23 @@ def test_arguments_reach_what_they_set(make_agent):
         tau=0.05,
         max_grad_norm=5.0,
         rho=0.8,
+        td_lambda=0.6,
+        policy_delay=3,
     )
     assert agent.policy.planner == (4, 20, 5, 3, 2, 0.7, 0.1, 1.5, 0.9)
     arch = agent.policy.world_model.architecture
     assert (arch.simnorm_dim, arch.num_bins, arch.dropout) == (4, 51, 0.2)
     update = agent._update_step
-    assert update.config == (0.9, 10.0, 0.2, 0.3, 0.4, 1e-3, False)
+    assert update.config == (0.9, 10.0, 0.2, 0.3, 0.4, 1e-3, False, 0.6)
     th.testing.assert_close(update.model_weights, th.tensor([1.0, 0.8]) / 2)
     assert (update.tau, update.max_grad_norm) == (0.05, 5.0)
     assert agent.replay_buffer.horizon == agent.sequence_length == 2
     _, state = agent.predict(np.zeros(3, np.float32))
     assert state[0].shape == (1, 4, 2)
     agent.learn(25)
+    # Adam counts the steps of each network: every third one was the policy prior's as well.
+    taken = {int(s["step"]) for s in agent.policy.prior_optimizer.state.values()}
+    assert taken == {agent._n_updates // 3}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +163,9 @@ def test_policies_by_name_and_by_class(make_agent, point_env):
         ({"gamma": "much"}, "gamma is 'much'"),
         ({"tau": -0.1}, r"tau is -0.1: it must lie in \[0, 1\]"),
         ({"rho": 2.0}, r"rho is 2.0: it must lie in \[0, 1\]"),
+        ({"td_lambda": 1.1}, r"td_lambda is 1.1: it must lie in \[0, 1\]"),
+        ({"policy_delay": 0}, "policy_delay is 0: it must be at least 1"),
+        ({"policy_delay": 1.5}, "policy_delay is 1.5: it must be a whole number"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm is 0.0: it must lie in"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"buffer_size": 0}, "buffer_size is 0: it must be at least 1"),

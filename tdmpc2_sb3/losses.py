@@ -34,23 +34,17 @@ class LossConfig(NamedTuple):
     td_lambda: float = 0.0  # see td_targets
 
 
-class PolicyNoise(NamedTuple):
-    """The random numbers of the policy's loss."""
-
-    action: th.Tensor  # [T + 1, B, A]
-    heads: th.Tensor  # [2]
-    dropout: th.Tensor | None  # [2, (T + 1) B, hidden]
-
-
 class UpdateNoise(NamedTuple):
     """All random numbers of one gradient step."""
 
     next_action: th.Tensor  # [T, B, A]
     target_heads: th.Tensor  # [2]
     q_dropout: th.Tensor | None  # [Q, T B, hidden]
+    policy_action: th.Tensor  # [T + 1, B, A]
+    policy_heads: th.Tensor  # [2]
+    policy_dropout: th.Tensor | None  # [2, (T + 1) B, hidden]
     first_offsets: th.Tensor | None  # [images, B, 2]
     next_offsets: th.Tensor | None  # [images, T B, 2]
-    policy: PolicyNoise | None  # None: a step that leaves the policy prior alone
 
 
 class ModelLosses(NamedTuple):
@@ -98,11 +92,7 @@ def step_weights(num_steps: int, train_horizon: int, rho: float, horizon_aware: 
 
 
 def sample_update_noise(
-    model: WorldModel,
-    train_horizon: int,
-    batch_size: int,
-    generator: th.Generator,
-    with_policy: bool = True,
+    model: WorldModel, train_horizon: int, batch_size: int, generator: th.Generator
 ) -> UpdateNoise:
     """Draws the random numbers of one gradient step on the generator's device."""
     steps, rows, device = train_horizon, batch_size, generator.device
@@ -117,13 +107,9 @@ def sample_update_noise(
         next_action=normal(steps),
         target_heads=heads[0],
         q_dropout=ensemble.sample_dropout_mask(ensemble.num_q, steps * rows, generator),
-        policy=PolicyNoise(
-            action=normal(steps + 1),
-            heads=heads[1],
-            dropout=ensemble.sample_dropout_mask(2, (steps + 1) * rows, generator),
-        )
-        if with_policy
-        else None,
+        policy_action=normal(steps + 1),
+        policy_heads=heads[1],
+        policy_dropout=ensemble.sample_dropout_mask(2, (steps + 1) * rows, generator),
         first_offsets=model.encoder.sample_offsets(rows, generator),
         next_offsets=model.encoder.sample_offsets(steps * rows, generator),
     )
@@ -274,7 +260,7 @@ def policy_loss(
     model: WorldModel,
     latents: th.Tensor,
     scale: th.Tensor,
-    noise: PolicyNoise,
+    noise: UpdateNoise,
     config: LossConfig,
     weights: th.Tensor,
     tau: float,
@@ -287,14 +273,16 @@ def policy_loss(
     :param model: after the world model's optimiser step
     :param latents: z_0..z_T, detached, [T + 1, B, Z]
     :param scale: S before its update, []
-    :param noise: the policy's part of :func:`sample_update_noise`
+    :param noise: of :func:`sample_update_noise`
     :param config: coefficients
     :param weights: of :func:`step_weights`, [T + 1]
     :param tau: rate at which S moves
     :param alive: of :func:`alive_states`, [T + 1, B]; None if all states count
     """
-    sample = model.policy(latents, noise.action)
-    logits = model.q_logits(latents, sample.action, noise.heads, noise.dropout, frozen=True)
+    sample = model.policy(latents, noise.policy_action)
+    logits = model.q_logits(
+        latents, sample.action, noise.policy_heads, noise.policy_dropout, frozen=True
+    )
     q = two_hot_inverse(logits, model.bins).mean(0)  # [T + 1, B]
     new_scale = updated_scale(scale, q[0].detach(), tau)
     objective = config.entropy_coef * sample.scaled_entropy + q / new_scale

@@ -1,4 +1,4 @@
-"""One gradient step: world model, then policy prior and running scale, then target Q heads."""
+"""One gradient step: world model, then policy prior, then running scale and target Q heads."""
 
 from __future__ import annotations
 
@@ -62,32 +62,30 @@ class UpdateStep:
     def __call__(self, batch: SequenceBatch, noise: UpdateNoise) -> dict[str, th.Tensor]:
         """
         :param batch: sub-sequences
-        :param noise: the step's random numbers; without the policy's part, the policy prior and the
-            running scale stay as they are
+        :param noise: the step's random numbers
         :return: losses and norms by their names in the log
         :raises RuntimeError: if a loss or gradient is not finite; nothing has changed then
         """
         policy, model = self.policy, self.policy.world_model
         losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
         grad_norm = self._step(policy.model_optimizer, policy.model_parameters, losses.total)
-        statistics = self._model_statistics(losses, grad_norm)
-        if noise.policy is not None:
-            prior = self._policy_loss(
-                model,
-                losses.latents,
-                policy.scale,
-                noise.policy,
-                self.config,
-                self.policy_weights,
-                self.tau,
-                alive_states(batch),
-            )
-            norm = self._step(policy.prior_optimizer, policy.prior_parameters, prior.total)
-            policy.scale.copy_(prior.scale.detach())
-            statistics |= self._policy_statistics(prior, norm)
+
+        prior = self._policy_loss(
+            model,
+            losses.latents,
+            policy.scale,
+            noise,
+            self.config,
+            self.policy_weights,
+            self.tau,
+            alive_states(batch),
+        )
+        prior_grad_norm = self._step(policy.prior_optimizer, policy.prior_parameters, prior.total)
+
         with th.no_grad():
+            policy.scale.copy_(prior.scale)
             th._foreach_lerp_(self._target, self._online, self.tau)
-        return statistics
+        return self._statistics(losses, prior, grad_norm, prior_grad_norm)
 
     def _step(
         self, optimizer: th.optim.Optimizer, parameters: list[th.nn.Parameter], loss: th.Tensor
@@ -103,23 +101,25 @@ class UpdateStep:
         optimizer.zero_grad()
         return norm
 
-    def _model_statistics(self, losses: ModelLosses, grad_norm: th.Tensor) -> dict[str, th.Tensor]:
+    def _statistics(
+        self,
+        losses: ModelLosses,
+        prior: PolicyLosses,
+        grad_norm: th.Tensor,
+        prior_grad_norm: th.Tensor,
+    ) -> dict[str, th.Tensor]:
         statistics = {
             "train/loss": losses.total,
             "train/consistency_loss": losses.consistency,
             "train/reward_loss": losses.reward,
             "train/value_loss": losses.value,
             "train/grad_norm": grad_norm,
+            "train/policy_loss": prior.total,
+            "train/policy_entropy": prior.entropy,
+            "train/policy_scaled_entropy": prior.scaled_entropy,
+            "train/policy_grad_norm": prior_grad_norm,
+            "train/q_scale": prior.scale,
         }
         if self.policy.world_model.episodic:
             statistics["train/termination_loss"] = losses.termination
         return statistics
-
-    def _policy_statistics(self, prior: PolicyLosses, grad_norm: th.Tensor) -> dict[str, th.Tensor]:
-        return {
-            "train/policy_loss": prior.total,
-            "train/policy_entropy": prior.entropy,
-            "train/policy_scaled_entropy": prior.scaled_entropy,
-            "train/policy_grad_norm": grad_norm,
-            "train/q_scale": prior.scale,
-        }

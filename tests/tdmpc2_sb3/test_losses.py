@@ -79,17 +79,13 @@ def make_batch(steps, dtype=th.float32, seed=0, past_terminations=False):
 def make_noise(policy, steps, dtype=th.float32, seed=3):
     generator = th.Generator().manual_seed(seed)
     noise = sample_update_noise(policy.world_model, steps, BATCH, generator)
-
-    def cast(numbers):
-        return numbers._replace(
-            **{
-                name: value.to(dtype)
-                for name, value in numbers._asdict().items()
-                if isinstance(value, th.Tensor) and value.is_floating_point()
-            }
-        )
-
-    return cast(noise)._replace(policy=cast(noise.policy))
+    return noise._replace(
+        **{
+            name: value.to(dtype)
+            for name, value in noise._asdict().items()
+            if value is not None and value.is_floating_point()
+        }
+    )
 
 
 class PlainUpdate:
@@ -167,16 +163,16 @@ class PlainUpdate:
                 alive[t] = alive[t - 1] * (batch.terminations[t - 1] == 0)
         for t, z in enumerate(zs):
             mean, log_std = plain.policy_moments(z)
-            eps = noise.policy.action[t]
+            eps = noise.policy_action[t]
             action = th.tanh(mean + eps * log_std.exp())
             gaussian = (-0.5 * eps**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
             log_prob = gaussian - th.log(F.relu(1 - action**2) + 1e-6).sum(-1)
             entropy = -log_prob * (gaussian * ACTION_DIM) / (log_prob + 1e-8)
             heads = []
-            for row, head in enumerate(noise.policy.heads):
+            for row, head in enumerate(noise.policy_heads):
                 mask = None
-                if noise.policy.dropout is not None:
-                    mask = noise.policy.dropout[row].view(len(zs), BATCH, -1)[t]
+                if noise.policy_dropout is not None:
+                    mask = noise.policy_dropout[row].view(len(zs), BATCH, -1)[t]
                 heads.append(plain.scalar(plain.q_logits(z, action, head, mask)))
             values.append((heads[0] + heads[1]) / 2)
             objective.append(1e-4 * entropy)
@@ -369,25 +365,6 @@ def test_lambda_returns_by_hand(lam, roughen, plain_model):
     th.testing.assert_close(targets, th.stack([first, middle, last]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_gradient_step_without_the_policy(roughen):
-    policy, without = make_policy(roughen), make_policy(roughen)
-    batch, noise = make_batch(3), make_noise(policy, 3)
-    before = {k: v.clone() for k, v in policy.state_dict().items()}
-    logged = make_update(policy, 3)(batch, noise)
-    part = make_update(without, 3)(batch, noise._replace(policy=None))
-    after = policy.state_dict()
-    for name, value in without.state_dict().items():
-        prior = name == "scale" or "policy_net" in name
-        assert th.equal(value, (before if prior else after)[name]), name
-    assert not th.equal(after["scale"], before["scale"])
-    assert part == {name: logged[name] for name in part}
-    assert {name for name in logged if name not in part} == {
-        f"train/{name}"
-        for name in ("policy_loss", "policy_entropy", "policy_scaled_entropy", "policy_grad_norm",
-                     "q_scale")
-    }  # fmt: skip
-
-
 def test_the_policys_loss_leaves_the_model_alone_and_the_targets_take_no_gradient(roughen):
     policy = make_policy(roughen, True)
     model = policy.world_model
@@ -397,8 +374,7 @@ def test_the_policys_loss_leaves_the_model_alone_and_the_targets_take_no_gradien
     grads = th.autograd.grad(losses.total, policy.prior_parameters, allow_unused=True,
                              retain_graph=True)  # fmt: skip
     assert all(g is None for g in grads)
-    noise = make_noise(policy, 3).policy
-    policy_losses = policy_loss(model, losses.latents, policy.scale, noise, CONFIG,
+    policy_losses = policy_loss(model, losses.latents, policy.scale, make_noise(policy, 3), CONFIG,
                                 step_weights(4, 3, 0.5, False), TAU)  # fmt: skip
     before = [p.detach().clone() for p in policy.model_parameters]
     policy_losses.total.backward(inputs=policy.prior_parameters)
@@ -464,17 +440,14 @@ def test_a_loss_that_is_not_finite_changes_nothing(field, roughen):
 def test_update_noise_is_seeded_and_each_number_is_used_once(roughen):
     policy = make_policy(roughen, dropout=0.2)
     first, same, other = (make_noise(policy, 3, seed=seed) for seed in (1, 1, 2))
-    for numbers in (lambda noise: noise, lambda noise: noise.policy):
-        for name, value in numbers(first)._asdict().items():
-            if value is None:
-                assert name in ("first_offsets", "next_offsets")
-                continue
-            if name == "policy":
-                continue
-            assert th.equal(value, getattr(numbers(same), name))
-            if value.is_floating_point():
-                assert not th.equal(value, getattr(numbers(other), name)), name
+    for name, value in first._asdict().items():
+        if value is None:
+            assert name in ("first_offsets", "next_offsets")
+            continue
+        assert th.equal(value, getattr(same, name))
+        if value.is_floating_point():
+            assert not th.equal(value, getattr(other, name)), name
     assert first.next_action.shape == (3, BATCH, ACTION_DIM)
-    assert first.policy.action.shape == (4, BATCH, ACTION_DIM)
-    assert not th.equal(first.next_action, first.policy.action[:3])
-    assert first.target_heads.unique().numel() == first.policy.heads.unique().numel() == 2
+    assert first.policy_action.shape == (4, BATCH, ACTION_DIM)
+    assert not th.equal(first.next_action, first.policy_action[:3])
+    assert first.target_heads.unique().numel() == first.policy_heads.unique().numel() == 2

@@ -45,7 +45,6 @@ def test_defaults_are_the_papers():
         "entropy_coef": 1e-4,
         "rho": "auto",
         "td_lambda": 0.0,
-        "policy_delay": 1,
         "enc_lr_scale": 0.3,
         "max_grad_norm": 20.0,
         "episodic": "auto",
@@ -96,7 +95,6 @@ def test_arguments_reach_what_they_set(make_agent):
         max_grad_norm=5.0,
         rho=0.8,
         td_lambda=0.6,
-        policy_delay=3,
     )
     assert agent.policy.planner == (4, 20, 5, 3, 2, 0.7, 0.1, 1.5, 0.9)
     arch = agent.policy.world_model.architecture
@@ -109,9 +107,6 @@ def test_arguments_reach_what_they_set(make_agent):
     _, state = agent.predict(np.zeros(3, np.float32))
     assert state[0].shape == (1, 4, 2)
     agent.learn(25)
-    # Adam counts the steps of each network: every third one was the policy prior's as well.
-    taken = {int(s["step"]) for s in agent.policy.prior_optimizer.state.values()}
-    assert taken == {agent._n_updates // 3}
 
 
 @pytest.mark.parametrize(
@@ -164,8 +159,6 @@ def test_policies_by_name_and_by_class(make_agent, point_env):
         ({"tau": -0.1}, r"tau is -0.1: it must lie in \[0, 1\]"),
         ({"rho": 2.0}, r"rho is 2.0: it must lie in \[0, 1\]"),
         ({"td_lambda": 1.1}, r"td_lambda is 1.1: it must lie in \[0, 1\]"),
-        ({"policy_delay": 0}, "policy_delay is 0: it must be at least 1"),
-        ({"policy_delay": 1.5}, "policy_delay is 1.5: it must be a whole number"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm is 0.0: it must lie in"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"buffer_size": 0}, "buffer_size is 0: it must be at least 1"),

@@ -57,6 +57,7 @@ def _draw_learning(trial: optuna.Trial, n_envs: int) -> dict[str, Any]:
         "enc_lr_scale": trial.suggest_float("enc_lr_scale", 0.1, 1.0, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
         "tau": trial.suggest_float("tau", 0.003, 0.03, log=True),
+        "td_lambda": trial.suggest_categorical("td_lambda", [0.0, 0.5, 1.0]),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.003, 0.05, log=True),
         "consistency_coef": trial.suggest_float("consistency_coef", 2.0, 40.0, log=True),
         "entropy_coef": trial.suggest_float("entropy_coef", 1e-5, 1e-2, log=True),

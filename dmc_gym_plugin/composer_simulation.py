@@ -4,6 +4,11 @@ A composer task compiles a new model at every episode and keeps state in many sm
 nothing can be spared here as in :class:`~dmc_gym_plugin.simulation.SuiteSimulation`: every control
 step is dm_control's own. The exact state is the random state at the episode's start and the
 controls since; restoring it replays them.
+
+Some locomotion tasks draw random numbers from elsewhere too: from numpy's global stream (textures
+of mazes, all of ``rodent_two_touch``) and from labmaze's own generator (layouts of mazes). Here the
+first is a stream of the simulation, and the second is seeded from it for every maze, so a seed
+fixes these episodes and a state holds them.
 """
 
 from __future__ import annotations
@@ -12,7 +17,6 @@ import contextlib
 import importlib
 import math
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -47,6 +51,8 @@ def _manipulation(task: str, images: bool) -> composer.Environment:
 
 
 def _locomotion(task: str, images: bool) -> composer.Environment:
+    from dm_control.locomotion.arenas import mazes  # here, because it needs labmaze
+
     builder = next(name for prefix, name in LOCOMOTION_MODULES.items() if task.startswith(prefix))
     make = getattr(importlib.import_module(builder), task)
     try:
@@ -55,6 +61,11 @@ def _locomotion(task: str, images: bool) -> composer.Environment:
         raise rendering.explain(error) from error
     if not images:
         _disable_cameras(env.task)
+    arena = env.task.root_entity
+    if isinstance(arena, mazes.RandomMazeWithTargets):
+        arena._maze = SeededMaze(arena.maze)
+    if hasattr(env.task, "_target_positions"):  # a list, left from one episode to the next's model
+        env.task._target_positions = np.array(env.task._target_positions)
     return env
 
 
@@ -80,16 +91,40 @@ def count_steps(limit: float, timestep: float, n_sub_steps: int) -> int | None:
     return steps
 
 
-@contextlib.contextmanager
-def _numpy_stream_of(random: np.random.RandomState) -> Iterator[None]:
-    """Let numpy's global stream, from which mazes draw textures, follow the task's for a while."""
-    before = np.random.get_state()  # noqa: NPY002
-    _, key, position, *_ = random.get_state(legacy=True)
-    np.random.seed(zlib.crc32(np.asarray(key).tobytes(), int(position)))  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(before)  # noqa: NPY002
+class SeededMaze:
+    """A random maze of labmaze whose every layout follows from numpy's global stream.
+
+    labmaze's generator shows its random state to nobody, so a layout could not be made again. Here
+    each comes from a new generator, whose seed labmaze draws from numpy's global stream.
+
+    :param maze: labmaze's ``RandomMaze``: its size, rooms and numbers of objects are kept
+    """
+
+    #: The options that a maze tells; dm_control's tasks leave the others at labmaze's defaults.
+    OPTIONS = (
+        "height",
+        "width",
+        "max_rooms",
+        "room_min_size",
+        "room_max_size",
+        "max_variations",
+        "spawns_per_room",
+        "spawn_token",
+        "objects_per_room",
+        "object_token",
+    )
+
+    def __init__(self, maze: Any) -> None:
+        self._options = {name: getattr(maze, name) for name in self.OPTIONS}
+        self._maze = maze
+
+    def regenerate(self) -> None:
+        """Draw a new layout."""
+        self._maze = type(self._maze)(**self._options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what dm_control asks of the maze: its layers and sizes."""
+        return getattr(self._maze, name)
 
 
 class ComposerSimulation:
@@ -101,7 +136,6 @@ class ComposerSimulation:
 
     def __init__(self, info: TaskInfo, images: bool) -> None:
         build = _manipulation if info.domain == "manipulation" else _locomotion
-        self._info = info
         self.env = build(info.task, images)
         self.task = self.env.task
         self.n_sub_steps: int = self.env._n_sub_steps
@@ -118,6 +152,7 @@ class ComposerSimulation:
         self._before = self._built
         self._target_kinds = list(getattr(self.task, "_target_builders", ()))
         self._order_before = self._order()
+        self._numpy = np.random.RandomState()  # stands for numpy's global stream
         self._start: dict[str, Any] | None = None
         self._controls: list[NDArray[np.float64]] = []
         self._observation: Any = None
@@ -144,8 +179,12 @@ class ComposerSimulation:
         return np.broadcast_to(spec.minimum, shape), np.broadcast_to(spec.maximum, shape)
 
     def seed(self, seed: int) -> None:
-        """Give the task the random generator that dm_control builds from a seed."""
+        """Give the task the random generator that dm_control builds from a seed.
+
+        What stands for numpy's global stream starts as after ``np.random.seed(seed)``.
+        """
         self.env._random_state = exact.random_state_from_seed(seed)
+        self._numpy = exact.random_state_from_seed(seed)
         exact.restore_attributes(self.task, self._built)
         self._set_order(range(len(self._target_kinds)))
 
@@ -158,13 +197,24 @@ class ComposerSimulation:
         if self._target_kinds:
             self.task._target_builders[:] = [self._target_kinds[index] for index in order]
 
+    @contextlib.contextmanager
+    def _numpy_in_place(self) -> Iterator[None]:
+        """Let numpy's global stream be this simulation's for a while."""
+        outside = np.random.get_state()  # noqa: NPY002
+        np.random.set_state(self._numpy.get_state())  # noqa: NPY002
+        try:
+            yield
+        finally:
+            self._numpy.set_state(np.random.get_state())  # noqa: NPY002
+            np.random.set_state(outside)  # noqa: NPY002
+
     def reset(self) -> None:
         """Start an episode."""
         self._before = exact.copy_attributes(self.task)
         self._order_before = self._order()
-        self._start = exact.copy_random_state(self.random)
+        self._start = self._random_states()
         self._controls = []
-        with _numpy_stream_of(self.random):
+        with self._numpy_in_place():
             self._observation = self.env.reset().observation
 
     def step(self, control: NDArray[np.float64]) -> tuple[float, float | None]:
@@ -173,7 +223,11 @@ class ComposerSimulation:
         :return: the reward, and the discount of a task that ends here or None
         """
         self._controls.append(control.copy())
-        step = self.env.step(control)
+        # Within an episode numpy's stream is drawn from only where two_touch places a new target;
+        # putting it in place costs a quarter of a small task's step.
+        draws = getattr(self.task, "_must_randomize_targets", False)
+        with self._numpy_in_place() if draws else contextlib.nullcontext():
+            step = self.env.step(control)
         self._observation = step.observation
         return float(step.reward), float(step.discount) if step.last() else None
 
@@ -182,34 +236,36 @@ class ComposerSimulation:
         return self._observation
 
     def get_state(self) -> dict[str, Any]:
-        """Return the random state at the episode's start and the controls since, [steps, A].
-
-        :raises NotImplementedError: for tasks that draw random numbers from elsewhere too
-        """
-        if self._info.nondeterministic:
-            raise NotImplementedError(
-                f"{self._info.id} keeps state outside the task's random state, so its exact state "
-                "cannot be stored; use another task."
-            )
+        """Return the random states at the episode's start and the controls since, [steps, A]."""
         size = self.env.action_spec().shape[0]
         return {
             "start": self._start,
             "task": self._before,
             "order": self._order_before,
             "controls": np.array(self._controls).reshape(-1, size),
-            "random": exact.copy_random_state(self.random),
+            "random": self._random_states(),
         }
+
+    def _random_states(self) -> dict[str, Any]:
+        return {
+            "task": exact.copy_random_state(self.random),
+            "numpy": exact.copy_random_state(self._numpy),
+        }
+
+    def _set_random_states(self, states: dict[str, Any]) -> None:
+        self.random.set_state(states["task"])
+        self._numpy.set_state(states["numpy"])
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Replay the episode up to where :meth:`get_state` was called."""
         if state["start"] is not None:
-            self.random.set_state(state["start"])
+            self._set_random_states(state["start"])
             exact.restore_attributes(self.task, state["task"])
             self._set_order(state["order"])
             self.reset()
             for control in np.asarray(state["controls"], np.float64):
                 self.step(control)
-        self.random.set_state(state["random"])
+        self._set_random_states(state["random"])
 
     def close(self) -> None:
         """Free the OpenGL contexts and the simulator."""

@@ -62,7 +62,6 @@ def register_task(info: TaskInfo) -> None:
         id=info.id,
         entry_point=ENTRY_POINT,
         kwargs={"domain": info.domain, "task": info.task},
-        nondeterministic=info.nondeterministic,
         max_episode_steps=TaskSteps(info.control_steps),
         # The environment refuses a step before reset() itself, and the tests run the checker.
         order_enforce=False,

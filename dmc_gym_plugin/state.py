@@ -14,6 +14,7 @@ Nothing here needs pickle, so a state may be written with ``numpy.savez`` or as 
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import mujoco
@@ -150,6 +151,8 @@ def copy_attributes(obj: Any) -> dict[str, Any]:
     for name, value in vars(obj).items():
         if isinstance(value, np.generic | np.ndarray):
             found[name] = np.array(value)
+        elif isinstance(value, enum.IntEnum):
+            found[name] = int(value)
         elif isinstance(value, _PLAIN):
             found[name] = value
     return found

@@ -105,11 +105,6 @@ LOCOMOTION: dict[str, int] = {
 }
 
 
-#: These draw from generators outside the task's random state (numpy's global one, labmaze's own):
-#: a seed does not fix their episodes, and their state cannot be stored exactly.
-NONDETERMINISTIC = ("cmu_humanoid_maze_forage", "rodent_maze_forage", "rodent_two_touch")
-
-
 class TaskInfo(NamedTuple):
     """One row of the table.
 
@@ -128,11 +123,6 @@ class TaskInfo(NamedTuple):
     def id(self) -> str:
         """The Gymnasium id."""
         return env_id(self.domain, self.task)
-
-    @property
-    def nondeterministic(self) -> bool:
-        """Whether a seed leaves the episodes open."""
-        return self.group == "locomotion" and self.task in NONDETERMINISTIC
 
 
 def env_id(domain: str, task: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -16,6 +18,8 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 import dmc_gym_plugin
 from dmc_gym_plugin import rendering, tasks
 
+#: Tasks whose scenes are drawn outside the task's random state.
+FORAGING_AND_TOUCH = [name for name in tasks.LOCOMOTION if name.endswith(("forage", "two_touch"))]
 FEATURES = [name for name in tasks.MANIPULATION if name.endswith("_features")]
 needs_opengl = pytest.mark.skipif(
     rendering.choose_backend() == "disable", reason=f"no OpenGL: {rendering.REMEDY}"
@@ -208,10 +212,122 @@ def test_locomotion(name: str) -> None:
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
     assert env.step(env.action_space.sample())[0].shape == observation.shape
-    if name in tasks.NONDETERMINISTIC:
-        assert env.spec.nondeterministic
-        with pytest.raises(NotImplementedError, match="cannot be stored"):
-            env.unwrapped.get_state()
-    else:
-        check_state("locomotion", name)
+    check_state("locomotion", name)
     env.close()
+
+
+@contextlib.contextmanager
+def numpy_seed(seed: int) -> Iterator[None]:
+    """Seed numpy's global stream for a while."""
+    outside = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(outside)  # noqa: NPY002
+
+
+def scene(env: dmc_gym_plugin.DMControlEnv) -> dict[str, np.ndarray]:
+    """Return copies of every array of the model (walls, targets, textures ...), and the pose."""
+    model = env.physics.model.ptr
+    values = {name: getattr(model, name) for name in dir(model) if not name.startswith("_")}
+    found = {name: value.copy() for name, value in values.items() if isinstance(value, np.ndarray)}
+    return {**found, "qpos": env.physics.data.qpos.copy()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not tasks.has_labmaze(), reason="labmaze is not installed")
+@pytest.mark.parametrize("name", FORAGING_AND_TOUCH)
+def test_a_seed_fixes_scenes_and_a_state_restores_them(name: str) -> None:
+    env = dmc_gym_plugin.DMControlEnv("locomotion", name)
+    outside = np.random.get_state()[1].copy()  # noqa: NPY002
+    env.reset(seed=3)
+    first = scene(env)
+    env.reset()
+    second = scene(env)
+    env.step(np.zeros(env.action_space.shape, np.float32))
+    saved = env.get_state()
+    stepped = scene(env)
+    env.reset()
+    third = scene(env)
+    np.testing.assert_array_equal(np.random.get_state()[1], outside)  # noqa: NPY002
+    for one, other in ((first, second), (second, third), (first, third)):
+        assert not all(
+            one[part].shape == other[part].shape and (one[part] == other[part]).all()
+            for part in ("body_pos", "geom_pos", "qpos")
+        )
+    env.close()
+    fresh = dmc_gym_plugin.DMControlEnv("locomotion", name)
+    fresh.reset(seed=8)
+    fresh.set_state(saved)
+    np.testing.assert_equal(scene(fresh), stepped)
+    fresh.reset()
+    np.testing.assert_equal(scene(fresh), third)
+    fresh.reset(seed=3)
+    np.testing.assert_equal(scene(fresh), first)
+    fresh.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not tasks.has_labmaze(), reason="labmaze is not installed")
+@pytest.mark.parametrize("name", ["cmu_humanoid_heterogeneous_forage", "rodent_two_touch"])
+def test_a_seed_is_dm_controls_and_numpys(name: str) -> None:
+    from dm_control.locomotion.examples import basic_cmu_2019, basic_rodent_2020
+
+    builders = {**vars(basic_cmu_2019), **vars(basic_rodent_2020)}
+    theirs = builders[name](random_state=4)
+    theirs.task._walker.observables.egocentric_camera.enabled = False
+    env = dmc_gym_plugin.DMControlEnv("locomotion", name)
+    observation, _ = env.reset(seed=4)
+    still = np.zeros(env.action_space.shape)
+    with numpy_seed(4):
+        expected = theirs.reset()
+        for step in range(3):
+            flat = np.concatenate([np.ravel(value) for value in expected.observation.values()])
+            np.testing.assert_array_equal(observation, flat.astype(np.float32))
+            np.testing.assert_array_equal(env.physics.data.xpos, theirs.physics.data.xpos)
+            np.testing.assert_array_equal(env.physics.model.geom_pos, theirs.physics.model.geom_pos)
+            for task in (env.task, theirs.task):
+                task._must_randomize_targets = step == 1  # as after two touches
+            observation, reward, *_ = env.step(still)
+            expected = theirs.step(still)
+            assert reward == expected.reward
+    env.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not tasks.has_labmaze(), reason="labmaze is not installed")
+def test_a_seeded_maze_is_drawn_as_labmaze_draws_it() -> None:
+    from dm_control.locomotion.examples import basic_cmu_2019
+
+    from dmc_gym_plugin.composer_simulation import SeededMaze
+
+    with numpy_seed(5):
+        theirs = basic_cmu_2019.cmu_humanoid_maze_forage().task.root_entity.maze
+    ours = SeededMaze(theirs)
+    with numpy_seed(5):
+        ours.regenerate()
+    for layer in ("entity_layer", "variations_layer"):
+        assert str(getattr(ours, layer)) == str(getattr(theirs, layer))
+        assert str(getattr(ours, layer)).count("\n") == 11
+    before = str(ours.entity_layer)
+    ours.regenerate()
+    assert str(ours.entity_layer) != before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not tasks.has_labmaze(), reason="labmaze is not installed")
+def test_a_new_target_within_the_episode_is_in_the_state() -> None:
+    envs = [dmc_gym_plugin.DMControlEnv("locomotion", "rodent_two_touch") for _ in range(2)]
+    still = np.zeros(envs[0].action_space.shape)
+    envs[0].reset(seed=6)
+    envs[0].step(still)
+    envs[1].set_state(envs[0].get_state())
+    targets = []
+    for env in envs:
+        before = env.task._target_positions.copy()
+        env.task._must_randomize_targets = True  # as after two touches
+        env.step(still)
+        targets.append(env.task._target_positions.copy())
+        assert not np.array_equal(targets[-1], before)
+    np.testing.assert_array_equal(targets[0], targets[1])

@@ -14,6 +14,7 @@ fixes these episodes and a state holds them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import math
 import warnings
@@ -238,13 +239,31 @@ class ComposerSimulation:
     def get_state(self) -> dict[str, Any]:
         """Return the random states at the episode's start and the controls since, [steps, A]."""
         size = self.env.action_spec().shape[0]
+        start = {"start": self._start, "task": self._before, "order": self._order_before}
         return {
-            "start": self._start,
-            "task": self._before,
-            "order": self._order_before,
+            **copy.deepcopy(start),
             "controls": np.array(self._controls).reshape(-1, size),
             "random": self._random_states(),
         }
+
+    def _check_state(self, state: Any) -> None:
+        """Refuse what :meth:`get_state` cannot have returned."""
+        names = ("start", "task", "order", "controls", "random")
+        exact.check_keys("The state's simulation", state, names)
+        exact.check_keys("The state's task", state["task"], (), vars(self.task))
+        kinds, size = len(self._target_kinds), self.env.action_spec().shape[0]
+        order, controls = state["order"], np.shape(state["controls"])
+        if not isinstance(order, list) or sorted(order) != list(range(kinds)):
+            raise ValueError(
+                f"The state's order is {order!r}, but this task has {kinds} kinds of targets; use "
+                "a state of the same task."
+            )
+        if len(controls) != 2 or controls[1] != size:
+            raise ValueError(
+                f"The state's controls have shape {controls}, but this task takes [steps, {size}]; "
+                "use a state of the same task."
+            )
+        self._set_random_states("random", state)  # refused here if at all
 
     def _random_states(self) -> dict[str, Any]:
         return {
@@ -252,20 +271,26 @@ class ComposerSimulation:
             "numpy": exact.copy_random_state(self._numpy),
         }
 
-    def _set_random_states(self, states: dict[str, Any]) -> None:
-        self.random.set_state(states["task"])
-        self._numpy.set_state(states["numpy"])
+    def _set_random_states(self, name: str, state: dict[str, Any]) -> None:
+        states = state[name]
+        exact.check_keys(f"The state's {name}", states, ("task", "numpy"))
+        exact.restore_random_state(self.random, states["task"])
+        exact.restore_random_state(self._numpy, states["numpy"])
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Replay the episode up to where :meth:`get_state` was called."""
+        """Replay the episode up to where :meth:`get_state` was called.
+
+        :raises ValueError: if the state is none of this task's; nothing is replayed then
+        """
+        self._check_state(state)
         if state["start"] is not None:
-            self._set_random_states(state["start"])
+            self._set_random_states("start", state)
             exact.restore_attributes(self.task, state["task"])
             self._set_order(state["order"])
             self.reset()
             for control in np.asarray(state["controls"], np.float64):
                 self.step(control)
-        self._set_random_states(state["random"])
+        self._set_random_states("random", state)
 
     def close(self) -> None:
         """Free the OpenGL contexts and the simulator."""

@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
 
+from dmc_gym_plugin import state as exact
 from dmc_gym_plugin import tasks
 from dmc_gym_plugin.camera import Photographer, default_camera
 from dmc_gym_plugin.settings import (
@@ -275,7 +276,8 @@ class DMControlEnv(gymnasium.Env):
     def get_state(self) -> dict[str, Any]:
         """Return the exact state: simulator, model edits, random state, counters, stacked frames.
 
-        :return: nested dictionaries of numbers, strings, None and new arrays, nothing else
+        :return: nested dictionaries and lists of numbers, strings, None and new arrays, nothing
+            else
         """
         self._check_open()
         return {
@@ -291,14 +293,12 @@ class DMControlEnv(gymnasium.Env):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue exactly where :meth:`get_state` was called, in this or another instance.
 
-        :raises ValueError: if the state belongs to another task
+        :raises ValueError: for a state of another task, and for what is no state at all
         """
         self._check_open()
-        if state.get("id") != self.task_info.id:
-            raise ValueError(
-                f"The state is of {state.get('id')!r}, but this environment is "
-                f"{self.task_info.id}; use a state of the same task."
-            )
+        exact.check_state(state, self.task_info.id)
+        # A state that the simulation refuses half-way leaves no episode to go on with.
+        self._running = False
         self.simulation.set_state(state["simulation"])
         self._view.set_state(state["view"])
         self._steps = int(state["steps"])

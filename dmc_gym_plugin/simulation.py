@@ -230,11 +230,18 @@ class SuiteSimulation:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where :meth:`get_state` was called."""
+        """Continue exactly where :meth:`get_state` was called.
+
+        :raises ValueError: if the state is none of this task's; the simulation is untouched then
+        """
+        exact.check_keys("The state's simulation", state, ("data", "model", "task", "random"))
+        exact.check_data(self._model, self._data, state["data"])
+        self._edits.check(state["model"])
+        exact.check_keys("The state's task", state["task"], exact.copy_attributes(self.task))
+        exact.restore_random_state(self.random, state["random"])
         self._edits.restore(self._model, state["model"])
         exact.restore_data(self._model, self._data, state["data"])
         exact.restore_attributes(self.task, state["task"])
-        self.random.set_state(state["random"])
         rendering.upload_terrain(self.physics)
 
     def close(self) -> None:

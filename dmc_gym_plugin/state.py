@@ -15,6 +15,9 @@ Nothing here needs pickle, so a state may be written with ``numpy.savez`` or as 
 from __future__ import annotations
 
 import enum
+import numbers
+import reprlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mujoco
@@ -48,12 +51,69 @@ _SIGNATURE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _PLAIN = (bool, int, float, str, type(None))
 
 
+def check_keys(
+    what: str, part: Any, required: Collection[str], optional: Collection[str] = ()
+) -> None:
+    """Refuse a part of a state that is no dictionary, or has keys missing or unknown.
+
+    :param what: its name in the message
+    :raises ValueError: one sentence with the remedy
+    """
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{what} is {reprlib.repr(part)}; give what get_state() returned.")
+    missing = [name for name in required if name not in part]
+    unknown = [name for name in part if name not in required and name not in optional]
+    if missing:
+        raise ValueError(f"{what} lacks {missing}; give what get_state() returned.")
+    if unknown:
+        raise ValueError(f"{what} holds the unknown {unknown}; give what get_state() returned.")
+
+
+def check_state(state: Any, env_id: str) -> None:
+    """Refuse what ``DMControlEnv.get_state()`` cannot have returned, before anything is restored.
+
+    The simulation checks its own part.
+
+    :param env_id: Gymnasium id of the environment that is to take the state
+    :raises ValueError: one sentence with the remedy
+    """
+    parts = ("id", "simulation", "view", "steps", "frames", "max_frames", "running")
+    check_keys("The state", state, parts)
+    if state["id"] != env_id:
+        raise ValueError(
+            f"The state is of {state['id']!r}, but this environment is {env_id}; use a state of "
+            "the same task."
+        )
+    check_keys("The state's view", state["view"], (), ("frames",))
+    for name in ("steps", "frames", "max_frames", "running"):
+        value = state[name]
+        unlimited = name == "max_frames" and value is None
+        if not unlimited and not (isinstance(value, numbers.Integral) and int(value) >= 0):
+            raise ValueError(
+                f"The state's {name} is {reprlib.repr(value)}; give what get_state() returned."
+            )
+
+
 def copy_random_state(random: np.random.RandomState) -> dict[str, Any]:
     """Return the complete state of a random generator (MT19937)."""
     state: dict[str, Any] = dict(random.get_state(legacy=False))
     inner = state["state"]
     state["state"] = {"key": inner["key"].copy(), "pos": int(inner["pos"])}
     return state
+
+
+def restore_random_state(random: np.random.RandomState, state: Any) -> None:
+    """Write what :func:`copy_random_state` returned into a random generator.
+
+    :raises ValueError: if it is something else
+    """
+    try:
+        random.set_state(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The state's random state is {reprlib.repr(state)}, which numpy refuses ({error!r}); "
+            "give what get_state() returned."
+        ) from error
 
 
 def random_state_from_seed(seed: int | None) -> np.random.RandomState:
@@ -81,18 +141,25 @@ def copy_data(model: Any, data: Any) -> dict[str, NDArray[Any]]:
     return state
 
 
-def restore_data(model: Any, data: Any, state: dict[str, Any]) -> None:
-    """Write a state from :func:`copy_data` into an ``mjData`` of the same model.
+def check_data(model: Any, data: Any, state: Any) -> None:
+    """Refuse a state that is not one of :func:`copy_data` from the same model.
 
-    :raises ValueError: if the state belongs to another model
+    :raises ValueError: if it belongs to another model
     """
+    check_keys("The state's data", state, ("integration", *ACCELERATION_FIELDS))
+    expected = {name: getattr(data, name).size for name in ACCELERATION_FIELDS}
+    expected["integration"] = mujoco.mj_stateSize(model, _SIGNATURE)
+    for name, size in expected.items():
+        if np.size(state[name]) != size:
+            raise ValueError(
+                f"The state's {name} has {np.size(state[name])} numbers, but this task has {size}; "
+                "use a state of the same task."
+            )
+
+
+def restore_data(model: Any, data: Any, state: dict[str, Any]) -> None:
+    """Write a state from :func:`copy_data` into an ``mjData`` of the same model."""
     integration = np.asarray(state["integration"], np.float64)
-    expected = mujoco.mj_stateSize(model, _SIGNATURE)
-    if integration.shape != (expected,):
-        raise ValueError(
-            f"The state holds {integration.size} simulation numbers, but this task has "
-            f"{expected}; use a state of the same task."
-        )
     mujoco.mj_setState(model, data, integration, _SIGNATURE)
     mujoco.mj_step1(model, data)
     # mj_step1 may not touch the warm start, but set the integration part again to be certain.
@@ -125,22 +192,25 @@ class ModelEdits:
                 edits[name] = value.copy()
         return edits
 
+    def check(self, edits: Any) -> None:
+        """Refuse edits of another model.
+
+        :raises ValueError: if a field is unknown or has another shape
+        """
+        check_keys("The state's model", edits, (), self._compiled)
+        for name, edit in edits.items():
+            own = self._compiled[name].shape
+            if np.shape(edit) != own:
+                raise ValueError(
+                    f"The state's model field {name} has shape {np.shape(edit)}, but this task has "
+                    f"{own}; use a state of the same task."
+                )
+
     def restore(self, model: Any, edits: dict[str, Any]) -> None:
         """Make the model equal to the one the edits were taken from."""
-        unknown = sorted(set(edits) - set(self._compiled))
-        if unknown:
-            raise ValueError(
-                f"The state edits model fields {unknown} that this task does not have; use a state "
-                "of the same task."
-            )
         for name, compiled in self._compiled.items():
             value = getattr(model, name)
             target = np.asarray(edits.get(name, compiled))
-            if value.shape != target.shape:
-                raise ValueError(
-                    f"The state's model field {name} has shape {target.shape}, but this task has "
-                    f"{value.shape}; use a state of the same task."
-                )
             if not np.array_equal(value, target):
                 np.copyto(value, target)
 

@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from plain_states import assert_plain
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 import dmc_gym_plugin
@@ -73,6 +74,7 @@ def check_state(domain: str, name: str) -> None:
     for _ in range(4):
         env.step(play_on)
     saved = env.get_state()
+    assert_plain(saved)
     expected = play(env, seed=2, steps=4)
     fresh = dmc_gym_plugin.DMControlEnv(domain, name)
     fresh.set_state(saved)
@@ -103,6 +105,35 @@ def test_reach_site_equals_dm_control() -> None:
 
 def test_reach_site_state() -> None:
     check_state("manipulation", "reach_site_features")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (
+            "controls",
+            np.zeros((2, 3)),
+            r"controls have shape \(2, 3\), but this task takes \[steps, 9",
+        ),
+        (
+            "order",
+            [1, 0],
+            r"order is \[1, 0\], but this task has 0 kinds of targets; use a state of",
+        ),
+        ("start", {"task": 1}, r"^The state's start lacks \['numpy'\]; give what get_state"),
+        ("random", 5, r"^The state's random is 5; give what get_state"),
+        ("task", {"wings": 2}, r"^The state's task holds the unknown \['wings'\]; give"),
+        ("wings", 2, r"^The state's simulation holds the unknown \['wings'\]; give"),
+    ],
+)
+def test_a_damaged_state_is_refused(part: str, value: Any, message: str) -> None:
+    env = dmc_gym_plugin.DMControlEnv("manipulation", "reach_site_features")
+    env.reset(seed=1)
+    saved = env.get_state()
+    with pytest.raises(ValueError, match=message):
+        env.set_state({**saved, "simulation": {**saved["simulation"], part: value}})
+    env.set_state(saved)
+    env.close()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 from dm_control import suite
+from plain_states import assert_plain
 
 import dmc_gym_plugin
 from dmc_gym_plugin import state as exact
@@ -32,21 +33,6 @@ def arrays(struct: Any) -> dict[str, np.ndarray]:
     names = (name for name in dir(struct) if not name.startswith("_"))
     values = ((name, getattr(struct, name)) for name in names)
     return {name: value for name, value in values if isinstance(value, np.ndarray)}
-
-
-def assert_plain(value: Any) -> None:
-    """Check that a state holds nothing that would need pickle."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            assert isinstance(key, str)
-            assert_plain(part)
-    elif isinstance(value, list):
-        for part in value:
-            assert_plain(part)
-    elif isinstance(value, np.ndarray):
-        assert value.dtype.kind in "fiub"
-    else:
-        assert value is None or type(value) in (bool, int, float, str), type(value)
 
 
 def play(env: gymnasium.Env, seed: int, steps: int) -> list[Any]:
@@ -139,6 +125,78 @@ def test_a_state_of_another_task_is_refused() -> None:
     runner = dmc_gym_plugin.DMControlEnv("walker", "run")
     with pytest.raises(ValueError, match=r"walker-walk-v0.*this environment is DMC/walker-run-v0"):
         runner.set_state(walker.get_state())
+
+
+def change(state: dict[str, Any], path: str, value: Any = None) -> dict[str, Any]:
+    """Return a copy of a state with one part (``a/b/c``) replaced, or taken out with None."""
+    changed = copy.deepcopy(state)
+    *way, last = path.split("/")
+    part = changed
+    for name in way:
+        part = part[name]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("view", None, r"^The state lacks \['view'\]; give what get_state\(\) returned\.$"),
+        ("extra", 1, r"^The state holds the unknown \['extra'\]; give"),
+        ("simulation", [1], r"^The state's simulation is \[1\]; give"),
+        ("simulation/task", None, r"^The state's simulation lacks \['task'\]; give"),
+        ("simulation/data/qacc", None, r"^The state's data lacks \['qacc'\]; give"),
+        ("simulation/data/qacc", np.zeros(5), "qacc has 5 numbers, but this task has 9; use a st"),
+        ("simulation/data/integration", np.zeros(3), "integration has 3 numbers, but this task"),
+        ("simulation/model/wings", np.zeros(3), r"^The state's model holds the unknown \['wings"),
+        ("simulation/model/geom_pos", np.zeros(3), r"geom_pos has shape \(3,\), but this task has"),
+        ("simulation/task/_move_speed", None, r"^The state's task lacks \['_move_speed'\]; give"),
+        ("simulation/task/x", 1, r"^The state's task holds the unknown \['x'\]; give"),
+        (
+            "simulation/random",
+            7,
+            r"^The state's random state is 7, which numpy refuses \(.*\); give",
+        ),
+        ("view", 5, r"^The state's view is 5; give"),
+        ("steps", "many", r"^The state's steps is 'many'; give"),
+        ("max_frames", -1, r"^The state's max_frames is -1; give"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_leaves_the_simulation(
+    path: str, value: Any, message: str
+) -> None:
+    env = dmc_gym_plugin.DMControlEnv("walker", "walk")
+    env.reset(seed=0)
+    saved = env.get_state()
+    env.step(np.ones(6, np.float32))
+    fields = copy_fields(env)
+    with pytest.raises(ValueError, match=message) as caught:
+        env.set_state(change(saved, path, value))
+    assert "\n" not in str(caught.value)
+    assert_same_fields(env, fields)
+    env.set_state(saved)
+    assert env.episode_step == 0
+
+
+@pytest.mark.parametrize("nothing", [None, 3, "state", [1, 2], np.zeros(2)])
+def test_what_is_no_state_is_refused(nothing: Any) -> None:
+    env = dmc_gym_plugin.DMControlEnv("pendulum", "swingup")
+    with pytest.raises(ValueError, match=r"^The state is .*; give what get_state\(\) returned\.$"):
+        env.set_state(nothing)
+    with pytest.raises(
+        ValueError, match=r"^The state lacks \['id', 'simulation', 'view', 'steps', "
+    ):
+        env.set_state({})
+
+
+def test_a_state_of_another_model_of_the_task_is_refused() -> None:
+    three = gymnasium.make("DMC/cartpole-three_poles-v0").unwrapped
+    two = gymnasium.make("DMC/cartpole-three_poles-v0", task_kwargs={"num_poles": 2}).unwrapped
+    with pytest.raises(ValueError, match=r"has \d+ numbers, but this task has \d+; use a state of"):
+        two.set_state(three.get_state())
 
 
 def test_deepcopy_and_pickle_continue_exactly() -> None:

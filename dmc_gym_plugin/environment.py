@@ -10,7 +10,6 @@ import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from dmc_gym_plugin import state as exact
 from dmc_gym_plugin import tasks
 from dmc_gym_plugin.camera import Photographer, default_camera
 from dmc_gym_plugin.settings import (
@@ -22,6 +21,7 @@ from dmc_gym_plugin.settings import (
 )
 from dmc_gym_plugin.simulation import load
 from dmc_gym_plugin.spaces import ActionMap, Flattener
+from dmc_gym_plugin.state_checks import check_state
 from dmc_gym_plugin.views import DictView, FlatView, PixelView, StatePixelView
 
 
@@ -296,7 +296,7 @@ class DMControlEnv(gymnasium.Env):
         :raises ValueError: for a state of another task, and for what is no state at all
         """
         self._check_open()
-        exact.check_state(state, self.task_info.id)
+        check_state(state, self.task_info.id)
         # A state that the simulation refuses half-way leaves no episode to go on with.
         self._running = False
         self.simulation.set_state(state["simulation"])

@@ -53,6 +53,7 @@ from dmc_gym_plugin import extended  # noqa: E402
 from dmc_gym_plugin import state as exact  # noqa: E402
 from dmc_gym_plugin.fast_rewards import use_fast_rewards  # noqa: E402
 from dmc_gym_plugin.indexing import cache_named_indexing  # noqa: E402
+from dmc_gym_plugin.state_checks import check_keys  # noqa: E402
 
 
 @contextlib.contextmanager
@@ -234,10 +235,10 @@ class SuiteSimulation:
 
         :raises ValueError: if the state is none of this task's; the simulation is untouched then
         """
-        exact.check_keys("The state's simulation", state, ("data", "model", "task", "random"))
+        check_keys("The state's simulation", state, ("data", "model", "task", "random"))
         exact.check_data(self._model, self._data, state["data"])
         self._edits.check(state["model"])
-        exact.check_keys("The state's task", state["task"], exact.copy_attributes(self.task))
+        check_keys("The state's task", state["task"], exact.copy_attributes(self.task))
         exact.restore_random_state(self.random, state["random"])
         self._edits.restore(self._model, state["model"])
         exact.restore_data(self._model, self._data, state["data"])

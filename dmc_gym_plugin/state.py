@@ -15,14 +15,14 @@ Nothing here needs pickle, so a state may be written with ``numpy.savez`` or as 
 from __future__ import annotations
 
 import enum
-import numbers
 import reprlib
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
+
+from dmc_gym_plugin.state_checks import check_keys
 
 #: Fields of mjData that mj_step1 does not recompute; tests compare every field on all tasks.
 ACCELERATION_FIELDS = (
@@ -49,49 +49,6 @@ _SIGNATURE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 #: Types of a task's attributes that are part of its state.
 _PLAIN = (bool, int, float, str, type(None))
-
-
-def check_keys(
-    what: str, part: Any, required: Collection[str], optional: Collection[str] = ()
-) -> None:
-    """Refuse a part of a state that is no dictionary, or has keys missing or unknown.
-
-    :param what: its name in the message
-    :raises ValueError: one sentence with the remedy
-    """
-    if not isinstance(part, Mapping):
-        raise ValueError(f"{what} is {reprlib.repr(part)}; give what get_state() returned.")
-    missing = [name for name in required if name not in part]
-    unknown = [name for name in part if name not in required and name not in optional]
-    if missing:
-        raise ValueError(f"{what} lacks {missing}; give what get_state() returned.")
-    if unknown:
-        raise ValueError(f"{what} holds the unknown {unknown}; give what get_state() returned.")
-
-
-def check_state(state: Any, env_id: str) -> None:
-    """Refuse what ``DMControlEnv.get_state()`` cannot have returned, before anything is restored.
-
-    The simulation checks its own part.
-
-    :param env_id: Gymnasium id of the environment that is to take the state
-    :raises ValueError: one sentence with the remedy
-    """
-    parts = ("id", "simulation", "view", "steps", "frames", "max_frames", "running")
-    check_keys("The state", state, parts)
-    if state["id"] != env_id:
-        raise ValueError(
-            f"The state is of {state['id']!r}, but this environment is {env_id}; use a state of "
-            "the same task."
-        )
-    check_keys("The state's view", state["view"], (), ("frames",))
-    for name in ("steps", "frames", "max_frames", "running"):
-        value = state[name]
-        unlimited = name == "max_frames" and value is None
-        if not unlimited and not (isinstance(value, numbers.Integral) and int(value) >= 0):
-            raise ValueError(
-                f"The state's {name} is {reprlib.repr(value)}; give what get_state() returned."
-            )
 
 
 def copy_random_state(random: np.random.RandomState) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_reach_site_state() -> None:
         ),
         ("start", {"task": 1}, r"^The state's start lacks \['numpy'\]; give what get_state"),
         ("random", 5, r"^The state's random is 5; give what get_state"),
-        ("task", {"wings": 2}, r"^The state's task holds the unknown \['wings'\]; give"),
+        ("task", 2, r"^The state's task is 2; give what get_state"),
         ("wings", 2, r"^The state's simulation holds the unknown \['wings'\]; give"),
     ],
 )

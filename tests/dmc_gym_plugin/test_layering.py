@@ -9,7 +9,7 @@ import dmc_gym_plugin
 
 #: From top to bottom. What stands on one line may not import from each other.
 LAYERS = [
-    ["tasks", "sizes", "rendering", "spaces", "indexing", "fast_rewards"],
+    ["tasks", "sizes", "rendering", "spaces", "indexing", "fast_rewards", "state_checks"],
     ["views", "camera", "state", "extended"],
     ["settings", "composer_simulation"],
     ["simulation"],

@@ -68,6 +68,29 @@ def import_dm_control() -> None:
         if os.environ.get(VARIABLE):
             raise explain(error) from error
         raise
+    keep_render_threads()
+
+
+def keep_render_threads() -> None:
+    """Keep the threads in which dm_control uses OSMesa (EGL and GLFW have none).
+
+    Where an environment is dropped in a cycle without ``close()``, its thread would be collected
+    with it, and its OpenGL context wait for the thread for ever. dm_control uses threads again, so
+    there stay as few as there were contexts at once.
+    """
+    from dm_control._render.executor import render_executor
+
+    pool = getattr(render_executor, "_THREAD_POOL_EXECUTOR_POOL", None)  # private: it may go away
+    if pool is None or "acquire" in vars(pool):
+        return
+    acquire, kept = pool.acquire, set()
+
+    def acquire_and_keep() -> Any:
+        executor = acquire()
+        kept.add(executor)
+        return executor
+
+    pool.acquire = acquire_and_keep
 
 
 def load_triton_first() -> None:
@@ -151,7 +174,7 @@ def explain(error: BaseException) -> RenderingError:
     """Return an error that says what to install, from whatever the backend raised."""
     backend = os.environ.get(VARIABLE)
     if backend in ("disable", "disabled", "off", "false", "0"):
-        cause = "no OpenGL backend works on this machine (neither EGL nor OSMesa)"
+        cause = f"{VARIABLE} is {backend!r} (set by you, or as neither EGL nor OSMesa works)"
     else:
         cause = f"the OpenGL backend {backend or 'of the display'} failed ({error})"
     return RenderingError(f"Cannot render: {cause}; {REMEDY}, or set {VARIABLE}.")

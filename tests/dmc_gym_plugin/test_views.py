@@ -165,7 +165,9 @@ def test_without_opengl_everything_but_pictures_works() -> None:
         "except Exception as error: print(type(error).__name__, error)\n"
     )
     done = run(code, MUJOCO_GL="disable")
-    assert done.stdout.startswith("(101,)\nRenderingError Cannot render: no OpenGL"), done
+    assert done.stdout.startswith("(101,)\nRenderingError Cannot render: MUJOCO_GL is 'disable'"), (
+        done
+    )
     assert "apt-get install libegl1 libgl1-mesa-dri" in done.stdout
     assert "libosmesa6" in done.stdout
 
@@ -234,6 +236,13 @@ def test_triton_is_loaded_before_a_software_renderer(tmp_path: Path) -> None:
     assert done.stdout.split() == ["triton", "False", "made"]
 
 
+def test_an_unknown_backend_is_refused() -> None:
+    done = run("import gymnasium; gymnasium.make('DMC/walker-walk-v0')", MUJOCO_GL="nonsense")
+    last = done.stderr.splitlines()[-1]
+    assert "RenderingError: Cannot render: the OpenGL backend nonsense failed" in last
+    assert "install EGL" in last
+
+
 RENDER = (
     "import gymnasium, os{early}\n"
     "import dmc_gym_plugin\n"
@@ -262,6 +271,26 @@ def test_osmesa_takes_the_place_of_an_egl_without_driver() -> None:
     # libEGL finds no vendor's driver: it loads, and has no device.
     done = run(RENDER.format(early=""), __EGL_VENDOR_LIBRARY_DIRS="/nonexistent")
     assert done.stdout.split() == ["osmesa", "True"], done.stderr
+
+
+DROP = (
+    "import faulthandler; faulthandler.dump_traceback_later(60, exit=True)\n"
+    "import gc, gymnasium, dmc_gym_plugin\n"
+    "for draw in (False, True):\n"
+    "    env = gymnasium.make('DMC/walker-walk-v0', observation='pixels')\n"
+    "    if draw: env.unwrapped.physics.render(64, 64)\n"
+    "    env.reset(seed=0)\n"
+    "    env.itself = env\n"
+    "    del env; gc.collect()\n"
+    "print('done')\n"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not rendering.osmesa_loads(), reason="OSMesa is not installed")
+def test_an_environment_dropped_in_a_cycle_is_collected() -> None:
+    done = run(DROP, MUJOCO_GL="osmesa")
+    assert done.stdout.split() == ["done"], done.stderr
 
 
 @pytest.mark.slow

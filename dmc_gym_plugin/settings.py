@@ -106,10 +106,9 @@ def refuse_unknown(names: list[str], known: list[str]) -> None:
     """
     if names:
         name = names[0]
-        nearest = SYNONYMS.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"The environment does not know the keyword {name!r}; did you mean {nearest!r}?"
-        )
+        near = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(known)}."
+        raise ValueError(f"The environment does not know the keyword {name!r}; {remedy}")
 
 
 def usable_render_modes() -> list[str]:

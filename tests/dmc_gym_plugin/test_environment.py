@@ -233,6 +233,7 @@ def walker(**kwargs: object) -> gymnasium.Env:
     [
         (partial(walker, observation="pixel"), ValueError, "observation is 'pixel'; choose"),
         (partial(walker, observaton="flat"), ValueError, r"'observaton'; did you mean 'obs\w+'\?$"),
+        (partial(walker, foo=2), ValueError, "'foo'; choose of observation, action_repeat, max"),
         (partial(walker, frame_skip=2), ValueError, "'frame_skip'; did you mean 'action_repeat'"),
         (partial(walker, camera_id="front"), ValueError, r"no camera 'front'.*'side', 'back'"),
         (partial(walker, camera_id=2), ValueError, r"no camera 2.*0 to 1"),

@@ -149,6 +149,29 @@ def test_only_terminations_are_stored_as_such(make_agent, point_env):
     assert truncated.any()
 
 
+@pytest.mark.parametrize(
+    ("name", "falls"),
+    [  # the tasks' own rules, by their observations (Gymnasium's documentation of each)
+        ("InvertedPendulum-v5", lambda o: o[:, 1].abs() > 0.2),
+        ("Hopper-v5", lambda o: (o[:, 0] <= 0.7) | (o[:, 1].abs() >= 0.2)),
+        ("Walker2d-v5", lambda o: (o[:, 0] <= 0.8) | (o[:, 0] >= 2.0) | (o[:, 1].abs() >= 1.0)),
+    ],
+)
+def test_gymnasiums_bodies_terminate_where_they_fall_alone(make_agent, name, falls):
+    env = gym.make(name, max_episode_steps=6 if name == "InvertedPendulum-v5" else 12)
+    agent = make_agent(env, learning_starts=3000, horizon=1, buffer_size=3000)
+    assert agent.episodic is True
+    assert agent.gamma <= 0.99
+    agent.learn(1500)
+    batch = agent.replay_buffer.sample(3000)
+    fallen = falls(batch.observations[1])
+    assert th.equal(batch.terminations[0] == 1.0, fallen)
+    assert fallen.any()
+    rings = agent.replay_buffer.rings
+    ends = np.flatnonzero(~rings.is_step(np.arange(1500)))  # last rows of episodes
+    assert 0 < rings.terminated(ends - 1).sum() < len(ends)  # the others ran out of time
+
+
 # -- repeated ------------------------------------------------------------------------------------
 
 

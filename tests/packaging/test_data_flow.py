@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 ROWS = {
     "dmc_gym_plugin": [
-        ("tools", ["rendering", "spaces", "state", "indexing", "sizes"]),
+        ("tools", ["rendering", "spaces", "state", "state_checks", "indexing", "sizes"]),
         ("task tables", ["tasks"]),
         ("rewards", ["fast_rewards", "extended"]),
         ("simulation", ["simulation", "composer_simulation"]),

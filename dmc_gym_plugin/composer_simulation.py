@@ -265,7 +265,6 @@ class ComposerSimulation:
                 f"The state's controls have shape {controls}, but this task takes [steps, {size}]; "
                 "use a state of the same task."
             )
-        self._set_random_states("random", state)  # refused here if at all
 
     def _random_states(self) -> dict[str, Any]:
         return {
@@ -285,6 +284,7 @@ class ComposerSimulation:
         :raises ValueError: if the state is none of this task's; nothing is replayed then
         """
         self._check_state(state)
+        self._set_random_states("random", state)  # refused here, before the replay, if at all
         if state["start"] is not None:
             self._set_random_states("start", state)
             exact.restore_attributes(self.task, state["task"])

@@ -14,6 +14,7 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch as th
+from batches import assert_equal_batches
 from gymnasium import spaces
 
 from tdmpc2_sb3.file_io import CorruptFileError
@@ -27,11 +28,6 @@ def make(size=80, n_envs=2, horizon=3, obs_space=OBS, actions=ACTIONS, seed=0, *
     return SequenceReplayBuffer(
         size, obs_space, actions, device="cpu", n_envs=n_envs, horizon=horizon, seed=seed, **kwargs
     )
-
-
-def assert_equal_batches(one, other) -> None:
-    for first, second in zip(one, other, strict=True):
-        assert first is second is None or th.equal(first, second)
 
 
 class Feeder:

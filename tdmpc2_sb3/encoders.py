@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 
-from tdmpc2_sb3.layers import NormedLinear, SimNorm, mlp
+from tdmpc2_sb3.layers import MLP, NormedLinear, SimNorm
 
 Observation: TypeAlias = "th.Tensor | dict[str, th.Tensor]"
 
@@ -54,7 +54,7 @@ class StateEncoder(nn.Module):
     ):
         super().__init__()
         hidden = [enc_dim] * max(num_layers - 1, 1)
-        self.net = mlp(in_features, hidden, latent_dim, SimNorm(simnorm_dim))
+        self.net = MLP(in_features, hidden, latent_dim, SimNorm(simnorm_dim))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         # Integers and double precision become what the weights are.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.kernels import Activation, Norm
+from tdmpc2_sb3.kernels import Activation, Layer, Norm
 
 INIT_STD = 0.02
 INIT_CUT = 2.0
@@ -188,39 +188,35 @@ class NormedLinear(nn.Module):
         init_linear(self.weight, self.bias)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        return self._fused(x, None) if self._can_fuse(x) else self._plain(x)
+        if self.has_kernel() and kernels.usable(x):
+            return kernels.networks(x, None, [self.as_layer()])
+        return self.activation(self.ln(F.linear(x, self.weight, self.bias)))  # type: ignore[no-any-return]
 
     def forward_pair(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
-        """The layer on the concatenation of two inputs whose batch axes may broadcast.
-
-        Where z has fewer rows than a (one latent, many actions), its product is taken once.
+        """The layer on the concatenation of two inputs, the first with fewer rows (one latent,
+        many actions), whose product is taken once.
 
         :param z: [..., Z]
-        :param a: [..., A]
+        :param a: batch axes to which those of z broadcast, [..., A]
         :return: [..., out]
         """
-        if z.shape[:-1] == a.shape[:-1]:
-            return self._fused(z, a) if self._can_fuse(a) else self._plain(th.cat([z, a], dim=-1))
         product = broadcast_linear(z, a, self.weight, self.bias)
-        if self._can_fuse(product):
-            return kernels.layer_norm(product, self.ln.weight, self.ln.bias, self._norm())
-        return self.activation(self.ln(product))
+        if self.has_kernel() and kernels.usable(product):
+            norm = self.as_layer().norm
+            assert norm is not None
+            return kernels.layer_norm(product, self.ln.weight, self.ln.bias, norm)
+        return self.activation(self.ln(product))  # type: ignore[no-any-return]
 
-    def _plain(self, x: th.Tensor) -> th.Tensor:
-        return self.activation(self.ln(F.linear(x, self.weight, self.bias)))
+    def has_kernel(self) -> bool:
+        """Whether the CPU kernels have the activation."""
+        return isinstance(self.activation, (Mish, SimNorm))
 
-    def _can_fuse(self, x: th.Tensor) -> bool:
-        return isinstance(self.activation, (Mish, SimNorm)) and kernels.usable(x)
-
-    def _fused(self, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
-        return kernels.normed_linear(
-            z, a, self.weight, self.bias, self.ln.weight, self.ln.bias, self._norm()
-        )
-
-    def _norm(self) -> Norm:
+    def as_layer(self) -> Layer:
+        """The layer as the CPU kernels take it."""
+        norm = Norm(Activation.MISH, eps=self.ln.eps)
         if isinstance(self.activation, SimNorm):
-            return Norm(Activation.SIMNORM, self.activation.simnorm_dim, self.ln.eps)
-        return Norm(Activation.MISH, eps=self.ln.eps)
+            norm = Norm(Activation.SIMNORM, self.activation.simnorm_dim, self.ln.eps)
+        return Layer(self.weight, self.bias, self.ln.weight, self.ln.bias, norm)
 
 
 def broadcast_linear(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
@@ -241,7 +237,7 @@ def broadcast_linear(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Ten
 def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
     """``F.linear`` by the CPU's faster products."""
     if kernels.usable(x):
-        return kernels.linear(x, weight, bias)
+        return kernels.networks(x, None, [Layer(weight, bias)])
     return F.linear(x, weight, bias)
 
 
@@ -259,43 +255,62 @@ class Linear(FastLinear):
         init_linear(self.weight, self.bias)
 
 
-def mlp(
-    in_features: int,
-    hidden: Sequence[int],
-    out_features: int,
-    last_activation: nn.Module | None = None,
-) -> nn.Sequential:
+class MLP(nn.Sequential):
     """Normed Mish layers followed by a plain linear layer, or a normed one if activated.
 
     :param in_features: size of the input
-    :param hidden: widths of the normed Mish layers
+    :param hidden: widths of the normed Mish layers, at least one
     :param out_features: size of the output
-    :param last_activation: if given, the last layer is normed and activated by it
+    :param last_activation: if given, the last layer is normed and activated by it; Mish or
+        :class:`SimNorm`
     """
-    widths = [in_features, *hidden]
-    layers: list[nn.Module] = [
-        NormedLinear(width_in, width_out) for width_in, width_out in itertools.pairwise(widths)
-    ]
-    if last_activation is None:
-        layers.append(Linear(widths[-1], out_features))
-    else:
-        layers.append(NormedLinear(widths[-1], out_features, last_activation))
-    return nn.Sequential(*layers)
 
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        out_features: int,
+        last_activation: SimNorm | Mish | None = None,
+    ):
+        widths = [in_features, *hidden]
+        layers: list[nn.Module] = [
+            NormedLinear(width_in, width_out) for width_in, width_out in itertools.pairwise(widths)
+        ]
+        if last_activation is None:
+            layers.append(Linear(widths[-1], out_features))
+        else:
+            layers.append(NormedLinear(widths[-1], out_features, last_activation))
+        super().__init__(*layers)
 
-def forward_pair(net: nn.Sequential, z: th.Tensor, a: th.Tensor) -> th.Tensor:
-    """An :func:`mlp` on the concatenation of two inputs whose batch axes may broadcast.
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """[..., in] to [..., out]."""
+        return self._from(0, x, None) if kernels.usable(x) else super().forward(x)
 
-    :param net: whose first layer is a :class:`NormedLinear`
-    :param z: [..., Z]
-    :param a: [..., A]
-    """
-    first, *rest = net
-    assert isinstance(first, NormedLinear)
-    x = first.forward_pair(z, a)
-    for layer in rest:
-        x = layer(x)
-    return x
+    def forward_pair(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
+        """The network on the concatenation of two inputs whose batch axes may broadcast.
+
+        :param z: [..., Z]
+        :param a: [..., A]
+        """
+        if z.shape[:-1] == a.shape[:-1]:
+            if kernels.usable(a):
+                return self._from(0, z, a)
+            return super().forward(th.cat([z, a], dim=-1))  # type: ignore[no-any-return]
+        first, *rest = self
+        x = first.forward_pair(z, a)  # type: ignore[operator]
+        if kernels.usable(x):
+            return self._from(1, x, None)
+        for layer in rest:
+            x = layer(x)
+        return x  # type: ignore[no-any-return]
+
+    def _from(self, start: int, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
+        """All layers from that one on, by the CPU kernels."""
+        layers = [
+            each.as_layer() if isinstance(each, NormedLinear) else Layer(each.weight, each.bias)  # type: ignore[arg-type]
+            for each in itertools.islice(self, start, None)
+        ]
+        return kernels.networks(z, a, layers)
 
 
 class EnsembleLayer(nn.Module):
@@ -324,46 +339,43 @@ class EnsembleLayer(nn.Module):
     def forward(
         self,
         x: th.Tensor,
-        a: th.Tensor | None = None,
         members: th.Tensor | None = None,
         mask: th.Tensor | None = None,
         frozen: bool = False,
     ) -> th.Tensor:
         """
         :param x: [B, in], shared by the members, or [Q', B, in]
-        :param a: further columns of a shared x, [B, A]
         :param members: indices of the Q' members to evaluate; all if None
         :param mask: dropout's multiplier between the product and LayerNorm, [Q', B, out]
         :param frozen: whether the parameters' own gradients are not wanted
         :return: [Q', B, out]
         """
-        parameters: list[th.Tensor] = [self.weight, self.bias]
-        if self.ln is not None:
-            parameters += [self.ln["weight"], self.ln["bias"]]
-        if frozen:
-            parameters = [parameter.detach() for parameter in parameters]
-        if kernels.usable(x):
-            chosen = None if members is None else tuple(members.tolist())
-            if self.ln is None:
-                return kernels.linear(x, parameters[0], parameters[1], chosen)
-            norm = Norm(Activation.MISH)
-            weight, bias, gain, shift = parameters
-            return kernels.normed_linear(x, a, weight, bias, gain, shift, norm, mask, chosen)
-        if members is not None:
-            parameters = [parameter.index_select(0, members) for parameter in parameters]
-        weight, bias, *affine = parameters
-        if a is not None:
-            x = th.cat([x, a], dim=-1)
+        layer = self.as_layer(frozen)
+        weight, bias, gain, shift, _ = layer if members is None else layer.of(members)
+        assert bias is not None
         if x.dim() == 2:
             x = x.expand(weight.shape[0], *x.shape)
         y = th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))  # [Q', B, out]
         if mask is not None:
             y = y * mask
-        if not affine:
+        if gain is None or shift is None:
             return y
-        gain, shift = affine
         y = F.layer_norm(y, y.shape[-1:], eps=Norm().eps)
         return mish(th.addcmul(shift.unsqueeze(1), y, gain.unsqueeze(1)))
+
+    def as_layer(self, frozen: bool) -> Layer:
+        """The layer as the CPU kernels take it.
+
+        :param frozen: whether the parameters' own gradients are not wanted
+        """
+        parameters: list[th.Tensor] = [self.weight, self.bias]
+        if self.ln is not None:
+            parameters += [self.ln["weight"], self.ln["bias"]]
+        weight, bias, *affine = (each.detach() if frozen else each for each in parameters)
+        if not affine:
+            return Layer(weight, bias)
+        gain, shift = affine
+        return Layer(weight, bias, gain, shift, Norm(Activation.MISH))
 
 
 class QEnsemble(nn.Module):
@@ -409,12 +421,15 @@ class QEnsemble(nn.Module):
         :param frozen: whether only the gradients by z and a are wanted
         :return: [Q', ..., K]
         """
+        if kernels.usable(z):
+            chosen = range(self.num_q) if members is None else members.tolist()
+            layers = [layer.as_layer(frozen) for layer in self.layers]  # type: ignore[operator]
+            return kernels.networks(z, a, layers, dropout_mask, tuple(chosen))
+        x = th.cat([z, a], dim=-1)
         first, second, last = self.layers
-        y = first(
-            z.reshape(-1, z.shape[-1]), a.reshape(-1, a.shape[-1]), members, dropout_mask, frozen
-        )
-        y = second(y, members=members, frozen=frozen)
-        y = last(y, members=members, frozen=frozen)  # [Q', B, K]
+        y = first(x.reshape(-1, x.shape[-1]), members, dropout_mask, frozen)
+        y = second(y, members, frozen=frozen)
+        y = last(y, members, frozen=frozen)  # [Q', B, K]
         return y.view(y.shape[0], *z.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     def sample_dropout_mask(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch as th
 
+from tdmpc2_sb3.kernels import weights_held
 from tdmpc2_sb3.world_model import WorldModel
 
 DEFAULT_ITERATIONS = 6
@@ -236,6 +237,7 @@ def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
 
 
 @th.no_grad()
+@weights_held()
 def plan(
     model: WorldModel,
     latent: th.Tensor,

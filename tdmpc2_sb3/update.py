@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch as th
 
 from tdmpc2_sb3.compilation import compiled
+from tdmpc2_sb3.kernels import weights_held
 from tdmpc2_sb3.losses import (
     LossConfig,
     ModelLosses,
@@ -67,19 +68,21 @@ class UpdateStep:
         :raises RuntimeError: if a loss or gradient is not finite; nothing has changed then
         """
         policy, model = self.policy, self.policy.world_model
-        losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
+        with weights_held():
+            losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
         grad_norm = self._step(policy.model_optimizer, policy.model_parameters, losses.total)
 
-        prior = self._policy_loss(
-            model,
-            losses.latents,
-            policy.scale,
-            noise,
-            self.config,
-            self.policy_weights,
-            self.tau,
-            alive_states(batch),
-        )
+        with weights_held():
+            prior = self._policy_loss(
+                model,
+                losses.latents,
+                policy.scale,
+                noise,
+                self.config,
+                self.policy_weights,
+                self.tau,
+                alive_states(batch),
+            )
         prior_grad_norm = self._step(policy.prior_optimizer, policy.prior_parameters, prior.total)
 
         with th.no_grad():

@@ -17,7 +17,7 @@ from torch import nn
 from tdmpc2_sb3.discrete_regression import make_bins, two_hot_inverse
 from tdmpc2_sb3.dynamics import DYNAMICS, LatentDynamics
 from tdmpc2_sb3.encoders import Encoder, Observation, flatten_vectors
-from tdmpc2_sb3.layers import QEnsemble, forward_pair, mlp
+from tdmpc2_sb3.layers import MLP, QEnsemble
 
 LOG_STD_MIN = -10.0
 LOG_STD_MAX = 2.0
@@ -98,10 +98,10 @@ class WorldModel(nn.Module):
         )
         hidden = [arch.mlp_dim, arch.mlp_dim]
         pair_dim = arch.latent_dim + action_dim
-        self.reward_net = mlp(pair_dim, hidden, arch.num_bins)
+        self.reward_net = MLP(pair_dim, hidden, arch.num_bins)
         nn.init.zeros_(self.reward_net[-1].weight)  # type: ignore[arg-type]
-        self.termination_net = mlp(arch.latent_dim, hidden, 1) if episodic else None
-        self.policy_net = mlp(arch.latent_dim, hidden, 2 * action_dim)
+        self.termination_net = MLP(arch.latent_dim, hidden, 1) if episodic else None
+        self.policy_net = MLP(arch.latent_dim, hidden, 2 * action_dim)
         self.q_ensemble = QEnsemble(arch.num_q, pair_dim, arch.mlp_dim, arch.num_bins, arch.dropout)
         self.target_q_ensemble = copy.deepcopy(self.q_ensemble).requires_grad_(False)
         self.register_buffer(
@@ -128,7 +128,7 @@ class WorldModel(nn.Module):
 
     def reward_logits(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
         """R(z, a) as logits over bins, [..., K]; the leading axes of z may broadcast."""
-        return forward_pair(self.reward_net, z, a)
+        return self.reward_net.forward_pair(z, a)
 
     def reward(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
         """R(z, a) as a scalar, [...]."""

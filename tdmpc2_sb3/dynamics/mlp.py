@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch as th
 
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
-from tdmpc2_sb3.layers import SimNorm, forward_pair, mlp
+from tdmpc2_sb3.layers import MLP, SimNorm
 
 
 class MLPDynamics(LatentDynamics):
@@ -21,7 +21,7 @@ class MLPDynamics(LatentDynamics):
 
     def __init__(self, latent_dim: int, action_dim: int, mlp_dim: int, simnorm_dim: int = 8):
         super().__init__(latent_dim, action_dim, mlp_dim, simnorm_dim)
-        self.net = mlp(
+        self.net = MLP(
             latent_dim + action_dim, [mlp_dim, mlp_dim], latent_dim, SimNorm(simnorm_dim)
         )
 
@@ -29,5 +29,5 @@ class MLPDynamics(LatentDynamics):
         return (latent,)
 
     def step(self, state: DynamicsState, action: th.Tensor) -> tuple[th.Tensor, DynamicsState]:
-        latent = forward_pair(self.net, state[0], action)  # z' = d(z, a)
+        latent = self.net.forward_pair(state[0], action)  # z' = d(z, a)
         return latent, (latent,)

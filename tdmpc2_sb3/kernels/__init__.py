@@ -12,29 +12,31 @@ precision take too.
 
 from tdmpc2_sb3.kernels.functions import (
     Activation,
+    Layer,
     Norm,
     gelu_sum,
     layer_norm,
-    linear,
-    normed_linear,
+    networks,
     selective_scan,
     two_hot_cross_entropy,
     two_hot_inverse,
     usable,
 )
 from tdmpc2_sb3.kernels.library import SWITCH, library
+from tdmpc2_sb3.kernels.products import weights_held
 
 __all__ = [
     "SWITCH",
     "Activation",
+    "Layer",
     "Norm",
     "gelu_sum",
     "layer_norm",
     "library",
-    "linear",
-    "normed_linear",
+    "networks",
     "selective_scan",
     "two_hot_cross_entropy",
     "two_hot_inverse",
     "usable",
+    "weights_held",
 ]

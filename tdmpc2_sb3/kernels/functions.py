@@ -9,12 +9,14 @@ Shapes: ``...`` any leading axes, B rows, Q members of an ensemble, K bins.
 from __future__ import annotations
 
 import enum
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch as th
 
-from tdmpc2_sb3.kernels.library import library
-from tdmpc2_sb3.kernels.products import grad_input, linear_product
+from tdmpc2_sb3.kernels.library import call, library
+from tdmpc2_sb3.kernels.products import laid_out, product, product_threads
 
 PARALLEL_FROM = 32768  # elements; waking a second thread costs more than fewer would save
 
@@ -45,15 +47,6 @@ def usable(x: th.Tensor) -> bool:
     )
 
 
-def _run(name: str, *arguments: th.Tensor | float | None) -> None:
-    """Calls a function of kernels.c; a tensor is handed over as the address of its numbers."""
-    loaded = library()
-    assert loaded is not None, "ask usable() first"
-    getattr(loaded, name)(
-        *(each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments)
-    )
-
-
 def _threads(num_elements: int) -> int:
     return th.get_num_threads() if num_elements >= PARALLEL_FROM else 1
 
@@ -75,7 +68,7 @@ def _norm_forward(
     cols = x.shape[-1]
     rows = x.numel() // cols
     if rows:
-        _run(
+        call(
             "norm_forward",
             x,
             mask,
@@ -112,7 +105,7 @@ def _norm_backward(
         return grad_x
     threads = _threads(x.numel())
     sums = th.empty(threads, 3, cols)
-    _run(
+    call(
         "norm_backward",
         grad,
         x,
@@ -133,255 +126,316 @@ def _norm_backward(
     return grad_x
 
 
-def _rows_of(x: th.Tensor, member: int) -> th.Tensor:
-    """A member's rows: x is [B, in], shared by all, or [Q, B, in]."""
-    return x if x.dim() == 2 else x[member]
+class Layer(NamedTuple):
+    """A linear layer, with a layer norm behind it or without; or the same of Q networks.
+
+    Shapes: weight [out, in], the others [out]; each with a leading axis [Q] for Q networks.
+    """
+
+    weight: th.Tensor
+    bias: th.Tensor | None
+    gain: th.Tensor | None = None
+    shift: th.Tensor | None = None
+    norm: Norm | None = None  # of a normed layer, which then has gain and shift
+
+    def of(self, members: int | th.Tensor) -> Layer:
+        """The layer of one of the Q networks, or of several by their indices [Q']."""
+        vectors = (self.bias, self.gain, self.shift)
+        bias, gain, shift = (each if each is None else each[members] for each in vectors)
+        return Layer(self.weight[members], bias, gain, shift, self.norm)
 
 
-def _grad_x(grads: list[th.Tensor], weights: list[th.Tensor], shared: bool) -> th.Tensor:
-    """Gradient by the input; summed over the members if they share it."""
-    if not shared:
-        out = grads[0].new_empty(len(grads), len(grads[0]), weights[0].shape[-1])
-        for member, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            th.mm(grad, weight, out=out[member])
-        return out
-    total = grad_input(grads[0], weights[0])
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        total += grad_input(grad, weight)
-    return total
+class _Kept(NamedTuple):
+    """What the gradients of one layer need."""
+
+    x: th.Tensor  # input, [B, in]
+    product: th.Tensor | None  # before the norm, [B, out]
+    statistics: th.Tensor | None  # of the norm, [2, B]
+    y: th.Tensor | None  # output, where it is a SimNorm, [B, out]
 
 
-def _grad_weight(
-    grads: list[th.Tensor], x: th.Tensor, weight: th.Tensor, members: tuple[int, ...]
-) -> th.Tensor:
-    if weight.dim() == 2:
-        return grads[0].t() @ x
-    if members == _everyone(weight):
-        out = th.empty_like(weight)
-        for member in members:
-            th.mm(grads[member].t(), _rows_of(x, member), out=out[member])
-        return out
-    out = th.zeros_like(weight)
-    for position, member in enumerate(members):
-        out[member].addmm_(grads[position].t(), _rows_of(x, position))
-    return out
+class _Gradients(NamedTuple):
+    """Gradients by the parameters of one layer of one network."""
+
+    weight: th.Tensor
+    vectors: th.Tensor | None  # by gain, shift and bias, [3, out]; a linear layer's bias, [1, out]
 
 
-def _everyone(parameter: th.Tensor) -> tuple[int, ...]:
-    return tuple(range(len(parameter)))
+def _forward(
+    x: th.Tensor,
+    layers: Sequence[Layer],
+    mask: th.Tensor | None,
+    out: th.Tensor | None,
+    keep: bool,
+) -> tuple[th.Tensor, list[_Kept]]:
+    """Layers of one network in turn, [B, in] to [B, out]; the last one writes into ``out``."""
+    rows, kept = len(x), []
+    last = len(layers) - 1
+    for position, (weight, bias, gain, shift, norm) in enumerate(layers):
+        cols, depth = weight.shape
+        into = out if position == last else None
+        if norm is None:
+            y = product(x, weight.t(), bias, out=into)
+            if keep:
+                kept.append(_Kept(x, None, None, None))
+            x = y
+            continue
+        assert gain is not None
+        assert shift is not None
+        y = x.new_empty(rows, cols) if into is None else into
+        before_norm = x.new_empty(rows, cols) if keep else y
+        statistics = x.new_empty(2, rows) if keep else None
+        packed = laid_out(weight.t(), rows, is_weight=True) if rows else None
+        if packed is None:
+            product(x, weight.t(), bias, out=before_norm)
+            _norm_forward(before_norm, mask, gain, shift, y, statistics, norm)
+        else:
+            call(
+                "normed_product",
+                x,
+                packed,
+                bias,
+                mask,
+                gain,
+                shift,
+                before_norm,
+                y,
+                statistics,
+                rows,
+                depth,
+                cols,
+                norm.eps,
+                norm.activation,
+                norm.simnorm_dim,
+                product_threads(rows, depth, cols),
+            )
+        if keep:
+            is_simnorm = norm.activation is Activation.SIMNORM
+            kept.append(_Kept(x, before_norm, statistics, y if is_simnorm else None))
+        x, mask = y, None  # the first layer's alone
+    return x, kept
 
 
-def _spread(values: th.Tensor, parameter: th.Tensor, members: tuple[int, ...]) -> th.Tensor:
-    """Puts the members' rows of a gradient, [Q', out], where they belong in the whole's."""
-    if parameter.dim() == 1:
-        return values[0]
-    if members == _everyone(parameter):
-        return values.contiguous()
-    return th.zeros_like(parameter).index_add_(0, th.tensor(members), values)
+def _backward(
+    grad: th.Tensor,
+    layers: Sequence[Layer],
+    kept: Sequence[_Kept],
+    mask: th.Tensor | None,
+    input_from: int | None,
+    needs_parameters: bool,
+    weights_into: Sequence[th.Tensor],
+) -> tuple[th.Tensor | None, list[_Gradients]]:
+    """Gradients of :func:`_forward`.
+
+    :param grad: by the output, [B, out], contiguous
+    :param layers: as in the forward pass
+    :param kept: of the forward pass
+    :param mask: as in the forward pass
+    :param input_from: the input's column from which on its gradient is wanted; None for none
+    :param needs_parameters: whether gradients by the parameters are wanted
+    :param weights_into: where those by the weights are to be written; empty for new places
+    :return: by the input's columns from ``input_from`` on; by the layers' parameters
+    """
+    gradients: list[_Gradients] = []
+    for position in reversed(range(len(layers))):
+        (weight, bias, gain, shift, norm), (x, before_norm, statistics, y) = (
+            layers[position],
+            kept[position],
+        )
+        vectors = None
+        if norm is not None:
+            assert before_norm is not None
+            assert statistics is not None
+            assert gain is not None
+            assert shift is not None
+            vectors = grad.new_empty(3, len(weight))
+            grad = _norm_backward(
+                grad,
+                before_norm,
+                mask if position == 0 else None,
+                y,
+                gain,
+                shift,
+                statistics,
+                vectors,
+                norm,
+            )
+        elif needs_parameters and bias is not None:
+            vectors = grad.sum(0, keepdim=True)
+        if needs_parameters:
+            into = weights_into[position] if weights_into else None
+            by_weight = product(grad.t(), x, out=into, is_weight=False)
+            gradients.append(_Gradients(by_weight, vectors))
+        if position:
+            grad = product(grad, weight)
+        elif input_from is not None:
+            return product(grad, weight[:, input_from:]), gradients[::-1]
+    return None, gradients[::-1]
 
 
-def _of(parameter: th.Tensor, members: tuple[int, ...], single: bool) -> list[th.Tensor]:
-    return [parameter] if single else [parameter[member] for member in members]
+_FIRST_PARAMETER = 5  # among the arguments of the node; four a layer
 
 
-class _NormedLinear(th.autograd.Function):
+class _Networks(th.autograd.Function):
+    """Layers in turn as one node of the graph: a node a layer would cost as much as its kernels."""
+
     @staticmethod
     def forward(
         ctx: Any,
         z: th.Tensor,
         a: th.Tensor | None,
-        weight: th.Tensor,
-        bias: th.Tensor,
-        gain: th.Tensor,
-        shift: th.Tensor,
         mask: th.Tensor | None,
-        members: tuple[int, ...],
-        norm: Norm,
+        members: tuple[int, ...] | None,
+        norms: tuple[Norm | None, ...],
+        *parameters: th.Tensor | None,
     ) -> th.Tensor:
-        x = z if a is None else th.cat([z, a], dim=-1)
-        products, y, statistics = _normed_linear(
-            x, weight, bias, gain, shift, mask, members, norm, keep=True
-        )
-        kept = y if norm.activation is Activation.SIMNORM else None
-        ctx.save_for_backward(x, weight, kept, mask, gain, shift, statistics, *products)
-        ctx.split, ctx.members, ctx.norm = z.shape[-1], members, norm
+        y, kept = _evaluate(z, a, _layers_of(parameters, norms), mask, members, keep=True)
+        ctx.members, ctx.norms = members, norms
+        ctx.shapes = z.shape, None if a is None else a.shape
+        ctx.save_for_backward(mask, *parameters, *itertools.chain.from_iterable(kept))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        x, weight, y, mask, gain, shift, statistics, *products = ctx.saved_tensors
-        members, single = ctx.members, weight.dim() == 2
-        gains, shifts = _of(gain, members, single), _of(shift, members, single)
-        weights = _of(weight, members, single)
-        grad, count, cols = grads[0].contiguous(), len(members), weight.shape[-2]
-        of_parameters = th.empty(count, 3, cols)
-        by_product = [
-            _norm_backward(
-                grad if single else grad[i],
-                products[i],
-                mask if single or mask is None else mask[i],
-                y if single or y is None else y[i],
-                gains[i],
-                shifts[i],
-                statistics[i],
-                of_parameters[i],
-                ctx.norm,
-            )
-            for i in range(count)
-        ]
-        need_z, need_a, need_weight, need_bias = ctx.needs_input_grad[:4]
-        split, shared, grad_z, grad_a = ctx.split, x.dim() == 2, None, None
-        if need_z:
-            both = _grad_x(by_product, weights, shared)
-            grad_z, grad_a = both[..., :split], both[..., split:] if need_a else None
-        elif need_a:  # the latent is given: only the few columns of the action count
-            grad_a = _grad_x(by_product, [w[:, split:] for w in weights], shared)
-        of_weight = _grad_weight(by_product, x, weight, members) if need_weight else None
-        of_gain = of_shift = of_bias = None
-        if need_bias:
-            of_gain, of_shift, of_bias = (
-                _spread(of_parameters[:, part], gain, members) for part in range(3)
-            )
-        return grad_z, grad_a, of_weight, of_bias, of_gain, of_shift, None, None, None
-
-
-def _normed_linear(
-    x: th.Tensor,
-    weight: th.Tensor,
-    bias: th.Tensor,
-    gain: th.Tensor,
-    shift: th.Tensor,
-    mask: th.Tensor | None,
-    members: tuple[int, ...],
-    norm: Norm,
-    keep: bool,
-) -> tuple[list[th.Tensor], th.Tensor, th.Tensor | None]:
-    """Products before the norm, result, and statistics [Q', 2, B] if they are kept."""
-    single, count = weight.dim() == 2, len(members)
-    weights, biases = _of(weight, members, single), _of(bias, members, single)
-    gains, shifts = _of(gain, members, single), _of(shift, members, single)
-    rows, cols = x.shape[-2], weight.shape[-2]
-    statistics = x.new_empty(count, 2, rows) if keep else None
-    y = None if single and not keep else x.new_empty(count, rows, cols)
-    products = []
-    for i in range(count):
-        product = linear_product(_rows_of(x, i), weights[i], biases[i])
-        if y is None:
-            y = product.unsqueeze(0)
-        _norm_forward(
-            product,
-            None if mask is None else mask if single else mask[i],
-            gains[i],
-            shifts[i],
-            y[i],
-            None if statistics is None else statistics[i],
-            norm,
+        members, norms, (z_shape, a_shape) = ctx.members, ctx.norms, ctx.shapes
+        mask, *saved = ctx.saved_tensors
+        depth = len(norms)
+        layers = _layers_of(saved[: 4 * depth], norms)
+        kept = [_Kept(*saved[i : i + 4]) for i in range(4 * depth, len(saved), 4)]
+        networks = _networks_of(layers, members)
+        need_z, need_a, *_ = ctx.needs_input_grad
+        needs_parameters = ctx.needs_input_grad[_FIRST_PARAMETER]
+        input_from = 0 if need_z else z_shape[-1] if need_a else None
+        grad = grads[0].reshape(len(networks), -1, grads[0].shape[-1]).contiguous()
+        # Where all Q networks have a part, their gradients by weights go straight into one tensor.
+        everyone = members == tuple(range(len(layers[0].weight)))
+        whole = (
+            [th.empty_like(layer.weight) for layer in layers]
+            if everyone and needs_parameters
+            else []
         )
-        if keep:
-            products.append(product)
-    assert y is not None
-    return products, y[0] if single else y, statistics
+        by_network: list[list[_Gradients]] = []
+        by_input: th.Tensor | None = None
+        for i, network in enumerate(networks):
+            part, gradients = _backward(
+                grad[i],
+                network,
+                kept[i * depth : (i + 1) * depth],
+                _mask_of(mask, members, i),
+                input_from,
+                needs_parameters,
+                [weight[i] for weight in whole],
+            )
+            by_network.append(gradients)
+            by_input = part if by_input is None or part is None else by_input.add_(part)
+        grad_z = grad_a = None
+        if by_input is not None:
+            if need_z:
+                grad_z = by_input[:, : z_shape[-1]].reshape(z_shape)
+            if need_a:
+                grad_a = by_input[:, -a_shape[-1] :].reshape(a_shape)
+        by_parameters: Sequence[th.Tensor | None] = [None] * (4 * depth)
+        if needs_parameters:
+            by_parameters = _by_parameters(layers, members, by_network, whole)
+        return grad_z, grad_a, None, None, None, *by_parameters
 
 
-def normed_linear(
+def _layers_of(parameters: Sequence[Any], norms: Sequence[Norm | None]) -> list[Layer]:
+    four = [parameters[4 * i : 4 * i + 4] for i in range(len(norms))]
+    return [
+        Layer(weight, bias, gain, shift, norm)
+        for (weight, bias, gain, shift), norm in zip(four, norms, strict=True)
+    ]
+
+
+def _networks_of(
+    layers: Sequence[Layer], members: tuple[int, ...] | None
+) -> Sequence[Sequence[Layer]]:
+    if members is None:
+        return [layers]
+    return [[layer.of(member) for layer in layers] for member in members]
+
+
+def _mask_of(mask: th.Tensor | None, members: tuple[int, ...] | None, i: int) -> th.Tensor | None:
+    return mask if mask is None or members is None else mask[i]
+
+
+def _by_parameters(
+    layers: Sequence[Layer],
+    members: tuple[int, ...] | None,
+    by_network: Sequence[Sequence[_Gradients]],
+    whole: Sequence[th.Tensor],
+) -> list[th.Tensor | None]:
+    """Gradients by weight, bias, gain and shift of each layer, None where it has none."""
+
+    def merged(parts: Sequence[th.Tensor], layer: Layer) -> th.Tensor:
+        if members is None:
+            return parts[0]
+        stacked = th.stack(tuple(parts))
+        if whole:
+            return stacked
+        # A member that is asked for twice has its gradients added up; one that is not has zeros.
+        total = stacked.new_zeros(len(layer.weight), *stacked.shape[1:])
+        return total.index_add_(0, th.tensor(members), stacked)
+
+    result: list[th.Tensor | None] = []
+    for position, layer in enumerate(layers):
+        gradients = [network[position] for network in by_network]
+        weight = whole[position] if whole else merged([each.weight for each in gradients], layer)
+        names = ("gain", "shift", "bias") if layer.norm is not None else ("bias",)
+        vectors: dict[str, th.Tensor] = {}
+        if gradients[0].vectors is not None:
+            rows = zip(
+                *(each.vectors for each in gradients if each.vectors is not None), strict=True
+            )
+            vectors = {name: merged(row, layer) for name, row in zip(names, rows, strict=True)}
+        result += [weight, vectors.get("bias"), vectors.get("gain"), vectors.get("shift")]
+    return result
+
+
+def _evaluate(
     z: th.Tensor,
     a: th.Tensor | None,
-    weight: th.Tensor,
-    bias: th.Tensor,
-    gain: th.Tensor,
-    shift: th.Tensor,
-    norm: Norm,
+    layers: Sequence[Layer],
+    mask: th.Tensor | None,
+    members: tuple[int, ...] | None,
+    keep: bool,
+) -> tuple[th.Tensor, list[_Kept]]:
+    """:func:`networks`, and what the gradients need, network after network."""
+    x = z if a is None else th.cat([z, a], dim=-1)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    cols = layers[-1].weight.shape[-2]
+    if members is None:
+        y, kept = _forward(rows, layers, mask, None, keep)
+        return y.view(*x.shape[:-1], cols), kept
+    y, kept = x.new_empty(len(members), len(rows), cols), []
+    for i, network in enumerate(_networks_of(layers, members)):
+        kept += _forward(rows, network, _mask_of(mask, members, i), y[i], keep)[1]
+    return y.view(len(members), *x.shape[:-1], cols), kept
+
+
+def networks(
+    z: th.Tensor,
+    a: th.Tensor | None,
+    layers: Sequence[Layer],
     mask: th.Tensor | None = None,
     members: tuple[int, ...] | None = None,
 ) -> th.Tensor:
-    """activation(LayerNorm(mask * linear(concat(z, a)))), of one layer or of an ensemble's.
+    """Layers in turn on concat(z, a), of one network or of chosen ones of Q.
 
-    :param z: [..., Z]; [B, Z] (shared) or [Q', B, Z] with an ensemble's weight
+    :param z: [..., Z]
     :param a: the same leading axes, [..., A], or None
-    :param weight: [out, Z + A] or [Q, out, Z + A]
-    :param bias: [out] or [Q, out], like ``gain`` and ``shift``
-    :param norm: the layer norm's settings and what follows
-    :param mask: dropout's multiplier, of the product's shape
-    :param members: Q' members of the ensemble to evaluate; all if None
-    :return: [..., out] or [Q', B, out]
+    :param layers: of one network, or of Q where members are given
+    :param mask: dropout's multiplier between the first product and its norm, [B, out] or
+        [Q', B, out] for B rows in ``...``
+    :param members: the Q' networks to evaluate; None if the layers are of one
+    :return: [..., out] or [Q', ..., out]
     """
-    single = weight.dim() == 2
-    leading = z.shape[:-1]
-    if single:
-        members = (0,)
-        z = z.reshape(-1, z.shape[-1])
-        a = None if a is None else a.reshape(-1, a.shape[-1])
-    elif members is None:
-        members = _everyone(weight)
-    if _records_gradients(z, a, weight, bias, gain, shift):
-        y = _NormedLinear.apply(z, a, weight, bias, gain, shift, mask, members, norm)
-    else:
-        x = z if a is None else th.cat([z, a], dim=-1)
-        y = _normed_linear(x, weight, bias, gain, shift, mask, members, norm, keep=False)[1]
-    return y.view(*leading, y.shape[-1]) if single else y  # type: ignore[no-any-return]
-
-
-class _Linear(th.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: th.Tensor,
-        weight: th.Tensor,
-        bias: th.Tensor | None,
-        members: tuple[int, ...],
-    ) -> th.Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.members = members
-        return _linear(x, weight, bias, members)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        members, single = ctx.members, weight.dim() == 2
-        grad = grads[0].contiguous()
-        by_member = [grad] if single else list(grad.unbind(0))
-        grad_x = of_weight = of_bias = None
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if need_x:
-            weights = _of(weight, members, single)
-            grad_x = _grad_x(by_member, weights, x.dim() == 2)
-        if need_weight:
-            of_weight = _grad_weight(by_member, x, weight, members)
-        if need_bias:
-            of_bias = _spread(th.stack([g.sum(0) for g in by_member]), bias, members)
-        return grad_x, of_weight, of_bias, None
-
-
-def _linear(
-    x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None, members: tuple[int, ...]
-) -> th.Tensor:
-    if weight.dim() == 2:
-        return linear_product(x, weight, bias)
-    parts = [
-        linear_product(_rows_of(x, i), weight[member], None if bias is None else bias[member])
-        for i, member in enumerate(members)
-    ]
-    return th.stack(parts)
-
-
-def linear(
-    x: th.Tensor,
-    weight: th.Tensor,
-    bias: th.Tensor | None,
-    members: tuple[int, ...] | None = None,
-) -> th.Tensor:
-    """x W^T + b, of one layer or of an ensemble's; see :func:`normed_linear` for the shapes."""
-    single, leading = weight.dim() == 2, x.shape[:-1]
-    if single:
-        members = (0,)
-        x = x.reshape(-1, x.shape[-1])
-    elif members is None:
-        members = _everyone(weight)
-    if _records_gradients(x, weight, bias):
-        y = _Linear.apply(x, weight, bias, members)
-    else:
-        y = _linear(x, weight, bias, members)
-    return y.view(*leading, y.shape[-1]) if single else y  # type: ignore[no-any-return]
+    parameters = [each for layer in layers for each in layer[:4]]
+    if _records_gradients(z, a, *parameters):
+        norms = tuple(layer.norm for layer in layers)
+        return _Networks.apply(z, a, mask, members, norms, *parameters)  # type: ignore[no-any-return]
+    return _evaluate(z, a, layers, mask, members, keep=False)[0]
 
 
 class _LayerNorm(th.autograd.Function):
@@ -430,7 +484,7 @@ class _TwoHotInverse(th.autograd.Function):
         logits, bins = ctx.saved_tensors
         grad, grad_logits = grads[0].contiguous(), th.empty_like(logits)
         if grad.numel():
-            _run(
+            call(
                 "two_hot_inverse_backward",
                 grad,
                 logits,
@@ -446,7 +500,7 @@ class _TwoHotInverse(th.autograd.Function):
 def _two_hot_inverse_forward(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
     out = logits.new_empty(logits.shape[:-1])
     if out.numel():
-        _run(
+        call(
             "two_hot_inverse_forward",
             logits,
             bins,
@@ -472,7 +526,7 @@ class _TwoHotCrossEntropy(th.autograd.Function):
         out = logits.new_empty(logits.shape[:-1])
         log_sum = th.empty_like(out)
         if out.numel():
-            _run(
+            call(
                 "two_hot_cross_entropy_forward",
                 logits,
                 position,
@@ -491,7 +545,7 @@ class _TwoHotCrossEntropy(th.autograd.Function):
         logits, position, log_sum = ctx.saved_tensors
         grad, grad_logits = grads[0].contiguous(), th.empty_like(logits)
         if grad.numel():
-            _run(
+            call(
                 "two_hot_cross_entropy_backward",
                 grad,
                 logits,
@@ -530,7 +584,7 @@ class _GeluSum(th.autograd.Function):
         a, b = ctx.saved_tensors
         grad, grad_x = grads[0].contiguous(), th.empty_like(a)
         if grad.numel():
-            _run(
+            call(
                 "gelu_sum_backward",
                 grad,
                 a,
@@ -547,7 +601,7 @@ class _GeluSum(th.autograd.Function):
 def _gelu_sum_forward(a: th.Tensor, b: th.Tensor, distance: int) -> th.Tensor:
     y = th.empty_like(a)
     if a.numel():
-        _run(
+        call(
             "gelu_sum_forward",
             a,
             b,
@@ -613,7 +667,7 @@ class _SelectiveScan(th.autograd.Function):
         threads = _threads(selection.numel())
         carry, sums = th.empty(threads, 2, modes), th.empty(threads, 3, modes)
         if selection.numel():
-            _run(
+            call(
                 "selective_scan_backward",
                 grad,
                 selection,
@@ -650,7 +704,7 @@ def _selective_scan_forward(
     steps, modes = len(selection), len(alpha)
     states = selection.new_empty(*selection.shape[:-1], 2 * modes)
     if selection.numel():
-        _run(
+        call(
             "selective_scan_forward",
             selection,
             drive,

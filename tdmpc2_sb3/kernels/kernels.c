@@ -1,8 +1,11 @@
-/* Elementwise parts of the world model's layers, each in one pass over a row that stays in the
- * core's first cache: LayerNorm with Mish or SimNorm, and categorical regression over bins.
+/* The world model's layers: matrix products, LayerNorm with Mish or SimNorm in one pass over rows that
+ * stay in the core's first cache, and categorical regression over bins.
  *
- * All arrays are contiguous float32, a "row" is one vector of the last axis. Reductions over rows go through one partial sum a thread, added in the order of the threads, so
- * that a result depends on nothing but the input and the number of threads.
+ * All arrays are float32, a "row" is one vector of the last axis; they are contiguous where nothing
+ * else is said. Reductions over rows go through one partial sum a thread, added in the order of the
+ * threads, so that a result depends on nothing but the input and the number of threads. An entry of
+ * a matrix product adds its terms in their order, so it does not even depend on that, nor on the
+ * other rows.
  *
  * Only simd reductions are allowed to reassociate; NaN and infinity pass through everywhere.
  */
@@ -83,41 +86,195 @@ static inline void simnorm_grad_groups(const float *restrict grad, const float *
     }
 }
 
+/* One row of norm_forward. statistics may be null: of the mean, and of the reciprocal deviation
+ * rows floats further. */
+static inline void norm_row(const float *xi, const float *mi, const float *gain, const float *shift,
+                            float *yi, float *statistics, int64_t rows, int64_t cols, float eps,
+                            int64_t activation, int64_t simplex) {
+    if (mi) {
+#pragma omp simd
+        for (int64_t j = 0; j < cols; j++) yi[j] = xi[j] * mi[j];
+        xi = yi;
+    }
+    float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < cols; j++) sum += xi[j];
+    float mean = sum / (float)cols;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t j = 0; j < cols; j++) squares += (xi[j] - mean) * (xi[j] - mean);
+    float rstd = 1.0f / sqrtf(squares / (float)cols + eps);
+    if (statistics) {
+        statistics[0] = mean;
+        statistics[rows] = rstd;
+    }
+    if (activation == ACTIVATION_MISH) {
+#pragma omp simd
+        for (int64_t j = 0; j < cols; j++)
+            yi[j] = mish_f((xi[j] - mean) * rstd * gain[j] + shift[j]);
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < cols; j++) yi[j] = (xi[j] - mean) * rstd * gain[j] + shift[j];
+        if (activation == ACTIVATION_SIMNORM) simnorm_row(yi, cols, simplex);
+    }
+}
+
 /* y = activation(LayerNorm(x * mask)). y may be x. mask and statistics may be null; statistics are
  * the means, then the reciprocal deviations, [2, rows]. */
 void norm_forward(const float *x, const float *mask, const float *gain, const float *shift,
                   float *y, float *statistics, int64_t rows, int64_t cols, float eps,
                   int64_t activation, int64_t simplex, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < rows; i++)
+        norm_row(x + i * cols, mask ? mask + i * cols : 0, gain, shift, y + i * cols,
+                 statistics ? statistics + i : 0, rows, cols, eps, activation, simplex);
+}
+
+/* Matrix products: a [rows, depth] by b [depth, cols].
+ *
+ * b is laid out in panels, each a few vectors wide and as deep as b, columns beyond the last being
+ * zero. A tile of the result, as many rows as fill the registers by one panel, then takes one pass
+ * over the depth (Goto and van de Geijn, 2008, without their blocking of the depth: the panels of
+ * this project's layers fit the second cache). */
+#if defined(__AVX512F__)
+#define LANES 16
+#define TILE_ROWS 14
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#define TILE_ROWS 6
+#else
+#define LANES 4
+#define TILE_ROWS 6
+#endif
+#define PANEL (2 * LANES)
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float loose_vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* Columns of a panel where these products are worth while, else 0: they need fused
+ * multiply-adds of eight numbers or more, and threads of their own. */
+int64_t panel_width(void) {
+#if LANES >= 8 && defined(_OPENMP)
+    return PANEL;
+#else
+    return 0;
+#endif
+}
+
+static void pack_panel(const float *restrict b, int64_t b_row, int64_t b_col, int64_t depth,
+                       int64_t cols, float *restrict panel) {
+    if (cols < PANEL) memset(panel, 0, sizeof(float) * (size_t)(depth * PANEL));
+    if (b_col == 1) {
+        for (int64_t k = 0; k < depth; k++)
+            memcpy(panel + k * PANEL, b + k * b_row, sizeof(float) * (size_t)cols);
+        return;
+    }
+    int64_t k = 0;
+    if (b_row == 1)
+        for (; k + 16 <= depth; k += 16) /* a cache line of every column at a time */
+            for (int64_t j = 0; j < cols; j++) {
+                const float *restrict line = b + k + j * b_col;
+                float *restrict out = panel + k * PANEL + j;
+#pragma GCC unroll 16
+                for (int64_t l = 0; l < 16; l++) out[l * PANEL] = line[l];
+            }
+    for (; k < depth; k++)
+        for (int64_t j = 0; j < cols; j++) panel[k * PANEL + j] = b[k * b_row + j * b_col];
+}
+
+/* b in panels, [ceil(cols / PANEL), depth, PANEL]. */
+void pack(const float *b, int64_t b_row, int64_t b_col, float *packed, int64_t depth, int64_t cols,
+          int64_t threads) {
+    int64_t panels = (cols + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t p = 0; p < panels; p++) {
+        int64_t left = cols - p * PANEL;
+        pack_panel(b + p * PANEL * b_col, b_row, b_col, depth, left < PANEL ? left : PANEL,
+                   packed + p * PANEL * depth);
+    }
+}
+
+static inline __attribute__((always_inline)) void tile_of(
+    const int64_t rows, const float *restrict a, int64_t a_row, int64_t a_col,
+    const float *restrict panel, int64_t depth, const float *bias, float *restrict c,
+    int64_t c_row, int64_t cols) {
+    vector sum[TILE_ROWS][2], first[2] = {{0}};
+    if (bias) memcpy(first, bias, sizeof(float) * (size_t)(cols < PANEL ? cols : PANEL));
+#pragma GCC unroll 16
     for (int64_t i = 0; i < rows; i++) {
-        const float *xi = x + i * cols;
-        float *yi = y + i * cols;
-        if (mask) {
-            const float *mi = mask + i * cols;
-#pragma omp simd
-            for (int64_t j = 0; j < cols; j++) yi[j] = xi[j] * mi[j];
-            xi = yi;
+        sum[i][0] = first[0];
+        sum[i][1] = first[1];
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        vector left = *(const loose_vector *)(panel + k * PANEL);
+        vector right = *(const loose_vector *)(panel + k * PANEL + LANES);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < rows; i++) {
+            vector entry = a[i * a_row + k * a_col] - (vector){0}; /* in every lane */
+            sum[i][0] += entry * left;
+            sum[i][1] += entry * right;
         }
-        float sum = 0.0f, squares = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < cols; j++) sum += xi[j];
-        float mean = sum / (float)cols;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t j = 0; j < cols; j++) squares += (xi[j] - mean) * (xi[j] - mean);
-        float rstd = 1.0f / sqrtf(squares / (float)cols + eps);
-        if (statistics) {
-            statistics[i] = mean;
-            statistics[rows + i] = rstd;
+    }
+    if (cols >= PANEL) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < rows; i++) {
+            *(loose_vector *)(c + i * c_row) = sum[i][0];
+            *(loose_vector *)(c + i * c_row + LANES) = sum[i][1];
         }
-        if (activation == ACTIVATION_MISH) {
-#pragma omp simd
-            for (int64_t j = 0; j < cols; j++)
-                yi[j] = mish_f((xi[j] - mean) * rstd * gain[j] + shift[j]);
-        } else {
-#pragma omp simd
-            for (int64_t j = 0; j < cols; j++) yi[j] = (xi[j] - mean) * rstd * gain[j] + shift[j];
-            if (activation == ACTIVATION_SIMNORM) simnorm_row(yi, cols, simplex);
-        }
+    } else {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < rows; i++)
+            memcpy(c + i * c_row, sum[i], sizeof(float) * (size_t)cols);
+    }
+}
+
+static void tile(int64_t rows, const float *a, int64_t a_row, int64_t a_col, const float *panel,
+                 int64_t depth, const float *bias, float *c, int64_t c_row, int64_t cols) {
+#define TILE(ROWS)                                                        \
+    case ROWS:                                                            \
+        tile_of(ROWS, a, a_row, a_col, panel, depth, bias, c, c_row, cols); \
+        break;
+    switch (rows) { /* so that the sums are registers */
+        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#if TILE_ROWS > 6
+        TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
+#endif
+    }
+}
+
+/* Rows begin..end of a b + bias into c, [rows, cols]. */
+static inline void product_rows(const float *a, int64_t a_row, int64_t a_col, const float *packed,
+                                const float *bias, float *c, int64_t begin, int64_t end,
+                                int64_t depth, int64_t cols) {
+    for (int64_t p = 0; p * PANEL < cols; p++)
+        tile(end - begin, a + begin * a_row, a_row, a_col, packed + p * PANEL * depth, depth,
+             bias ? bias + p * PANEL : 0, c + begin * cols + p * PANEL, cols, cols - p * PANEL);
+}
+
+/* c = a b + bias; bias may be null. packed: of pack(). */
+void product(const float *a, int64_t a_row, int64_t a_col, const float *packed, const float *bias,
+             float *c, int64_t rows, int64_t depth, int64_t cols, int64_t threads) {
+    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    if (tiles < threads) tiles = threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < tiles; t++)
+        product_rows(a, a_row, a_col, packed, bias, c, rows * t / tiles, rows * (t + 1) / tiles,
+                     depth, cols);
+}
+
+/* norm_forward of x w + bias, which is kept in product; that may be y if statistics is null. */
+void normed_product(const float *x, const float *packed, const float *bias, const float *mask,
+                    const float *gain, const float *shift, float *product, float *y,
+                    float *statistics, int64_t rows, int64_t depth, int64_t cols, float eps,
+                    int64_t activation, int64_t simplex, int64_t threads) {
+    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    if (tiles < threads) tiles = threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < tiles; t++) {
+        int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
+        product_rows(x, depth, 1, packed, bias, product, begin, end, depth, cols);
+        for (int64_t i = begin; i < end; i++)
+            norm_row(product + i * cols, mask ? mask + i * cols : 0, gain, shift, y + i * cols,
+                     statistics ? statistics + i : 0, rows, cols, eps, activation, simplex);
     }
 }
 

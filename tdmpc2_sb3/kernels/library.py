@@ -29,6 +29,9 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
+    "pack": (POINTER, *(INTEGER,) * 2, POINTER, *(INTEGER,) * 3),
+    "product": (POINTER, *(INTEGER,) * 2, *(POINTER,) * 3, *(INTEGER,) * 4),
+    "normed_product": (*(POINTER,) * 9, *(INTEGER,) * 3, REAL, *(INTEGER,) * 3),
     "norm_forward": (*(POINTER,) * 6, *(INTEGER,) * 2, REAL, *(INTEGER,) * 3),
     "norm_backward": (*(POINTER,) * 10, *(INTEGER,) * 5),
     "two_hot_inverse_forward": (*(POINTER,) * 3, *(INTEGER,) * 3),
@@ -61,6 +64,15 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def call(name: str, *arguments: th.Tensor | float | None) -> None:
+    """Calls a function of kernels.c; a tensor is handed over as the address of its numbers."""
+    loaded = library()
+    assert loaded is not None, "ask whether there is a library first"
+    getattr(loaded, name)(
+        *(each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments)
+    )
 
 
 def keep_freed_memory() -> bool:
@@ -190,4 +202,5 @@ def _load(path: Path) -> ctypes.CDLL:
         function = getattr(loaded, name)
         function.argtypes = list(arguments)
         function.restype = None
+    loaded.panel_width.restype = INTEGER
     return loaded

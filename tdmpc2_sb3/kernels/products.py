@@ -1,90 +1,128 @@
-"""Matrix products in float32 on a CPU by whichever of torch's two libraries is faster.
+"""Matrix products in float32 on a CPU, by ``kernels.c`` or by torch, whichever is faster.
 
-On x86 torch multiplies by MKL, and holds oneDNN beside it, whose products of these sizes are a
-tenth faster, and a quarter where a row is no multiple of a cache line (latent and action
-together). torch's compiler calls it by an operator of its own, which is used here if it is there
-and right.
+torch's products come from MKL or oneDNN, which lay the right matrix out anew in every call and
+wake their threads for the product alone. Here a weight is laid out once for as long as it stays
+the same (:func:`weights_held`), which is a tenth to a quarter faster at this project's sizes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
-import platform
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch as th
+
+from tdmpc2_sb3.kernels.library import call, library
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-Product = Callable[..., th.Tensor]
-SMALL = 2**24  # multiply-adds; oneDNN lays a weight out anew in every call, which must pay
+# Deeper, rows of the left matrix lie so far apart that a tile of them falls out of the first cache.
+MAX_DEPTH = 768
+MIN_ROWS = 8  # fewer cost less than laying the right matrix out, unless that is kept
+PARALLEL_FROM = 2**18  # multiply-adds; waking a second thread costs more than fewer would save
 
 
-@functools.cache
-def onednn_linear() -> Product | None:
-    """x W^T + b by oneDNN; None where that is not faster or not there."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return None
+class _Thread(threading.local):
+    """What holds in one thread."""
+
+    held: dict[tuple[object, ...], tuple[th.Tensor, th.Tensor]] | None = None
+    by_torch = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def weights_held() -> Iterator[None]:
+    """No weight changes within, so that each is laid out for products once (in this thread)."""
+    before = _thread.held
+    _thread.held = {} if before is None else before
     try:
-        operator = th.ops.mkldnn._linear_pointwise
-
-        def product(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
-            return operator(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-
-        x, weight, bias = th.ones(32, 3), th.full((5, 3), 2.0), th.ones(5)
-        right = bool((product(x, weight, bias) == 7.0).all())
-    except (AttributeError, RuntimeError, TypeError):  # an operator without promises
-        return None
-    return product if right else None
+        yield
+    finally:
+        _thread.held = before
 
 
-def linear_product(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
-    """x W^T + b, without gradients.
-
-    :param x: [B, in]
-    :param weight: [out, in]
-    :param bias: [out] or None
-    """
-    fast = onednn_linear() if len(x) * weight.numel() >= SMALL else None
-    if fast is not None and x.is_contiguous() and weight.is_contiguous():
-        return fast(x, weight, bias)
-    return x @ weight.t() if bias is None else th.addmm(bias, x, weight.t())
-
-
-def grad_input(grad: th.Tensor, weight: th.Tensor) -> th.Tensor:
-    """Gradient of :func:`linear_product` by x, grad W.
-
-    :param grad: [B, out]
-    :param weight: [out, in]
-    """
-    fast = onednn_linear() if len(grad) * weight.numel() >= SMALL else None
-    # On a cut of columns oneDNN falls back to a loop that is a thousand times slower.
-    if fast is not None and weight.is_contiguous():
-        return fast(grad, weight.t(), None)
-    return grad @ weight
-
-
-def _count_operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x) * weight[0]
-
-
-def operation_counter() -> FlopCounterMode:
-    """torch's counter of operations, which does not know oneDNN's operator by itself."""
+@contextlib.contextmanager
+def operation_counter() -> Iterator[FlopCounterMode]:
+    """torch's counter of operations; products go by torch within, whose operations it sees."""
     # Not at the top: it imports triton where there is one, whose library crashes the process once
     # a software renderer (Mesa's) has brought its own LLVM.
     from torch.utils.flop_counter import FlopCounterMode
 
-    _register_operator()
-    onednn_linear()  # tries itself out at the first call, which is not to be counted
-    return FlopCounterMode(display=False)
+    before = _thread.by_torch
+    _thread.by_torch = True
+    try:
+        with FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        _thread.by_torch = before
 
 
 @functools.cache
-def _register_operator() -> None:
-    from torch.utils.flop_counter import register_flop_formula
+def _panel_width() -> int:
+    loaded = library()
+    return 0 if loaded is None else int(loaded.panel_width())
 
-    if hasattr(th.ops.mkldnn, "_linear_pointwise"):
-        register_flop_formula(th.ops.mkldnn._linear_pointwise)(_count_operations)
+
+def product_threads(rows: int, depth: int, cols: int) -> int:
+    """Threads for a product of that size."""
+    return th.get_num_threads() if rows * depth * cols >= PARALLEL_FROM else 1
+
+
+def laid_out(b: th.Tensor, rows: int, is_weight: bool) -> th.Tensor | None:
+    """The right matrix of a product as ``kernels.c`` reads it; None where torch is to multiply.
+
+    :param b: [depth, cols], any strides
+    :param rows: of the left matrix
+    :param is_weight: whether b stays the same within :func:`weights_held`
+    """
+    depth, cols = b.shape
+    width = _panel_width()
+    if not width or _thread.by_torch or not 0 < depth <= MAX_DEPTH or not cols:
+        return None
+    held = _thread.held if is_weight else None
+    if held is None:
+        return _pack(b, width, rows) if rows >= MIN_ROWS else None
+    key = (b.data_ptr(), b.shape, b.stride())
+    if key not in held:
+        held[key] = (b, _pack(b, width, rows))  # b, lest another take its address
+    return held[key][1]
+
+
+def _pack(b: th.Tensor, width: int, rows: int) -> th.Tensor:
+    depth, cols = b.shape
+    packed = b.new_empty(-(-cols // width), depth, width)
+    threads = product_threads(rows, depth, cols)
+    call("pack", b, *b.stride(), packed, depth, cols, threads)
+    return packed
+
+
+def product(
+    a: th.Tensor,
+    b: th.Tensor,
+    bias: th.Tensor | None = None,
+    out: th.Tensor | None = None,
+    is_weight: bool = True,
+) -> th.Tensor:
+    """a b + bias, without gradients.
+
+    :param a: [rows, depth], any strides
+    :param b: [depth, cols], any strides
+    :param bias: [cols] or None
+    :param out: contiguous, [rows, cols]
+    :param is_weight: whether b stays the same within :func:`weights_held`
+    """
+    rows, depth = a.shape
+    packed = laid_out(b, rows, is_weight) if rows else None
+    if packed is None:
+        return th.mm(a, b, out=out) if bias is None else th.addmm(bias, a, b, out=out)
+    cols = b.shape[1]
+    c = a.new_empty(rows, cols) if out is None else out
+    threads = product_threads(rows, depth, cols)
+    call("product", a, *a.stride(), packed, bias, c, rows, depth, cols, threads)
+    return c

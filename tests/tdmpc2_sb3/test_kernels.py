@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import stat
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,9 +19,9 @@ import torch.nn.functional as F
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
 from tdmpc2_sb3.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
-from tdmpc2_sb3.kernels import Activation, Norm, library
+from tdmpc2_sb3.kernels import Activation, Layer, Norm, library
 from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
-from tdmpc2_sb3.kernels.products import operation_counter
+from tdmpc2_sb3.kernels.products import operation_counter, product
 
 EPS = 1e-5
 MISH = Norm(Activation.MISH, eps=EPS)
@@ -82,7 +84,7 @@ def test_normed_linear(threads, activation, rows, cols, simnorm_dim):
 
     def fast(x, weight, bias, gain, shift):
         norm = Norm(activation, simnorm_dim, EPS)
-        return kernels.normed_linear(x, None, weight, bias, gain, shift, norm)
+        return kernels.networks(x, None, [Layer(weight, bias, gain, shift, norm)])
 
     def plain(x, weight, bias, gain, shift):
         h = F.layer_norm(F.linear(x, weight, bias), (cols,), gain, shift, EPS)
@@ -92,10 +94,9 @@ def test_normed_linear(threads, activation, rows, cols, simnorm_dim):
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("shared", [False, True], ids=["own rows", "shared rows"])
-def test_normed_linear_of_an_ensemble(threads, shared, with_mask):
+def test_normed_linear_of_an_ensemble(threads, with_mask):
     members, rows, cols = 3, 90, 136
-    x = randn(rows, 7, seed=1) if shared else randn(members, rows, 7, seed=1)
+    x = randn(rows, 7, seed=1)
     mask = (randn(members, rows, cols, seed=6) > -1.0).float() / 0.84 if with_mask else None
     inputs = [
         x,
@@ -106,7 +107,8 @@ def test_normed_linear_of_an_ensemble(threads, shared, with_mask):
     ]
 
     def fast(x, weight, bias, gain, shift):
-        return kernels.normed_linear(x, None, weight, bias, gain, shift, MISH, mask)
+        layer = Layer(weight, bias, gain, shift, MISH)
+        return kernels.networks(x, None, [layer], mask, tuple(range(members)))
 
     def plain(x, weight, bias, gain, shift):
         y = x @ weight.transpose(1, 2) + bias.unsqueeze(1)
@@ -121,13 +123,12 @@ def test_normed_linear_of_an_ensemble(threads, shared, with_mask):
 def test_some_members_of_an_ensemble(normed, members):
     """Their parameters alone get gradients; a member taken twice gets both."""
     index = list(members)
-    inputs = [randn(len(members), 30, 7), randn(3, 16, 7, seed=2), randn(3, 16, seed=3)]
+    inputs = [randn(30, 7), randn(3, 16, 7, seed=2), randn(3, 16, seed=3)]
     inputs += [randn(3, 16, seed=4), randn(3, 16, seed=5)] if normed else []
 
     def fast(x, weight, bias, *affine):
-        if normed:
-            return kernels.normed_linear(x, None, weight, bias, *affine, MISH, members=members)
-        return kernels.linear(x, weight, bias, members)
+        layer = Layer(weight, bias, *affine, norm=MISH if normed else None)
+        return kernels.networks(x, None, [layer], members=members)
 
     def plain(x, weight, bias, *affine):
         y = x @ weight[index].transpose(1, 2) + bias[index].unsqueeze(1)
@@ -146,9 +147,121 @@ def test_linear(rows, width, with_bias):
     inputs += [randn(width, seed=2)] if with_bias else []
 
     def fast(x, weight, bias=None):
-        return kernels.linear(x, weight, bias)
+        return kernels.networks(x, None, [Layer(weight, bias)])
 
     compare(fast, F.linear, [x.requires_grad_(True) for x in inputs])
+
+
+def products_are_ours() -> bool:
+    return library().panel_width() > 0
+
+
+@pytest.mark.parametrize("rows", [8, 9, 14, 15, 29, 57])
+@pytest.mark.parametrize(("depth", "cols"), [(1, 1), (5, 31), (16, 32), (17, 33), (50, 70)])
+@pytest.mark.parametrize("transposed", ["neither", "left", "right"])
+def test_products_of_any_shape(threads, rows, depth, cols, transposed):
+    a = randn(depth, rows).t() if transposed == "left" else randn(rows, depth)
+    b = randn(cols, depth, seed=1).t() if transposed == "right" else randn(depth, cols, seed=1)
+    wide = randn(depth, cols + 7, seed=2)[:, 3 : 3 + cols]  # columns of a wider matrix
+    bias = randn(cols, seed=3)
+    for right in (b, wide):
+        out = th.full((rows, cols), float("nan"))
+        assert product(a, right, bias, out=out) is out
+        expected = a.double() @ right.double() + bias.double()
+        th.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_products_spread_no_further_than_a_row():
+    """An entry that is not finite, and rows beyond the last, leave other rows alone."""
+    a, b = randn(20, 6), randn(6, 40, seed=1)
+    a[3, 2] = float("inf")
+    result = product(a, b)
+    finite = result.isfinite().all(1)
+    assert finite.tolist() == [row != 3 for row in range(20)]
+
+
+def test_a_row_is_the_same_alone_in_a_crowd_and_by_any_number_of_threads():
+    if not products_are_ours():
+        pytest.skip("torch's own products are used on this processor")
+    layers = [Layer(randn(96, 40), randn(96), th.ones(96), th.zeros(96), MISH)]
+    x = randn(700, 40, seed=4)
+    before = th.get_num_threads()
+    with th.no_grad():
+        th.set_num_threads(1)
+        alone = kernels.networks(x, None, layers)
+        crowd = kernels.networks(th.cat([x[100:], x]), None, layers)
+        th.set_num_threads(2)
+        two = kernels.networks(x, None, layers)
+        th.set_num_threads(before)
+    assert th.equal(alone, crowd[600:])
+    assert th.equal(alone, two)
+
+
+def test_weights_are_laid_out_anew_once_they_may_have_changed():
+    x, weight = randn(30, 12), randn(20, 12, seed=1)
+    layers = [Layer(weight, None)]
+    with kernels.weights_held():
+        kernels.networks(x, None, layers)
+        with kernels.weights_held():  # of what is held already
+            kernels.networks(x, None, layers)
+    weight.mul_(2.0)
+    for held in (True, False):
+        with kernels.weights_held() if held else contextlib.nullcontext():
+            once = kernels.networks(x, None, layers)
+            again = kernels.networks(x, None, layers)
+        th.testing.assert_close(once, x @ weight.t(), rtol=1e-5, atol=1e-5)
+        assert th.equal(once, again)
+
+
+def test_what_one_thread_holds_is_not_another_ones():
+    """One plans while another one learns."""
+    x, weight = randn(30, 12), randn(20, 12, seed=1)
+    layers = [Layer(weight, None)]
+    with kernels.weights_held(), ThreadPoolExecutor(1) as other:
+        kernels.networks(x, None, layers)
+        weight.mul_(2.0)
+        result = other.submit(kernels.networks, x, None, layers).result()
+    th.testing.assert_close(result, x @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+def test_several_layers_are_one_after_the_other(threads):
+    """Of one network, and of two of three; gradients included."""
+    sizes = [(24, 7 + 3), (16, 24), (9, 16)]
+    parameters = [
+        randn(3, *shape, seed=position)
+        for position, (out, inputs) in enumerate(sizes)
+        for shape in ((out, inputs), (out,), (out,), (out,))
+    ][:-2]
+    z, a = randn(2, 50, 7, seed=20), randn(2, 50, 3, seed=21)
+    mask = (randn(2, 100, 24, seed=22) > -1.0).float()
+    inputs = [x.requires_grad_(True) for x in (z, a, *parameters)]
+
+    def layers(parameters):
+        norms = [MISH, MISH, None]
+        return [Layer(*parameters[4 * i : 4 * i + 4], norm=norm) for i, norm in enumerate(norms)]
+
+    def one_network(z, a, parameters, mask):
+        y = th.cat([z, a], -1).view(100, 10)
+        for position in range(3):
+            weight, bias, *affine = parameters[4 * position : 4 * position + 4]
+            y = F.linear(y, weight, bias)
+            y = y * mask.to(y.dtype) if position == 0 else y
+            y = F.mish(F.layer_norm(y, y.shape[-1:], *affine, EPS)) if affine else y
+        return y.view(2, 50, -1)
+
+    compare(
+        lambda z, a, *p: kernels.networks(z, a, layers(p), mask, members=(2, 0)),
+        lambda z, a, *p: th.stack(
+            [one_network(z, a, [x[m] for x in p], mask[i]) for i, m in enumerate((2, 0))]
+        ),
+        inputs,
+    )
+    single = [x if position < 2 else x[1].detach() for position, x in enumerate(inputs)]
+    compare(
+        lambda z, a, *p: kernels.networks(z, a, layers(p), mask[0]),
+        lambda z, a, *p: one_network(z, a, p, mask[0]),
+        [x.detach().requires_grad_(True) for x in single],
+    )
 
 
 def test_importing_leaves_triton_alone():
@@ -163,7 +276,7 @@ def test_importing_leaves_triton_alone():
 def test_operations_are_counted_whichever_library_multiplies():
     x, weight = randn(520, 131).requires_grad_(True), randn(260, 131).requires_grad_(True)
     with operation_counter() as counter:
-        kernels.linear(x, weight, None).sum().backward()
+        kernels.networks(x, None, [Layer(weight, None)]).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 520 * 131 * 260
 
 
@@ -176,7 +289,7 @@ def test_gradients_of_a_pair(wanted):
     a.requires_grad_("a" in wanted.split())
 
     def fast(z, a):
-        return kernels.normed_linear(z, a, weight, bias, gain, shift, MISH)
+        return kernels.networks(z, a, [Layer(weight, bias, gain, shift, MISH)])
 
     def plain(z, a):
         y = F.linear(th.cat([z, a], -1), weight.double(), bias.double())

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdmpc2_sb3.layers import (
+    MLP,
     EnsembleLayer,
     NormedLinear,
     QEnsemble,
     SimNorm,
     broadcast_linear,
-    forward_pair,
     mish,
-    mlp,
     simnorm,
 )
 
@@ -127,9 +126,9 @@ def test_pairs_broadcast_like_a_concatenation(roughen):
     th.testing.assert_close(
         broadcast_linear(z[:1], a[:1], weight, bias), expected[:1], rtol=1e-5, atol=1e-5
     )
-    net = mlp(8, [12, 12], 16, SimNorm(8))
+    net = MLP(8, [12, 12], 16, SimNorm(8))
     roughen(net)
-    th.testing.assert_close(forward_pair(net, z, a), net(joined), rtol=1e-5, atol=1e-6)
+    th.testing.assert_close(net.forward_pair(z, a), net(joined), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -168,7 +167,7 @@ def test_dropout_multiplies_by_zero_or_the_inverse_of_the_kept_share():
 
 def test_initial_weights():
     th.manual_seed(0)
-    net = mlp(300, [400, 400], 10)
+    net = MLP(300, [400, 400], 10)
     layer = EnsembleLayer(3, 300, 400, normed=True)
     for weight in (net[0].weight, net[1].weight, net[2].weight, layer.weight):
         weight = weight.detach()

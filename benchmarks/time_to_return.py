@@ -7,6 +7,7 @@
 ``run`` trains by the unmodified zoo with the default YAML, in a process of its own for each seed,
 and writes one CSV a run into ``benchmarks/time_to_return/``: every evaluation (10 episodes with
 fresh seeds) with the seconds since the command was started, and those of them spent evaluating.
+A run ends with the first evaluation that reaches ``--target``, if one is given.
 ``report`` writes the table and the pictures from all CSV files there, beside the published curves.
 """
 
@@ -30,6 +31,7 @@ FIELDS = ("agent_steps", "frames", "seconds", "evaluation_seconds", "mean_return
 EVAL_EPISODES = 10
 START_VARIABLE = "TIME_TO_RETURN_START"
 CSV_VARIABLE = "TIME_TO_RETURN_CSV"
+TARGET_VARIABLE = "TIME_TO_RETURN_TARGET"
 
 
 def train(arguments: list[str]) -> None:
@@ -40,6 +42,7 @@ def train(arguments: list[str]) -> None:
 
     start = float(os.environ[START_VARIABLE])
     path = Path(os.environ[CSV_VARIABLE])
+    target = float(os.environ[TARGET_VARIABLE])
 
     class TimedEvalCallback(EvalCallback):
         evaluating = 0.0
@@ -50,6 +53,7 @@ def train(arguments: list[str]) -> None:
             if len(self.evaluations_timesteps) > count:
                 self.evaluating += time.time() - before
                 self._write()
+                go_on = go_on and self.last_mean_reward < target
             return go_on
 
         def _write(self) -> None:
@@ -86,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
             **os.environ,
             START_VARIABLE: str(time.time()),
             CSV_VARIABLE: str(path),
+            TARGET_VARIABLE: str(args.target),
             "OMP_NUM_THREADS": str(args.threads),
         }
         machine = describe(
@@ -191,6 +196,7 @@ def main() -> None:
     running.add_argument("--algo", default="tdmpc2")
     running.add_argument("--env", default="DMC/walker-walk-v0")
     running.add_argument("--steps", type=int, default=20_000, help="agent steps")
+    running.add_argument("--target", type=float, default=float("inf"), help="return to stop at")
     running.add_argument("--seeds", type=int, nargs="+", default=[1])
     running.add_argument("--threads", type=int, default=2)
     running.add_argument("--eval-freq", type=int, default=2500)

@@ -71,7 +71,7 @@ def call(name: str, *arguments: th.Tensor | float | None) -> None:
     loaded = library()
     assert loaded is not None, "ask whether there is a library first"
     getattr(loaded, name)(
-        *(each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments)
+        *[each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments]
     )
 
 

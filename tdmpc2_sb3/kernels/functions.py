@@ -193,6 +193,7 @@ def _forward(
             call(
                 "normed_product",
                 x,
+                *x.stride(),
                 packed,
                 bias,
                 mask,
@@ -403,7 +404,7 @@ def _evaluate(
 ) -> tuple[th.Tensor, list[_Kept]]:
     """:func:`networks`, and what the gradients need, network after network."""
     x = z if a is None else th.cat([z, a], dim=-1)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = x.reshape(-1, x.shape[-1])
     cols = layers[-1].weight.shape[-2]
     if members is None:
         y, kept = _forward(rows, layers, mask, None, keep)

@@ -194,24 +194,23 @@ void pack(const float *b, int64_t b_row, int64_t b_col, float *packed, int64_t d
 }
 
 static inline __attribute__((always_inline)) void tile_of(
-    const int64_t rows, const float *restrict a, int64_t a_row, int64_t a_col,
-    const float *restrict panel, int64_t depth, const float *bias, float *restrict c,
-    int64_t c_row, int64_t cols) {
+    const int64_t rows, const int64_t vectors, const float *restrict a, int64_t a_row,
+    int64_t a_col, const float *restrict panel, int64_t depth, const float *bias,
+    float *restrict c, int64_t c_row, int64_t cols) {
     vector sum[TILE_ROWS][2], first[2] = {{0}};
     if (bias) memcpy(first, bias, sizeof(float) * (size_t)(cols < PANEL ? cols : PANEL));
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < rows; i++) {
-        sum[i][0] = first[0];
-        sum[i][1] = first[1];
-    }
+    for (int64_t i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int64_t v = 0; v < vectors; v++) sum[i][v] = first[v];
     for (int64_t k = 0; k < depth; k++) {
-        vector left = *(const loose_vector *)(panel + k * PANEL);
-        vector right = *(const loose_vector *)(panel + k * PANEL + LANES);
+        const loose_vector *b = (const loose_vector *)(panel + k * PANEL);
+        vector left = b[0], right = b[1];
 #pragma GCC unroll 16
         for (int64_t i = 0; i < rows; i++) {
             vector entry = a[i * a_row + k * a_col] - (vector){0}; /* in every lane */
             sum[i][0] += entry * left;
-            sum[i][1] += entry * right;
+            if (vectors == 2) sum[i][1] += entry * right;
         }
     }
     if (cols >= PANEL) {
@@ -229,9 +228,12 @@ static inline __attribute__((always_inline)) void tile_of(
 
 static void tile(int64_t rows, const float *a, int64_t a_row, int64_t a_col, const float *panel,
                  int64_t depth, const float *bias, float *c, int64_t c_row, int64_t cols) {
-#define TILE(ROWS)                                                        \
-    case ROWS:                                                            \
-        tile_of(ROWS, a, a_row, a_col, panel, depth, bias, c, c_row, cols); \
+#define TILE(ROWS)                                                                \
+    case ROWS:                                                                    \
+        if (cols > LANES)                                                         \
+            tile_of(ROWS, 2, a, a_row, a_col, panel, depth, bias, c, c_row, cols); \
+        else /* one vector is wide enough */                                      \
+            tile_of(ROWS, 1, a, a_row, a_col, panel, depth, bias, c, c_row, cols); \
         break;
     switch (rows) { /* so that the sums are registers */
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
@@ -262,16 +264,17 @@ void product(const float *a, int64_t a_row, int64_t a_col, const float *packed, 
 }
 
 /* norm_forward of x w + bias, which is kept in product; that may be y if statistics is null. */
-void normed_product(const float *x, const float *packed, const float *bias, const float *mask,
-                    const float *gain, const float *shift, float *product, float *y,
-                    float *statistics, int64_t rows, int64_t depth, int64_t cols, float eps,
-                    int64_t activation, int64_t simplex, int64_t threads) {
+void normed_product(const float *x, int64_t x_row, int64_t x_col, const float *packed,
+                    const float *bias, const float *mask, const float *gain, const float *shift,
+                    float *product, float *y, float *statistics, int64_t rows, int64_t depth,
+                    int64_t cols, float eps, int64_t activation, int64_t simplex,
+                    int64_t threads) {
     int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     if (tiles < threads) tiles = threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < tiles; t++) {
         int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-        product_rows(x, depth, 1, packed, bias, product, begin, end, depth, cols);
+        product_rows(x, x_row, x_col, packed, bias, product, begin, end, depth, cols);
         for (int64_t i = begin; i < end; i++)
             norm_row(product + i * cols, mask ? mask + i * cols : 0, gain, shift, y + i * cols,
                      statistics ? statistics + i : 0, rows, cols, eps, activation, simplex);

@@ -31,7 +31,14 @@ POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "pack": (POINTER, *(INTEGER,) * 2, POINTER, *(INTEGER,) * 3),
     "product": (POINTER, *(INTEGER,) * 2, *(POINTER,) * 3, *(INTEGER,) * 4),
-    "normed_product": (*(POINTER,) * 9, *(INTEGER,) * 3, REAL, *(INTEGER,) * 3),
+    "normed_product": (
+        POINTER,
+        *(INTEGER,) * 2,
+        *(POINTER,) * 8,
+        *(INTEGER,) * 3,
+        REAL,
+        *(INTEGER,) * 3,
+    ),
     "norm_forward": (*(POINTER,) * 6, *(INTEGER,) * 2, REAL, *(INTEGER,) * 3),
     "norm_backward": (*(POINTER,) * 10, *(INTEGER,) * 5),
     "two_hot_inverse_forward": (*(POINTER,) * 3, *(INTEGER,) * 3),

@@ -1,10 +1,11 @@
-"""Fused elementwise kernels for float32 on a CPU, built at first use; plain torch elsewhere.
+"""Kernels for float32 on a CPU, built at first use; plain torch elsewhere.
 
 On a CPU the elementwise part of the world model (LayerNorm, Mish, SimNorm, cross-entropy over bins
 and their gradients) costs as much as its matrix products when it is a chain of stock kernels that
-each read and write a whole array. ``kernels.c`` does each chain in one pass. It is plain C without
-any library's headers, compiled by the machine's own compiler in about a second and kept in the
-user's cache directory (:mod:`tdmpc2_sb3.kernels.library`).
+each read and write a whole array. ``kernels.c`` does each chain in one pass, and the products of
+x86 processors with it (:mod:`tdmpc2_sb3.kernels.products`). It is plain C without any library's
+headers, compiled by the machine's own compiler in about two seconds and kept in the user's cache
+directory (:mod:`tdmpc2_sb3.kernels.library`).
 
 Callers ask :func:`usable` and keep a plain torch path, which a compiler, other devices and double
 precision take too.

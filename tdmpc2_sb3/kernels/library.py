@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL | None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"The CPU kernels could not be built ({reason}); training goes on with torch's own, "
-            "about a quarter slower. Install a C compiler (Debian: apt install gcc; macOS: "
+            "which take 1.4 times as long. Install a C compiler (Debian: apt install gcc; macOS: "
             f"xcode-select --install), or set {SWITCH}=0 to silence this.",
             RuntimeWarning,
             stacklevel=2,

@@ -128,7 +128,10 @@ def report(args: argparse.Namespace) -> None:
     text = "\n".join(lines) + "\n"
     (RESULTS / "README.md").write_text(
         "# Time to return\n\nThe first evaluation (10 episodes) whose mean reaches the figure; the "
-        "command, machine and\nversions of each run are in the text file beside its CSV.\n\n" + text
+        "command, machine and\nversions of each run are in the text file beside its CSV. What is "
+        "to be read in it: [notes.md](notes.md).\n\n"
+        + text
+        + "".join(f"\n![{env}]({env}.png)\n" for env in runs)
     )
     print(text)
 
@@ -172,8 +175,8 @@ def picture(env: str, members: list[tuple[str, list[dict[str, float]]]]) -> None
         by_clock.plot([row["seconds"] / 60 for row in rows], returns, marker="o", label=label)
         last_frame = max(last_frame, rows[-1]["frames"])
     for algo, (frames, returns) in read_published(env).items():
-        shown = frames <= 2 * last_frame
-        by_frames.plot(frames[shown], returns[shown], "--", label=f"{algo} (published mean)")
+        by_frames.plot(frames, returns, "--", label=f"{algo} (published, every 100k)")
+    by_frames.set_xlim(0, 1.1 * last_frame)
     by_frames.set(xlabel="frames (two an agent step)", ylabel="return", title=env)
     by_clock.set(xlabel="minutes since the command was typed")
     by_frames.legend(fontsize=8)

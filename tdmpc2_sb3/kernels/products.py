@@ -2,7 +2,7 @@
 
 torch's products come from MKL or oneDNN, which lay the right matrix out anew in every call and
 wake their threads for the product alone. Here a weight is laid out once for as long as it stays
-the same (:func:`weights_held`), which is a tenth to a quarter faster at this project's sizes.
+the same (:func:`weights_held`), and norm and activation follow while a tile is in the cache.
 """
 
 from __future__ import annotations

@@ -261,8 +261,7 @@ class MLP(nn.Sequential):
     :param in_features: size of the input
     :param hidden: widths of the normed Mish layers, at least one
     :param out_features: size of the output
-    :param last_activation: if given, the last layer is normed and activated by it; Mish or
-        :class:`SimNorm`
+    :param last_activation: if given, the last layer is normed and activated by it
     """
 
     def __init__(
@@ -270,7 +269,7 @@ class MLP(nn.Sequential):
         in_features: int,
         hidden: Sequence[int],
         out_features: int,
-        last_activation: SimNorm | Mish | None = None,
+        last_activation: nn.Module | None = None,
     ):
         widths = [in_features, *hidden]
         layers: list[nn.Module] = [
@@ -284,7 +283,7 @@ class MLP(nn.Sequential):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """[..., in] to [..., out]."""
-        return self._from(0, x, None) if kernels.usable(x) else super().forward(x)
+        return self._from(0, x, None) if self._can_fuse(x) else super().forward(x)
 
     def forward_pair(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
         """The network on the concatenation of two inputs whose batch axes may broadcast.
@@ -293,16 +292,20 @@ class MLP(nn.Sequential):
         :param a: [..., A]
         """
         if z.shape[:-1] == a.shape[:-1]:
-            if kernels.usable(a):
+            if self._can_fuse(a):
                 return self._from(0, z, a)
             return super().forward(th.cat([z, a], dim=-1))  # type: ignore[no-any-return]
         first, *rest = self
         x = first.forward_pair(z, a)  # type: ignore[operator]
-        if kernels.usable(x):
+        if self._can_fuse(x):
             return self._from(1, x, None)
         for layer in rest:
             x = layer(x)
         return x  # type: ignore[no-any-return]
+
+    def _can_fuse(self, x: th.Tensor) -> bool:
+        normed = (each for each in self if isinstance(each, NormedLinear))
+        return kernels.usable(x) and all(each.has_kernel() for each in normed)
 
     def _from(self, start: int, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
         """All layers from that one on, by the CPU kernels."""

@@ -305,7 +305,7 @@ class _Networks(th.autograd.Function):
         kept = [_Kept(*saved[i : i + 4]) for i in range(4 * depth, len(saved), 4)]
         networks = _networks_of(layers, members)
         need_z, need_a, *_ = ctx.needs_input_grad
-        needs_parameters = ctx.needs_input_grad[_FIRST_PARAMETER]
+        needs_parameters = any(ctx.needs_input_grad[_FIRST_PARAMETER:])
         input_from = 0 if need_z else z_shape[-1] if need_a else None
         grad = grads[0].reshape(len(networks), -1, grads[0].shape[-1]).contiguous()
         # Where all Q networks have a part, their gradients by weights go straight into one tensor.

@@ -131,6 +131,33 @@ def test_pairs_broadcast_like_a_concatenation(roughen):
     th.testing.assert_close(net.forward_pair(z, a), net(joined), rtol=1e-5, atol=1e-6)
 
 
+def test_an_activation_without_a_kernel_is_applied_all_the_same(roughen):
+    net = MLP(8, [12], 16, nn.ReLU())
+    roughen(net)
+    z, a = randn(10, 5), randn(10, 3, seed=1)
+    joined = th.cat([z, a], -1)
+    hidden, last = net
+    expected = F.relu(last.ln(F.linear(hidden(joined), last.weight, last.bias)))
+    assert (expected == 0).any()
+    th.testing.assert_close(net(joined), expected, rtol=1e-5, atol=1e-6)
+    th.testing.assert_close(net.forward_pair(z, a), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_freezing_one_parameter_leaves_the_others_their_gradients(roughen):
+    net = MLP(8, [12, 12], 5)
+    roughen(net)
+    x = randn(10, 8)
+    net(x).square().sum().backward()
+    expected = {name: each.grad.clone() for name, each in net.named_parameters()}
+    net.zero_grad()
+    net[0].weight.requires_grad_(False)
+    net(x).square().sum().backward()
+    assert net[0].weight.grad is None
+    for name, each in net.named_parameters():
+        if name != "0.weight":
+            assert th.equal(each.grad, expected[name])
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("members", [None, [2, 0]])
 def test_q_ensemble_is_a_loop_over_its_members(roughen, masked, members):

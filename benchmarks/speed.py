@@ -43,8 +43,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from machine import command, describe
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.kernels import weights_held
-from tdmpc2_sb3.kernels.products import operation_counter, product
+from tdmpc2_sb3.kernels import Layer, networks, weights_held
+from tdmpc2_sb3.kernels.products import operation_counter
 
 OBSERVATION_DIM = 24  # walker-walk's
 ACTION_DIM = 6
@@ -358,7 +358,7 @@ def peak_contenders(device: th.device) -> list[Contender]:
     @weights_held()
     def by_kernels() -> None:
         for _ in range(repeats):
-            product(first, second)
+            networks(first, None, [Layer(second, None)])
 
     flops = 2 * PEAK_SIZE**3 * repeats
     contenders = [Contender(PEAKS[0], by_torch, flops)]

@@ -3,7 +3,7 @@
 On a CPU the elementwise part of the world model (LayerNorm, Mish, SimNorm, cross-entropy over bins
 and their gradients) costs as much as its matrix products when it is a chain of stock kernels that
 each read and write a whole array. ``kernels.c`` does each chain in one pass, and the products of
-x86 processors with it (:mod:`tdmpc2_sb3.kernels.products`). It is plain C without any library's
+x86 processors with it (:mod:`tdmpc2_sb3.kernels.networks`). It is plain C without any library's
 headers, compiled by the machine's own compiler in about two seconds and kept in the user's cache
 directory (:mod:`tdmpc2_sb3.kernels.library`).
 
@@ -13,17 +13,16 @@ precision take too.
 
 from tdmpc2_sb3.kernels.functions import (
     Activation,
-    Layer,
     Norm,
     gelu_sum,
     layer_norm,
-    networks,
     selective_scan,
     two_hot_cross_entropy,
     two_hot_inverse,
     usable,
 )
 from tdmpc2_sb3.kernels.library import SWITCH, library
+from tdmpc2_sb3.kernels.networks import Layer, networks
 from tdmpc2_sb3.kernels.products import weights_held
 
 __all__ = [

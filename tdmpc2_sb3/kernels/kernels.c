@@ -1,5 +1,5 @@
-/* The world model's layers: matrix products, LayerNorm with Mish or SimNorm in one pass over rows that
- * stay in the core's first cache, and categorical regression over bins.
+/* The world model's layers: matrix products, LayerNorm with Mish or SimNorm in one pass over rows
+ * that stay in the core's first cache, and categorical regression over bins.
  *
  * All arrays are float32, a "row" is one vector of the last axis; they are contiguous where nothing
  * else is said. Reductions over rows go through one partial sum a thread, added in the order of the
@@ -77,8 +77,8 @@ static void simnorm_row(float *y, int64_t cols, int64_t simplex) {
     else simnorm_groups(y, cols, simplex);
 }
 
-static inline void simnorm_grad_groups(const float *restrict grad, const float *restrict y,
-                                       float *restrict out, int64_t cols, int64_t simplex) {
+static inline void simnorm_grad_groups(const float *grad, const float *restrict y, float *out,
+                                       int64_t cols, int64_t simplex) {
     for (int64_t j = 0; j < cols; j += simplex) { /* d softmax: y (g - sum g y) */
         float dot = 0.0f;
         for (int64_t k = 0; k < simplex; k++) dot += grad[j + k] * y[j + k];
@@ -195,14 +195,18 @@ void pack(const float *b, int64_t b_row, int64_t b_col, float *packed, int64_t d
 
 static inline __attribute__((always_inline)) void tile_of(
     const int64_t rows, const int64_t vectors, const float *restrict a, int64_t a_row,
-    int64_t a_col, const float *restrict panel, int64_t depth, const float *bias,
-    float *restrict c, int64_t c_row, int64_t cols) {
-    vector sum[TILE_ROWS][2], first[2] = {{0}};
-    if (bias) memcpy(first, bias, sizeof(float) * (size_t)(cols < PANEL ? cols : PANEL));
+    int64_t a_col, const float *restrict panel, int64_t depth, const float *start,
+    int64_t start_row, float *restrict c, int64_t c_row, int64_t cols) {
+    vector sum[TILE_ROWS][2];
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < rows; i++)
-#pragma GCC unroll 2
-        for (int64_t v = 0; v < vectors; v++) sum[i][v] = first[v];
+    for (int64_t i = 0; i < rows; i++) {
+        vector first[2] = {{0}};
+        if (start)
+            memcpy(first, start + i * start_row,
+                   sizeof(float) * (size_t)(cols < PANEL ? cols : PANEL));
+        sum[i][0] = first[0];
+        sum[i][1] = first[1];
+    }
     for (int64_t k = 0; k < depth; k++) {
         const loose_vector *b = (const loose_vector *)(panel + k * PANEL);
         vector left = b[0], right = b[1];
@@ -226,14 +230,17 @@ static inline __attribute__((always_inline)) void tile_of(
     }
 }
 
+/* start: what the products are added to, rows start_row floats apart: a bias where that is 0, what
+ * is in c already where it is c; null for nothing. */
 static void tile(int64_t rows, const float *a, int64_t a_row, int64_t a_col, const float *panel,
-                 int64_t depth, const float *bias, float *c, int64_t c_row, int64_t cols) {
-#define TILE(ROWS)                                                                \
-    case ROWS:                                                                    \
-        if (cols > LANES)                                                         \
-            tile_of(ROWS, 2, a, a_row, a_col, panel, depth, bias, c, c_row, cols); \
-        else /* one vector is wide enough */                                      \
-            tile_of(ROWS, 1, a, a_row, a_col, panel, depth, bias, c, c_row, cols); \
+                 int64_t depth, const float *start, int64_t start_row, float *c, int64_t c_row,
+                 int64_t cols) {
+#define TILE(ROWS)                                                                         \
+    case ROWS:                                                                             \
+        if (cols > LANES)                                                                  \
+            tile_of(ROWS, 2, a, a_row, a_col, panel, depth, start, start_row, c, c_row, cols); \
+        else /* one vector is wide enough */                                               \
+            tile_of(ROWS, 1, a, a_row, a_col, panel, depth, start, start_row, c, c_row, cols); \
         break;
     switch (rows) { /* so that the sums are registers */
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
@@ -243,69 +250,40 @@ static void tile(int64_t rows, const float *a, int64_t a_row, int64_t a_col, con
     }
 }
 
-/* Rows begin..end of a b + bias into c, [rows, cols]. */
+/* At most TILE_ROWS rows, begin..end, of a b + start into c, [rows, cols]. */
 static inline void product_rows(const float *a, int64_t a_row, int64_t a_col, const float *packed,
-                                const float *bias, float *c, int64_t begin, int64_t end,
-                                int64_t depth, int64_t cols) {
+                                const float *start, int64_t start_row, float *c, int64_t begin,
+                                int64_t end, int64_t depth, int64_t cols) {
     for (int64_t p = 0; p * PANEL < cols; p++)
         tile(end - begin, a + begin * a_row, a_row, a_col, packed + p * PANEL * depth, depth,
-             bias ? bias + p * PANEL : 0, c + begin * cols + p * PANEL, cols, cols - p * PANEL);
+             start ? start + begin * start_row + p * PANEL : 0, start_row,
+             c + begin * cols + p * PANEL, cols, cols - p * PANEL);
 }
 
-/* c = a b + bias; bias may be null. packed: of pack(). */
-void product(const float *a, int64_t a_row, int64_t a_col, const float *packed, const float *bias,
-             float *c, int64_t rows, int64_t depth, int64_t cols, int64_t threads) {
-    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    if (tiles < threads) tiles = threads;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t t = 0; t < tiles; t++)
-        product_rows(a, a_row, a_col, packed, bias, c, rows * t / tiles, rows * (t + 1) / tiles,
-                     depth, cols);
-}
+static inline int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
-/* norm_forward of x w + bias, which is kept in product; that may be y if statistics is null. */
-void normed_product(const float *x, int64_t x_row, int64_t x_col, const float *packed,
-                    const float *bias, const float *mask, const float *gain, const float *shift,
-                    float *product, float *y, float *statistics, int64_t rows, int64_t depth,
-                    int64_t cols, float eps, int64_t activation, int64_t simplex,
-                    int64_t threads) {
-    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    if (tiles < threads) tiles = threads;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t t = 0; t < tiles; t++) {
-        int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-        product_rows(x, x_row, x_col, packed, bias, product, begin, end, depth, cols);
-        for (int64_t i = begin; i < end; i++)
-            norm_row(product + i * cols, mask ? mask + i * cols : 0, gain, shift, y + i * cols,
-                     statistics ? statistics + i : 0, rows, cols, eps, activation, simplex);
-    }
-}
-
-/* Gradients of norm_forward by its input, and by gain, shift and a bias added in front of it (the
- * sum over rows of the first), [3, cols]. sums: scratch, [threads, 3, cols]. */
-void norm_backward(const float *grad, const float *x, const float *mask, const float *y,
-                   const float *gain, const float *shift, const float *statistics,
-                   float *grad_x, float *grad_parameters, float *sums, int64_t rows,
-                   int64_t cols, int64_t activation, int64_t simplex, int64_t threads) {
-    memset(sums, 0, sizeof(float) * (size_t)(threads * 3 * cols));
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t thread = 0; thread < threads; thread++) {
-        float *dgain = sums + thread * 3 * cols, *dshift = dgain + cols, *dbias = dshift + cols;
-        int64_t begin = rows * thread / threads, end = rows * (thread + 1) / threads;
-        for (int64_t i = begin; i < end; i++) {
-            const float *xi = x + i * cols, *di = grad + i * cols;
-            const float *mi = mask ? mask + i * cols : 0;
-            float *out = grad_x + i * cols;
-            float mean = statistics[i], rstd = statistics[rows + i], s1 = 0.0f, s2 = 0.0f;
-            if (activation == ACTIVATION_SIMNORM) {
-                if (simplex == 8) simnorm_grad_groups(di, y + i * cols, out, cols, 8);
-                else simnorm_grad_groups(di, y + i * cols, out, cols, simplex);
-                di = out;
-            }
+/* Gradients of rows begin..end of norm_forward by its input into grad_x, which may be grad; added
+ * to sums, [3, cols], those by gain, by shift and by a bias in front. */
+static void norm_backward_rows(const float *grad, const float *x, const float *mask,
+                               const float *y, const float *gain, const float *shift,
+                               const float *statistics, float *grad_x, float *sums, int64_t begin,
+                               int64_t end, int64_t rows, int64_t cols, int64_t activation,
+                               int64_t simplex) {
+    float *dgain = sums, *dshift = sums + cols, *dbias = sums + 2 * cols;
+    for (int64_t i = begin; i < end; i++) {
+        const float *xi = x + i * cols, *di = grad + i * cols;
+        const float *mi = mask ? mask + i * cols : 0;
+        float *out = grad_x + i * cols;
+        float mean = statistics[i], rstd = statistics[rows + i], s1 = 0.0f, s2 = 0.0f;
+        if (activation == ACTIVATION_SIMNORM) {
+            if (simplex == 8) simnorm_grad_groups(di, y + i * cols, out, cols, 8);
+            else simnorm_grad_groups(di, y + i * cols, out, cols, simplex);
+            di = out;
+        }
 #define PASS(INPUT, SLOPE)                                                                        \
     _Pragma("omp simd reduction(+ : s1, s2)") for (int64_t j = 0; j < cols; j++) {                \
         float hat = ((INPUT)-mean) * rstd;                                                        \
-        float h = hat * gain[j] + shift[j];                                                          \
+        float h = hat * gain[j] + shift[j];                                                       \
         (void)h;                                                                                  \
         float d = di[j] * (SLOPE);                                                                \
         dgain[j] += d * hat;                                                                      \
@@ -315,41 +293,201 @@ void norm_backward(const float *grad, const float *x, const float *mask, const f
         s2 += d * hat;                                                                            \
         out[j] = d;                                                                               \
     }
-            if (activation == ACTIVATION_MISH) {
-                if (mi) {
-                    PASS(xi[j] * mi[j], mish_slope_f(h))
-                } else {
-                    PASS(xi[j], mish_slope_f(h))
-                }
-            } else if (mi) {
-                PASS(xi[j] * mi[j], 1.0f)
-            } else {
-                PASS(xi[j], 1.0f)
-            }
-            s1 /= (float)cols;
-            s2 /= (float)cols;
+        if (activation == ACTIVATION_MISH) {
             if (mi) {
-#pragma omp simd
-                for (int64_t j = 0; j < cols; j++) {
-                    float hat = (xi[j] * mi[j] - mean) * rstd;
-                    out[j] = rstd * (out[j] - s1 - hat * s2) * mi[j];
-                    dbias[j] += out[j];
-                }
+                PASS(xi[j] * mi[j], mish_slope_f(h))
             } else {
+                PASS(xi[j], mish_slope_f(h))
+            }
+        } else if (mi) {
+            PASS(xi[j] * mi[j], 1.0f)
+        } else {
+            PASS(xi[j], 1.0f)
+        }
+        s1 /= (float)cols;
+        s2 /= (float)cols;
+        if (mi) {
 #pragma omp simd
-                for (int64_t j = 0; j < cols; j++) {
-                    float hat = (xi[j] - mean) * rstd;
-                    out[j] = rstd * (out[j] - s1 - hat * s2);
-                    dbias[j] += out[j];
-                }
+            for (int64_t j = 0; j < cols; j++) {
+                float hat = (xi[j] * mi[j] - mean) * rstd;
+                out[j] = rstd * (out[j] - s1 - hat * s2) * mi[j];
+                dbias[j] += out[j];
+            }
+        } else {
+#pragma omp simd
+            for (int64_t j = 0; j < cols; j++) {
+                float hat = (xi[j] - mean) * rstd;
+                out[j] = rstd * (out[j] - s1 - hat * s2);
+                dbias[j] += out[j];
             }
         }
     }
-    for (int64_t j = 0; j < 3 * cols; j++) {
+}
+
+/* What was added up by every thread, [threads, size], from column begin to end into out. */
+static void add_up(const float *sums, float *out, int64_t begin, int64_t end, int64_t size,
+                   int64_t threads) {
+    for (int64_t j = begin; j < end; j++) {
         float total = 0.0f;
-        for (int64_t thread = 0; thread < threads; thread++) total += sums[thread * 3 * cols + j];
-        grad_parameters[j] = total;
+        for (int64_t thread = 0; thread < threads; thread++) total += sums[thread * size + j];
+        out[j] = total;
     }
+}
+
+/* Gradients of norm_forward by its input, and by gain, shift and a bias added in front of it, [3,
+ * cols]. sums: scratch, [threads, 3, cols]. */
+void norm_backward(const float *grad, const float *x, const float *mask, const float *y,
+                   const float *gain, const float *shift, const float *statistics,
+                   float *grad_x, float *grad_parameters, float *sums, int64_t rows,
+                   int64_t cols, int64_t activation, int64_t simplex, int64_t threads) {
+    memset(sums, 0, sizeof(float) * (size_t)(threads * 3 * cols));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++)
+        norm_backward_rows(grad, x, mask, y, gain, shift, statistics, grad_x, sums + t * 3 * cols,
+                           rows * t / threads, rows * (t + 1) / threads, rows, cols, activation,
+                           simplex);
+    add_up(sums, grad_parameters, 0, 3 * cols, 3 * cols, threads);
+}
+
+/* A layer of a network: product with its weight and bias, then norm_forward if it has a gain. */
+typedef struct {
+    const float *packed;           /* transposed weight, of pack() */
+    const float *bias;             /* [cols] or null */
+    const float *gain, *shift;     /* [cols], or null without a norm */
+    const float *mask;             /* of norm_forward, [rows, cols] or null */
+    float *product;                /* before the norm, [rows, cols]; output if none is kept */
+    float *statistics;             /* of norm_forward, [2, rows] or null */
+    float *output;                 /* [rows, cols] */
+    int64_t depth, cols, activation, simplex;
+    float eps;
+} layer;
+
+/* Its gradients. */
+typedef struct {
+    const float *packed;  /* weight, of pack(); null if no gradient by the input is wanted */
+    float *by_product;    /* by what comes before the norm, scratch, [rows, cols] */
+    float *sums;          /* scratch, [threads, 3, cols]; null if no parameter wants one */
+    float *packed_input;  /* scratch, [ceil(depth / PANEL), rows, PANEL]; null likewise */
+    float *by_weight;     /* [cols, depth]; null likewise */
+    float *by_vectors;    /* by gain, shift and bias, 3 of [cols]; null likewise */
+    int64_t vectors_row;  /* numbers from one of them to the next */
+} layer_gradient;
+
+static void layer_forward(const layer *it, const float *x, int64_t x_row, int64_t begin,
+                          int64_t end, int64_t rows) {
+    int64_t tiles = tiles_of(end - begin), cols = it->cols;
+    for (int64_t t = 0; t < tiles; t++) {
+        int64_t from = begin + (end - begin) * t / tiles;
+        int64_t to = begin + (end - begin) * (t + 1) / tiles;
+        product_rows(x, x_row, 1, it->packed, it->bias, 0, it->gain ? it->product : it->output,
+                     from, to, it->depth, cols);
+        for (int64_t i = from; it->gain && i < to; i++)
+            norm_row(it->product + i * cols, it->mask ? it->mask + i * cols : 0, it->gain,
+                     it->shift, it->output + i * cols, it->statistics ? it->statistics + i : 0,
+                     rows, cols, it->eps, it->activation, it->simplex);
+    }
+}
+
+/* Networks of count layers each on the same x, [rows, depth], whose rows are x_row floats apart.
+ * Every thread takes its rows through all layers, so that nobody waits for anybody between two. */
+void networks_forward(const layer *layers, int64_t count, int64_t networks, const float *x,
+                      int64_t x_row, int64_t rows, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++)
+        for (int64_t n = 0; n < networks; n++) {
+            const float *input = x;
+            int64_t input_row = x_row;
+            for (int64_t l = n * count; l < (n + 1) * count; l++) {
+                layer_forward(layers + l, input, input_row, rows * t / threads,
+                              rows * (t + 1) / threads, rows);
+                input = layers[l].output;
+                input_row = layers[l].cols;
+            }
+        }
+}
+
+/* Rows begin..end of the right matrix b, [depth, cols], as pack() lays them out. */
+static void pack_rows(const float *b, int64_t b_row, float *packed, int64_t begin, int64_t end,
+                      int64_t depth, int64_t cols) {
+    for (int64_t p = 0; p * PANEL < cols; p++) {
+        int64_t left = cols - p * PANEL;
+        pack_panel(b + begin * b_row + p * PANEL, b_row, 1, end - begin,
+                   left < PANEL ? left : PANEL, packed + (p * depth + begin) * PANEL);
+    }
+}
+
+/* Gradients of rows begin..end by what comes before the norm, and of that by the parameters. */
+static const float *layer_backward(const layer *it, const layer_gradient *gradient,
+                                   const float *grad, float *sums, int64_t begin, int64_t end,
+                                   int64_t rows) {
+    int64_t cols = it->cols;
+    if (it->gain) {
+        norm_backward_rows(grad, it->product, it->mask, it->output, it->gain, it->shift,
+                           it->statistics, gradient->by_product, sums, begin, end, rows, cols,
+                           it->activation, it->simplex);
+        return gradient->by_product;
+    }
+    if (gradient->sums)
+        for (int64_t i = begin; i < end; i++)
+#pragma omp simd
+            for (int64_t j = 0; j < cols; j++) sums[2 * cols + j] += grad[i * cols + j];
+    return grad;
+}
+
+/* Gradients of networks_forward, whose layers kept product, statistics and output. grad: by the
+ * networks' outputs, [networks, rows, cols]. by_input: by the last input_cols columns of x, [rows,
+ * input_cols], added up over the networks; null if not wanted. spare: scratch, [threads, 3, widest
+ * layer], for what nobody wants. */
+void networks_backward(const layer *layers, const layer_gradient *gradients, int64_t count,
+                       int64_t networks, const float *x, int64_t x_row, const float *grad,
+                       float *by_input, int64_t input_cols, float *spare, int64_t widest,
+                       int64_t rows, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++) {
+        int64_t begin = rows * t / threads, end = rows * (t + 1) / threads;
+        int64_t tiles = tiles_of(end - begin);
+        for (int64_t n = 0; n < networks; n++) {
+            const float *by_output = grad + n * rows * layers[count - 1].cols;
+            for (int64_t l = (n + 1) * count - 1; l >= n * count; l--) {
+                const layer *it = layers + l;
+                const layer_gradient *to = gradients + l;
+                int64_t cols = it->cols, is_first = l == n * count;
+                float *sums = to->sums ? to->sums + t * 3 * cols : spare + t * 3 * widest;
+                if (to->sums) memset(sums, 0, sizeof(float) * (size_t)(3 * cols));
+                const float *by_product =
+                    layer_backward(it, to, by_output, sums, begin, end, rows);
+                if (to->packed_input)
+                    pack_rows(is_first ? x : layers[l - 1].output,
+                              is_first ? x_row : layers[l - 1].cols, to->packed_input, begin, end,
+                              rows, it->depth);
+                if (!to->packed) break;
+                float *by_x = is_first ? by_input : gradients[l - 1].by_product;
+                int64_t width = is_first ? input_cols : it->depth;
+                for (int64_t i = 0; i < tiles; i++)
+                    product_rows(by_product, cols, 1, to->packed, is_first && n ? by_x : 0, width,
+                                 by_x, begin + (end - begin) * i / tiles,
+                                 begin + (end - begin) * (i + 1) / tiles, cols, width);
+                by_output = by_x;
+            }
+        }
+    }
+    /* Every row's part is there: now the sums over rows. */
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++)
+        for (int64_t l = 0; l < networks * count; l++) {
+            const layer *it = layers + l;
+            const layer_gradient *to = gradients + l;
+            int64_t cols = it->cols, tiles = tiles_of(cols), is_last = (l + 1) % count == 0;
+            const float *by_product =
+                is_last && !it->gain ? grad + l / count * rows * cols : to->by_product;
+            if (!to->by_weight) continue;
+            for (int64_t v = 0; v < 3; v++)
+                add_up(to->sums + v * cols, to->by_vectors + v * to->vectors_row,
+                       cols * t / threads, cols * (t + 1) / threads, 3 * cols, threads);
+            for (int64_t i = tiles * t / threads; i < tiles * (t + 1) / threads; i++)
+                product_rows(by_product, 1, cols, to->packed_input, 0, 0, to->by_weight,
+                             cols * i / tiles, cols * (i + 1) / tiles, rows, it->depth);
+        }
 }
 
 static inline float row_max(const float *restrict x, int64_t cols) {

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch as th
 
@@ -28,15 +29,40 @@ BUILD_SECONDS = 120
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class LayerArgument(ctypes.Structure):
+    """``layer`` of kernels.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("packed", "bias", "gain", "shift", "mask")),
+        *((name, POINTER) for name in ("product", "statistics", "output")),
+        *((name, INTEGER) for name in ("depth", "cols", "activation", "simplex")),
+        ("eps", REAL),
+    )
+
+
+class LayerGradientArgument(ctypes.Structure):
+    """``layer_gradient`` of kernels.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("packed", "by_product", "sums", "packed_input")),
+        *((name, POINTER) for name in ("by_weight", "by_vectors")),
+        ("vectors_row", INTEGER),
+    )
+
+
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "pack": (POINTER, *(INTEGER,) * 2, POINTER, *(INTEGER,) * 3),
-    "product": (POINTER, *(INTEGER,) * 2, *(POINTER,) * 3, *(INTEGER,) * 4),
-    "normed_product": (
-        POINTER,
+    "networks_forward": (POINTER, *(INTEGER,) * 2, POINTER, *(INTEGER,) * 3),
+    "networks_backward": (
+        *(POINTER,) * 2,
         *(INTEGER,) * 2,
-        *(POINTER,) * 8,
-        *(INTEGER,) * 3,
-        REAL,
+        POINTER,
+        INTEGER,
+        *(POINTER,) * 2,
+        INTEGER,
+        POINTER,
         *(INTEGER,) * 3,
     ),
     "norm_forward": (*(POINTER,) * 6, *(INTEGER,) * 2, REAL, *(INTEGER,) * 3),
@@ -73,7 +99,7 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def call(name: str, *arguments: th.Tensor | float | None) -> None:
+def call(name: str, *arguments: th.Tensor | ctypes.Array[Any] | float | None) -> None:
     """Calls a function of kernels.c; a tensor is handed over as the address of its numbers."""
     loaded = library()
     assert loaded is not None, "ask whether there is a library first"

@@ -1,8 +1,8 @@
-"""Matrix products in float32 on a CPU, by ``kernels.c`` or by torch, whichever is faster.
+"""When ``kernels.c`` multiplies matrices in float32 on a CPU, and the weights laid out for it.
 
 torch's products come from MKL or oneDNN, which lay the right matrix out anew in every call and
-wake their threads for the product alone. Here a weight is laid out once for as long as it stays
-the same (:func:`weights_held`), and norm and activation follow while a tile is in the cache.
+wake their threads for the product alone. ``kernels.c`` reads a weight that is laid out once for as
+long as it stays the same (:func:`weights_held`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_DEPTH = 768
 MIN_ROWS = 8  # fewer cost less than laying the right matrix out, unless that is kept
 PARALLEL_FROM = 2**18  # multiply-adds; waking a second thread costs more than fewer would save
+LAY_OUT_PARALLEL_FROM = 2**15  # numbers; likewise
 
 
 class _Thread(threading.local):
@@ -69,60 +70,45 @@ def _panel_width() -> int:
     return 0 if loaded is None else int(loaded.panel_width())
 
 
-def product_threads(rows: int, depth: int, cols: int) -> int:
-    """Threads for a product of that size."""
-    return th.get_num_threads() if rows * depth * cols >= PARALLEL_FROM else 1
+def product_threads(multiply_adds: int) -> int:
+    """Threads for that much work."""
+    return th.get_num_threads() if multiply_adds >= PARALLEL_FROM else 1
 
 
-def laid_out(b: th.Tensor, rows: int, is_weight: bool) -> th.Tensor | None:
-    """The right matrix of a product as ``kernels.c`` reads it; None where torch is to multiply.
+def multiplies(rows: int, depth: int) -> bool:
+    """Whether ``kernels.c`` is to multiply a matrix of that size from the left, rather than torch.
+
+    :param rows: of the left matrix
+    :param depth: its columns, the rows of the right one
+    """
+    if not _panel_width() or _thread.by_torch or not 0 < depth <= MAX_DEPTH or not rows:
+        return False
+    return rows >= MIN_ROWS or _thread.held is not None
+
+
+def panels(rows: int, cols: int) -> int:
+    """Numbers that a right matrix takes once it is laid out."""
+    width = _panel_width()
+    return -(-cols // width) * rows * width
+
+
+def laid_out(b: th.Tensor) -> th.Tensor:
+    """A weight as ``kernels.c`` reads it as the right matrix, laid out once in what is held.
 
     :param b: [depth, cols], any strides
-    :param rows: of the left matrix
-    :param is_weight: whether b stays the same within :func:`weights_held`
     """
-    depth, cols = b.shape
-    width = _panel_width()
-    if not width or _thread.by_torch or not 0 < depth <= MAX_DEPTH or not cols:
-        return None
-    held = _thread.held if is_weight else None
+    held = _thread.held
     if held is None:
-        return _pack(b, width, rows) if rows >= MIN_ROWS else None
+        return _pack(b)
     key = (b.data_ptr(), b.shape, b.stride())
     if key not in held:
-        held[key] = (b, _pack(b, width, rows))  # b, lest another take its address
+        held[key] = (b, _pack(b))  # b, lest another take its address
     return held[key][1]
 
 
-def _pack(b: th.Tensor, width: int, rows: int) -> th.Tensor:
+def _pack(b: th.Tensor) -> th.Tensor:
     depth, cols = b.shape
-    packed = b.new_empty(-(-cols // width), depth, width)
-    threads = product_threads(rows, depth, cols)
+    packed = b.new_empty(panels(depth, cols))
+    threads = th.get_num_threads() if depth * cols >= LAY_OUT_PARALLEL_FROM else 1
     call("pack", b, *b.stride(), packed, depth, cols, threads)
     return packed
-
-
-def product(
-    a: th.Tensor,
-    b: th.Tensor,
-    bias: th.Tensor | None = None,
-    out: th.Tensor | None = None,
-    is_weight: bool = True,
-) -> th.Tensor:
-    """a b + bias, without gradients.
-
-    :param a: [rows, depth], any strides
-    :param b: [depth, cols], any strides
-    :param bias: [cols] or None
-    :param out: contiguous, [rows, cols]
-    :param is_weight: whether b stays the same within :func:`weights_held`
-    """
-    rows, depth = a.shape
-    packed = laid_out(b, rows, is_weight) if rows else None
-    if packed is None:
-        return th.mm(a, b, out=out) if bias is None else th.addmm(bias, a, b, out=out)
-    cols = b.shape[1]
-    c = a.new_empty(rows, cols) if out is None else out
-    threads = product_threads(rows, depth, cols)
-    call("product", a, *a.stride(), packed, bias, c, rows, depth, cols, threads)
-    return c

@@ -21,7 +21,7 @@ from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp
 from tdmpc2_sb3.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
 from tdmpc2_sb3.kernels import Activation, Layer, Norm, library
 from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
-from tdmpc2_sb3.kernels.products import operation_counter, product
+from tdmpc2_sb3.kernels.products import operation_counter
 
 EPS = 1e-5
 MISH = Norm(Activation.MISH, eps=EPS)
@@ -158,24 +158,21 @@ def products_are_ours() -> bool:
 
 @pytest.mark.parametrize("rows", [8, 9, 14, 15, 29, 57])
 @pytest.mark.parametrize(("depth", "cols"), [(1, 1), (5, 31), (16, 32), (17, 33), (50, 70)])
-@pytest.mark.parametrize("transposed", ["neither", "left", "right"])
-def test_products_of_any_shape(threads, rows, depth, cols, transposed):
-    a = randn(depth, rows).t() if transposed == "left" else randn(rows, depth)
-    b = randn(cols, depth, seed=1).t() if transposed == "right" else randn(depth, cols, seed=1)
-    wide = randn(depth, cols + 7, seed=2)[:, 3 : 3 + cols]  # columns of a wider matrix
-    bias = randn(cols, seed=3)
-    for right in (b, wide):
-        out = th.full((rows, cols), float("nan"))
-        assert product(a, right, bias, out=out) is out
-        expected = a.double() @ right.double() + bias.double()
-        th.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("cut", ["neither", "left", "right"])
+def test_products_of_any_shape(threads, rows, depth, cols, cut):
+    """Of whole matrices, and of columns cut from wider ones."""
+    x = randn(rows, depth + 7, seed=2)[:, 3 : 3 + depth] if cut == "left" else randn(rows, depth)
+    weight = randn(cols, depth + 7, seed=1)[:, 3 : 3 + depth]
+    weight = weight if cut == "right" else weight.contiguous()
+    inputs = [each.requires_grad_(True) for each in (x, weight, randn(cols, seed=3))]
+    compare(lambda x, *layer: kernels.networks(x, None, [Layer(*layer)]), F.linear, inputs)
 
 
 def test_products_spread_no_further_than_a_row():
     """An entry that is not finite, and rows beyond the last, leave other rows alone."""
-    a, b = randn(20, 6), randn(6, 40, seed=1)
-    a[3, 2] = float("inf")
-    result = product(a, b)
+    x, weight = randn(20, 6), randn(40, 6, seed=1)
+    x[3, 2] = float("inf")
+    result = kernels.networks(x, None, [Layer(weight, None)])
     finite = result.isfinite().all(1)
     assert finite.tolist() == [row != 3 for row in range(20)]
 

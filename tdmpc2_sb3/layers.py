@@ -309,11 +309,14 @@ class MLP(nn.Sequential):
 
     def _from(self, start: int, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
         """All layers from that one on, by the CPU kernels."""
-        layers = [
+        layers = kernels.held_layers((self, start), lambda: self._layers(start))
+        return kernels.networks(z, a, layers)
+
+    def _layers(self, start: int) -> list[Layer]:
+        return [
             each.as_layer() if isinstance(each, NormedLinear) else Layer(each.weight, each.bias)  # type: ignore[arg-type]
             for each in itertools.islice(self, start, None)
         ]
-        return kernels.networks(z, a, layers)
 
 
 class EnsembleLayer(nn.Module):
@@ -426,7 +429,10 @@ class QEnsemble(nn.Module):
         """
         if kernels.usable(z):
             chosen = range(self.num_q) if members is None else members.tolist()
-            layers = [layer.as_layer(frozen) for layer in self.layers]  # type: ignore[operator]
+            layers = kernels.held_layers(
+                (self, frozen),
+                lambda: [layer.as_layer(frozen) for layer in self.layers],  # type: ignore[operator]
+            )
             return kernels.networks(z, a, layers, dropout_mask, tuple(chosen))
         x = th.cat([z, a], dim=-1)
         first, second, last = self.layers

@@ -22,7 +22,7 @@ from tdmpc2_sb3.kernels.functions import (
     usable,
 )
 from tdmpc2_sb3.kernels.library import SWITCH, library
-from tdmpc2_sb3.kernels.networks import Layer, networks
+from tdmpc2_sb3.kernels.networks import Layer, held_layers, networks
 from tdmpc2_sb3.kernels.products import weights_held
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Layer",
     "Norm",
     "gelu_sum",
+    "held_layers",
     "layer_norm",
     "library",
     "networks",

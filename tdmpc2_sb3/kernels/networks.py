@@ -10,7 +10,7 @@ Shapes: ``...`` any leading axes, B rows, Q networks of an ensemble, Q' of them 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -22,7 +22,14 @@ from tdmpc2_sb3.kernels.functions import (
     records_gradients,
 )
 from tdmpc2_sb3.kernels.library import LayerArgument, LayerGradientArgument, call
-from tdmpc2_sb3.kernels.products import laid_out, multiplies, panels, product_threads
+from tdmpc2_sb3.kernels.products import (
+    held,
+    is_holding,
+    laid_out,
+    multiplies,
+    panels,
+    product_threads,
+)
 
 ALIGNMENT = 16  # numbers: a cache line
 
@@ -220,6 +227,59 @@ def _address(vector: th.Tensor | None, member: int) -> int:
     return vector.data_ptr() + skipped * vector.element_size()
 
 
+def _largest_size(layers: Sequence[Layer]) -> int:
+    if isinstance(layers, _HeldLayers):
+        return layers.largest_size
+    return max(size for layer in layers for size in layer.weight.shape[-2:])
+
+
+class _ParameterArguments(NamedTuple):
+    """The part of a call that stays the same for as long as the weights do."""
+
+    of_layer: list[tuple[tuple[int, ...], tuple[float, ...]]]  # network after network
+    packed: list[th.Tensor]  # what is pointed to
+
+
+class _HeldLayers(list[Layer]):
+    """Layers whose weights are held, with their arguments by the networks asked for."""
+
+    def __init__(self, layers: Sequence[Layer]):
+        super().__init__(layers)
+        self.largest_size = _largest_size(layers)
+        self.arguments: dict[tuple[int, ...] | None, _ParameterArguments] = {}
+
+
+def held_layers(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]:
+    """The layers of a network, made once while weights are held.
+
+    :param key: that tells the network from all others
+    :param make: makes them
+    """
+    return held(key, lambda: _HeldLayers(make())) if is_holding() else make()
+
+
+def _parameter_arguments(
+    layers: Sequence[Layer], members: tuple[int, ...] | None
+) -> _ParameterArguments:
+    if isinstance(layers, _HeldLayers) and members in layers.arguments:
+        return layers.arguments[members]
+    result = _ParameterArguments([], [])
+    for member in (0,) if members is None else members:
+        for weight, bias, gain, shift, norm in layers:
+            matrix = weight if members is None else weight[member]
+            result.packed.append(laid_out(matrix.t()))
+            pointers = (
+                result.packed[-1].data_ptr(),
+                *(_address(vector, member) for vector in (bias, gain, shift)),
+            )
+            activation, simplex, eps = (0, 1, 0.0) if norm is None else norm
+            cols, depth = matrix.shape
+            result.of_layer.append((pointers, (depth, cols, activation, simplex, eps)))
+    if isinstance(layers, _HeldLayers):
+        layers.arguments[members] = result
+    return result
+
+
 class _ByKernels(_Evaluation):
     """One call of ``kernels.c`` each for outputs and gradients."""
 
@@ -250,37 +310,27 @@ class _ByKernels(_Evaluation):
                     )
                 )
         base, places = workspace.allocate(x), iter(offsets * (1 if keep else self.count))
-        self._alive = [workspace, result]
+        parameters = _parameter_arguments(self.layers, self.members)
+        self._alive = [workspace, result, parameters]
         arguments: list[tuple[float, ...]] = []
-        for network, member in enumerate(self._members()):
-            mask = self.mask_of(network)
-            for position, layer in enumerate(self.layers):
-                weight, bias, gain, shift, norm = layer
-                weight = weight if self.members is None else weight[member]
-                packed = laid_out(weight.t())
-                self._alive.append(packed)
-                cols, depth = weight.shape
-                product, statistics, output = (base + 4 * each for each in next(places))
-                if position == last:
-                    output = result.data_ptr() + 4 * network * rows * cols
-                kept = keep and norm is not None
-                arguments.append(
-                    (
-                        packed.data_ptr(),
-                        _address(bias, member),
-                        _address(gain, member),
-                        _address(shift, member),
-                        0 if mask is None or position else mask.data_ptr(),
-                        product if kept else output,
-                        statistics if kept else 0,
-                        output,
-                        depth,
-                        cols,
-                        0 if norm is None else norm.activation,
-                        1 if norm is None else norm.simnorm_dim,
-                        0.0 if norm is None else norm.eps,
-                    )
+        for i, (pointers, settings) in enumerate(parameters.of_layer):
+            network, position = divmod(i, last + 1)
+            mask = None if position else self.mask_of(network)
+            product, statistics, output = next(places)
+            end = base + 4 * output
+            if position == last:
+                end = result.data_ptr() + 4 * network * rows * result.shape[-1]
+            kept = keep and self.layers[position].norm is not None
+            arguments.append(
+                (
+                    *pointers,
+                    0 if mask is None else mask.data_ptr(),
+                    base + 4 * product if kept else end,
+                    base + 4 * statistics if kept else 0,
+                    end,
+                    *settings,
                 )
+            )
         self._arguments = (LayerArgument * len(arguments))(*arguments)  # type: ignore[misc]
         call(
             "networks_forward",
@@ -374,7 +424,7 @@ def _evaluation(
 ) -> _Evaluation:
     x = z if a is None else th.cat([z, a], dim=-1)
     rows = x.reshape(-1, x.shape[-1])
-    fits = all(multiplies(len(rows), size) for layer in layers for size in layer.weight.shape[-2:])
+    fits = multiplies(len(rows), _largest_size(layers))
     if not fits:
         return _ByTorch(rows, layers, mask, members)
     return _ByKernels(rows if rows.stride(-1) == 1 else rows.contiguous(), layers, mask, members)
@@ -396,14 +446,9 @@ class _Networks(th.autograd.Function):
         a: th.Tensor | None,
         mask: th.Tensor | None,
         members: tuple[int, ...] | None,
-        norms: tuple[Norm | None, ...],
-        *parameters: th.Tensor | None,
+        layers: Sequence[Layer],
+        *parameters: th.Tensor | None,  # of the layers, for autograd to see
     ) -> th.Tensor:
-        layers = []
-        for i, norm in enumerate(norms):
-            weight, bias, gain, shift = parameters[4 * i : 4 * i + 4]
-            assert weight is not None
-            layers.append(Layer(weight, bias, gain, shift, norm))
         evaluation = _evaluation(z, a, layers, mask, members)
         ctx.evaluation = evaluation
         ctx.shapes = z.shape, None if a is None else a.shape
@@ -478,8 +523,8 @@ def networks(
     :param members: the Q' networks to evaluate; None if the layers are of one
     :return: [..., out] or [Q', ..., out]
     """
-    parameters = [each for layer in layers for each in layer[:4]]
-    if records_gradients(z, a, *parameters):
-        norms = tuple(layer.norm for layer in layers)
-        return _Networks.apply(z, a, mask, members, norms, *parameters)  # type: ignore[no-any-return]
+    if th.is_grad_enabled():
+        parameters = [each for layer in layers for each in layer[:4]]
+        if records_gradients(z, a, *parameters):
+            return _Networks.apply(z, a, mask, members, layers, *parameters)  # type: ignore[no-any-return]
     return _shaped(_evaluation(z, a, layers, mask, members).forward(keep=False), z, members)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
 
@@ -27,10 +27,13 @@ PARALLEL_FROM = 2**18  # multiply-adds; waking a second thread costs more than f
 LAY_OUT_PARALLEL_FROM = 2**15  # numbers; likewise
 
 
+T = TypeVar("T")
+
+
 class _Thread(threading.local):
     """What holds in one thread."""
 
-    held: dict[tuple[object, ...], tuple[th.Tensor, th.Tensor]] | None = None
+    held: dict[object, Any] | None = None
     by_torch = False
 
 
@@ -46,6 +49,20 @@ def weights_held() -> Iterator[None]:
         yield
     finally:
         _thread.held = before
+
+
+def is_holding() -> bool:
+    """Whether weights are held in this thread."""
+    return _thread.held is not None
+
+
+def held(key: object, make: Callable[[], T]) -> T:
+    """What ``make`` returns, made once while weights are held; anew where none are."""
+    if _thread.held is None:
+        return make()
+    if key not in _thread.held:
+        _thread.held[key] = make()
+    return _thread.held[key]  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -97,13 +114,8 @@ def laid_out(b: th.Tensor) -> th.Tensor:
 
     :param b: [depth, cols], any strides
     """
-    held = _thread.held
-    if held is None:
-        return _pack(b)
     key = (b.data_ptr(), b.shape, b.stride())
-    if key not in held:
-        held[key] = (b, _pack(b))  # b, lest another take its address
-    return held[key][1]
+    return held(key, lambda: (b, _pack(b)))[1]  # b, lest another take its address
 
 
 def _pack(b: th.Tensor) -> th.Tensor:

@@ -167,15 +167,15 @@ def our_contenders(model: str, dynamics: str, args: argparse.Namespace) -> list[
         agent.predict(observation, state, np.array([False]))
         synchronize(agent.device)
 
-    def update() -> None:
-        agent.train(gradient_steps=1, batch_size=agent.batch_size)
+    def update() -> None:  # as many as take one step of the policy prior among them
+        agent.train(gradient_steps=agent.policy_delay, batch_size=agent.batch_size)
         synchronize(agent.device)
 
     label = f"{model}, {dynamics}"
     contenders = []
-    for what, run in (("plan", plan), ("update", update)):
+    for what, run, repeats in (("plan", plan, 1), ("update", update, agent.policy_delay)):
         run()  # whatever is set up at the first call
-        contenders.append(Contender(f"{what} ({label})", run, count_flops(run)))
+        contenders.append(Contender(f"{what} ({label})", run, count_flops(run), repeats))
     return contenders
 
 

@@ -142,6 +142,7 @@ class TDMPC2(OffPolicyAlgorithm):
         episodic) at T = 3, adapted to any other T so that its last step keeps its weight
     :param td_lambda: lambda of the Q heads' targets: 0 bootstraps after one step, as the reference
         does; 1 after the rest of the training sub-sequence
+    :param policy_delay: gradient steps of the world model for one of the policy prior, as in TD3
     :param enc_lr_scale: the encoder's learning rate relative to the others'
     :param max_grad_norm: gradients are clipped to this norm
     :param episodic: whether episodes may terminate, which adds a termination head; "auto": asked
@@ -213,6 +214,7 @@ class TDMPC2(OffPolicyAlgorithm):
         entropy_coef: float = 1e-4,
         rho: float | str = "auto",
         td_lambda: float = 0.0,
+        policy_delay: int = 1,
         enc_lr_scale: float = 0.3,
         max_grad_norm: float = 20.0,
         episodic: bool | str = "auto",
@@ -283,6 +285,7 @@ class TDMPC2(OffPolicyAlgorithm):
         self.entropy_coef = entropy_coef
         self.rho = rho
         self.td_lambda = td_lambda
+        self.policy_delay = policy_delay
         self.enc_lr_scale = enc_lr_scale
         self.max_grad_norm = max_grad_norm
         self.episodic = episodic
@@ -398,7 +401,7 @@ class TDMPC2(OffPolicyAlgorithm):
             value = getattr(self, name)
             if isinstance(value, str) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}: it must lie in [{low:g}, {high:g}].")
-        for name in ("batch_size", "buffer_size", "horizon", "train_horizon"):
+        for name in ("batch_size", "buffer_size", "horizon", "train_horizon", "policy_delay"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1.")
@@ -654,8 +657,9 @@ class TDMPC2(OffPolicyAlgorithm):
             noise = sample_update_noise(
                 self.policy.world_model, self.sequence_length, batch_size, self._training_generator
             )
+            with_policy = (self._n_updates + 1) % self.policy_delay == 0
             try:
-                statistics = self._update_step(batch, noise)  # type: ignore[arg-type]
+                statistics = self._update_step(batch, noise, with_policy)  # type: ignore[arg-type]
             except RuntimeError as error:
                 raise RuntimeError(f"Gradient step {self._n_updates + 1}: {error}") from error
             self._n_updates += 1

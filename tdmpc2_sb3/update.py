@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch as th
 
 from tdmpc2_sb3.compilation import compiled
@@ -60,10 +62,13 @@ class UpdateStep:
         self._model_losses = compiled(model_losses, compile, model_backward)
         self._policy_loss = compiled(policy_loss, compile, policy_backward)
 
-    def __call__(self, batch: SequenceBatch, noise: UpdateNoise) -> dict[str, th.Tensor]:
+    def __call__(
+        self, batch: SequenceBatch, noise: UpdateNoise, with_policy: bool = True
+    ) -> dict[str, th.Tensor]:
         """
         :param batch: sub-sequences
         :param noise: the step's random numbers
+        :param with_policy: whether the policy prior and the running scale take a step too
         :return: losses and norms by their names in the log
         :raises RuntimeError: if a loss or gradient is not finite; nothing has changed then
         """
@@ -71,11 +76,21 @@ class UpdateStep:
         with weights_held():
             losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
         grad_norm = self._step(policy.model_optimizer, policy.model_parameters, losses.total)
+        statistics = self._model_statistics(losses, grad_norm)
+        if with_policy:
+            statistics.update(self._policy_step(losses.latents, batch, noise))
+        with th.no_grad():
+            th._foreach_lerp_(self._target, self._online, self.tau)
+        return statistics
 
+    def _policy_step(
+        self, latents: th.Tensor, batch: SequenceBatch, noise: UpdateNoise
+    ) -> dict[str, th.Tensor]:
+        policy, model = self.policy, self.policy.world_model
         with weights_held():
             prior = self._policy_loss(
                 model,
-                losses.latents,
+                latents,
                 policy.scale,
                 noise,
                 self.config,
@@ -83,45 +98,43 @@ class UpdateStep:
                 self.tau,
                 alive_states(batch),
             )
-        prior_grad_norm = self._step(policy.prior_optimizer, policy.prior_parameters, prior.total)
-
+        grad_norm = self._step(policy.prior_optimizer, policy.prior_parameters, prior.total)
         with th.no_grad():
             policy.scale.copy_(prior.scale)
-            th._foreach_lerp_(self._target, self._online, self.tau)
-        return self._statistics(losses, prior, grad_norm, prior_grad_norm)
+        return {
+            "train/policy_loss": prior.total,
+            "train/policy_entropy": prior.entropy,
+            "train/policy_scaled_entropy": prior.scaled_entropy,
+            "train/policy_grad_norm": grad_norm,
+            "train/q_scale": prior.scale,
+        }
 
     def _step(
         self, optimizer: th.optim.Optimizer, parameters: list[th.nn.Parameter], loss: th.Tensor
     ) -> th.Tensor:
-        norm = th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        if not bool(th.isfinite(loss + norm)):
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        norm = th.nn.utils.get_total_norm(gradients)
+        # One transfer from the device; most gradients are short enough as they are.
+        loss_value, length = th.stack([loss.detach(), norm]).tolist()
+        if not math.isfinite(loss_value + length):
             optimizer.zero_grad()
             raise RuntimeError(
-                f"loss {float(loss)}, gradient norm {float(norm)}: not finite. Lower the learning "
+                f"loss {loss_value}, gradient norm {length}: not finite. Lower the learning "
                 "rate, or check the environment's rewards and observations for huge values."
             )
+        if length > self.max_grad_norm:
+            th.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         optimizer.step()
         optimizer.zero_grad()
         return norm
 
-    def _statistics(
-        self,
-        losses: ModelLosses,
-        prior: PolicyLosses,
-        grad_norm: th.Tensor,
-        prior_grad_norm: th.Tensor,
-    ) -> dict[str, th.Tensor]:
+    def _model_statistics(self, losses: ModelLosses, grad_norm: th.Tensor) -> dict[str, th.Tensor]:
         statistics = {
             "train/loss": losses.total,
             "train/consistency_loss": losses.consistency,
             "train/reward_loss": losses.reward,
             "train/value_loss": losses.value,
             "train/grad_norm": grad_norm,
-            "train/policy_loss": prior.total,
-            "train/policy_entropy": prior.entropy,
-            "train/policy_scaled_entropy": prior.scaled_entropy,
-            "train/policy_grad_norm": prior_grad_norm,
-            "train/q_scale": prior.scale,
         }
         if self.policy.world_model.episodic:
             statistics["train/termination_loss"] = losses.termination

@@ -103,6 +103,14 @@ def test_update_ratio(make_agent, point_env, settings, n_envs, steps, updates):
     assert (agent.num_timesteps, agent._n_updates) == (steps, updates)
 
 
+def test_the_policy_prior_steps_at_every_policy_delayth_update(make_agent, point_env):
+    agent = make_agent(point_env(limit=10), learning_starts=20, policy_delay=3)
+    agent.learn(30)
+    optimizers = agent.policy.model_optimizer, agent.policy.prior_optimizer
+    steps = [int(next(iter(each.state.values()))["step"]) for each in optimizers]
+    assert steps == [agent._n_updates, agent._n_updates // 3] == [30, 10]
+
+
 def test_the_first_steps_are_uniform_over_the_action_space(make_agent, point_env):
     env = point_env(bounds=(-1.0, 3.0), limit=1000)
     agent = make_agent(env, learning_starts=400)

@@ -287,6 +287,29 @@ def test_two_updates_give_the_losses_and_weights_of_the_specification(case, roug
     assert float(policy.scale) != 1.0
 
 
+def test_without_a_policy_step_all_else_is_the_same(roughen):
+    """The policy prior and the running scale stand still."""
+    steps = {}
+    for with_policy in (True, False):
+        policy = make_policy(roughen)
+        before = {k: v.clone() for k, v in policy.world_model.state_dict().items()}
+        noise = make_noise(policy, 3)
+        logged = make_update(policy, 3)(make_batch(3), noise, with_policy)
+        steps[with_policy] = logged, policy.world_model.state_dict(), float(policy.scale)
+    (both, moved, _), (alone, after, scale) = steps[True], steps[False]
+    assert scale == 1.0
+    for name, value in after.items():
+        assert th.equal(value, before[name] if name.startswith("policy_net") else moved[name])
+        assert name.startswith("policy_net") or not th.equal(value, before[name])
+    assert set(both) - set(alone) == {
+        *(f"train/policy_{name}" for name in ("loss", "entropy", "scaled_entropy", "grad_norm")),
+        "train/q_scale",
+    }
+    assert {name: float(value.detach()) for name, value in alone.items()} == {
+        name: float(both[name].detach()) for name in alone
+    }
+
+
 def test_in_single_precision_too(roughen, plain_model):
     policy = make_policy(roughen, True)
     plain = PlainUpdate(make_policy(roughen, True, th.float64), plain_model)

@@ -56,6 +56,7 @@ SPARSE_RATIO = 4  # steps for each update
 PAUSE = 0.2  # seconds, in which the last one's threads go to sleep
 OTHERS = ("authors'", "JAX port's")
 ZOO_YAML = Path(__file__).parents[1] / "hyperparams" / "tdmpc2.yml"
+ZOO_ENTRY = "DMC/walker-walk-v0"
 NOT_ARGUMENTS = ("policy", "n_timesteps", "eval_freq", "env_kwargs", "callback", "buffer_size")
 
 
@@ -93,10 +94,10 @@ class ConstantTask(gym.Env):
 
 
 def settings_of(model: str) -> dict[str, Any]:
-    """Constructor arguments: the paper's for a model size, or the zoo's default entry."""
+    """Constructor arguments: the paper's for a model size, or walker-walk's in the zoo's YAML."""
     if model != "zoo":
         return {"model_size": int(model)}
-    entry = yaml.safe_load(ZOO_YAML.read_text())["default"]
+    entry = yaml.safe_load(ZOO_YAML.read_text())[ZOO_ENTRY]
     return {key: value for key, value in entry.items() if key not in NOT_ARGUMENTS}
 
 

@@ -366,9 +366,9 @@ typedef struct {
 typedef struct {
     const float *packed;  /* weight, of pack(); null if no gradient by the input is wanted */
     float *by_product;    /* by what comes before the norm, scratch, [rows, cols] */
-    float *sums;          /* scratch, [threads, 3, cols]; null if no parameter wants one */
+    float *sums;          /* scratch, [threads, 3, cols] */
+    float *by_weight;     /* [cols, depth]; null if no gradient by the parameters is wanted */
     float *packed_input;  /* scratch, [ceil(depth / PANEL), rows, PANEL]; null likewise */
-    float *by_weight;     /* [cols, depth]; null likewise */
     float *by_vectors;    /* by gain, shift and bias, 3 of [cols]; null likewise */
     int64_t vectors_row;  /* numbers from one of them to the next */
 } layer_gradient;
@@ -427,7 +427,7 @@ static const float *layer_backward(const layer *it, const layer_gradient *gradie
                            it->activation, it->simplex);
         return gradient->by_product;
     }
-    if (gradient->sums)
+    if (gradient->by_weight)
         for (int64_t i = begin; i < end; i++)
 #pragma omp simd
             for (int64_t j = 0; j < cols; j++) sums[2 * cols + j] += grad[i * cols + j];
@@ -436,12 +436,10 @@ static const float *layer_backward(const layer *it, const layer_gradient *gradie
 
 /* Gradients of networks_forward, whose layers kept product, statistics and output. grad: by the
  * networks' outputs, [networks, rows, cols]. by_input: by the last input_cols columns of x, [rows,
- * input_cols], added up over the networks; null if not wanted. spare: scratch, [threads, 3, widest
- * layer], for what nobody wants. */
+ * input_cols], added up over the networks; null if not wanted. */
 void networks_backward(const layer *layers, const layer_gradient *gradients, int64_t count,
                        int64_t networks, const float *x, int64_t x_row, const float *grad,
-                       float *by_input, int64_t input_cols, float *spare, int64_t widest,
-                       int64_t rows, int64_t threads) {
+                       float *by_input, int64_t input_cols, int64_t rows, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {
         int64_t begin = rows * t / threads, end = rows * (t + 1) / threads;
@@ -452,11 +450,11 @@ void networks_backward(const layer *layers, const layer_gradient *gradients, int
                 const layer *it = layers + l;
                 const layer_gradient *to = gradients + l;
                 int64_t cols = it->cols, is_first = l == n * count;
-                float *sums = to->sums ? to->sums + t * 3 * cols : spare + t * 3 * widest;
-                if (to->sums) memset(sums, 0, sizeof(float) * (size_t)(3 * cols));
+                float *sums = to->sums + t * 3 * cols;
+                memset(sums, 0, sizeof(float) * (size_t)(3 * cols));
                 const float *by_product =
                     layer_backward(it, to, by_output, sums, begin, end, rows);
-                if (to->packed_input)
+                if (to->by_weight)
                     pack_rows(is_first ? x : layers[l - 1].output,
                               is_first ? x_row : layers[l - 1].cols, to->packed_input, begin, end,
                               rows, it->depth);

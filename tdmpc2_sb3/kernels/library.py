@@ -46,8 +46,8 @@ class LayerGradientArgument(ctypes.Structure):
     """``layer_gradient`` of kernels.c."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("packed", "by_product", "sums", "packed_input")),
-        *((name, POINTER) for name in ("by_weight", "by_vectors")),
+        *((name, POINTER) for name in ("packed", "by_product", "sums")),
+        *((name, POINTER) for name in ("by_weight", "packed_input", "by_vectors")),
         ("vectors_row", INTEGER),
     )
 
@@ -61,8 +61,6 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         POINTER,
         INTEGER,
         *(POINTER,) * 2,
-        INTEGER,
-        POINTER,
         *(INTEGER,) * 3,
     ),
     "norm_forward": (*(POINTER,) * 6, *(INTEGER,) * 2, REAL, *(INTEGER,) * 3),

@@ -83,12 +83,6 @@ class _Evaluation:
         self.count = 1 if members is None else len(members)
         self.rows = len(x)
 
-    def networks(self) -> list[Sequence[Layer]]:
-        """The layers of each network."""
-        if self.members is None:
-            return [self.layers]
-        return [[layer.of(member) for layer in self.layers] for member in self.members]
-
     def mask_of(self, network: int) -> th.Tensor | None:
         """The mask of one network, [B, out]."""
         return self.mask if self.mask is None or self.members is None else self.mask[network]
@@ -131,10 +125,16 @@ class _ByTorch(_Evaluation):
 
     kept: list[list[_Kept]]
 
+    def _networks(self) -> list[Sequence[Layer]]:
+        """The layers of each network."""
+        if self.members is None:
+            return [self.layers]
+        return [[layer.of(member) for layer in self.layers] for member in self.members]
+
     def forward(self, keep: bool) -> th.Tensor:
         self.kept = [
             self._forward_one(network, self.mask_of(i), keep)
-            for i, network in enumerate(self.networks())
+            for i, network in enumerate(self._networks())
         ]
         return _stacked([layers[-1].y for layers in self.kept])
 
@@ -160,7 +160,7 @@ class _ByTorch(_Evaluation):
     ) -> tuple[th.Tensor | None, list[_Gradients]]:
         results = [
             self._backward_one(grad[i], network, i, input_from, needs_parameters)
-            for i, network in enumerate(self.networks())
+            for i, network in enumerate(self._networks())
         ]
         parts = [part for part, _ in results if part is not None]
         by_input = _stacked(parts).sum(0) if parts else None
@@ -219,6 +219,11 @@ class _Workspace:
         return self._memory.data_ptr()
 
 
+def _matrix(weight: th.Tensor, member: int) -> th.Tensor:
+    """The weight of one network, [out, in]."""
+    return weight if weight.dim() == 2 else weight[member]
+
+
 def _address(vector: th.Tensor | None, member: int) -> int:
     """Where a vector of one network stands, 0 if there is none."""
     if vector is None:
@@ -266,7 +271,7 @@ def _parameter_arguments(
     result = _ParameterArguments([], [])
     for member in (0,) if members is None else members:
         for weight, bias, gain, shift, norm in layers:
-            matrix = weight if members is None else weight[member]
+            matrix = _matrix(weight, member)
             result.packed.append(laid_out(matrix.t()))
             pointers = (
                 result.packed[-1].data_ptr(),
@@ -363,25 +368,23 @@ class _ByKernels(_Evaluation):
                 offsets.append(
                     (
                         workspace.reserve(rows * cols),
-                        workspace.reserve(threads * 3 * cols if needs_parameters else 0),
+                        workspace.reserve(threads * 3 * cols),
                         workspace.reserve(panels(rows, depth) if needs_parameters else 0),
                     )
                 )
-        widest = max(cols for cols, _ in sizes)
-        spare = workspace.reserve(threads * 3 * widest)
         base, places = workspace.allocate(grad), iter(offsets)
         alive: list[th.Tensor] = []
         arguments: list[tuple[int, ...]] = []
         for network, member in enumerate(self._members()):
             for position, layer in enumerate(self.layers):
-                weight = layer.weight if self.members is None else layer.weight[member]
+                weight = _matrix(layer.weight, member)
                 packed = 0
                 if position or input_from is not None:
                     alive.append(laid_out(weight if position else weight[:, input_from:]))
                     packed = alive[-1].data_ptr()
                 by_product, sums, packed_input = (base + 4 * each for each in next(places))
                 if not needs_parameters:
-                    arguments.append((packed, by_product, 0, 0, 0, 0, 0))
+                    arguments.append((packed, by_product, sums, 0, 0, 0, 0))
                     continue
                 cols, depth = sizes[position]
                 by_weight, by_vectors = gradients[position]
@@ -390,8 +393,8 @@ class _ByKernels(_Evaluation):
                         packed,
                         by_product,
                         sums,
-                        packed_input,
                         by_weight.data_ptr() + 4 * network * cols * depth,
+                        packed_input,
                         by_vectors.data_ptr() + 4 * network * cols,
                         self.count * cols,
                     )
@@ -407,8 +410,6 @@ class _ByKernels(_Evaluation):
             grad,
             by_input,
             0 if by_input is None else by_input.shape[1],
-            base + 4 * spare,
-            widest,
             rows,
             threads,
         )
@@ -424,8 +425,7 @@ def _evaluation(
 ) -> _Evaluation:
     x = z if a is None else th.cat([z, a], dim=-1)
     rows = x.reshape(-1, x.shape[-1])
-    fits = multiplies(len(rows), _largest_size(layers))
-    if not fits:
+    if not multiplies(len(rows), _largest_size(layers)):
         return _ByTorch(rows, layers, mask, members)
     return _ByKernels(rows if rows.stride(-1) == 1 else rows.contiguous(), layers, mask, members)
 

@@ -24,12 +24,9 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import importlib.abc
-import importlib.util
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +38,7 @@ import yaml
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+import authors
 from machine import command, describe
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.kernels import Layer, networks, weights_held
@@ -182,33 +180,15 @@ def our_contenders(model: str, dynamics: str, args: argparse.Namespace) -> list[
 
 def authors_contenders(model: str, args: argparse.Namespace) -> list[Contender]:
     """Planning and updating of the authors' agent with the same sizes and data shapes."""
-    root = Path(args.authors) / "tdmpc2"
-    _import_with_device(root, args.device)
-    sizes = importlib.import_module("common").MODEL_SIZE[int(model)]
-    agent_class = importlib.import_module("tdmpc2").TDMPC2
-    config = {
-        key: value
-        for key, value in yaml.safe_load((root / "config.yaml").read_text()).items()
-        if value != "???"
-    }
-    config.update(
-        obs="state",
-        obs_shape={"state": (OBSERVATION_DIM,)},
-        action_dim=ACTION_DIM,
-        episode_length=EPISODE_STEPS,
-        episode_lengths=[EPISODE_STEPS],
-        multitask=False,
-        task_dim=0,
+    agent = authors.build(
+        Path(args.authors),
+        (OBSERVATION_DIM,),
+        ACTION_DIM,
+        EPISODE_STEPS,
+        int(model),
+        args.device,
         compile=args.compile,
-        bin_size=(config["vmax"] - config["vmin"]) / (config["num_bins"] - 1),
-        **sizes,
     )
-    config.setdefault("episodic", False)
-    agent = agent_class(types.SimpleNamespace(**_numbers(config)))
-    if th.device(args.device).type != "cuda":
-        for optimizer in (agent.optim, agent.pi_optim):
-            for group in optimizer.param_groups:
-                group["capturable"] = False  # exists for CUDA graphs alone
     batch, horizon = agent.cfg.batch_size, agent.cfg.horizon
     generator = th.Generator().manual_seed(0)
     data = (
@@ -248,8 +228,8 @@ def jax_contenders(args: argparse.Namespace) -> list[Contender]:
     activations = importlib.import_module("tdmpc2_jax.common.activations")
     layer = importlib.import_module("tdmpc2_jax.networks").NormedLinear
     config = yaml.safe_load((Path(args.jax) / "tdmpc2_jax" / "config.yaml").read_text())
-    of_encoder, of_model = config["encoder"], _numbers(config["world_model"])
-    of_agent = _numbers(config["tdmpc2"])
+    of_encoder, of_model = config["encoder"], authors.numbers(config["world_model"])
+    of_agent = authors.numbers(config["tdmpc2"])
     of_model.pop("dtype")
     first, second, key = jax.random.split(jax.random.PRNGKey(0), 3)
     simnorm = functools.partial(activations.simnorm, simplex_dim=of_model["simnorm_dim"])
@@ -292,47 +272,6 @@ def jax_contenders(args: argparse.Namespace) -> list[Contender]:
     plan()
     update()
     return [Contender("JAX port's plan (5)", plan), Contender("JAX port's update (5)", update)]
-
-
-def _numbers(config: dict[str, Any]) -> dict[str, Any]:
-    # YAML 1.1 reads 3e-4 as a string.
-    result = dict(config)
-    for key, value in config.items():
-        if isinstance(value, str):
-            try:
-                result[key] = float(value)
-            except ValueError:
-                continue
-    return result
-
-
-def _import_with_device(root: Path, device: str) -> None:
-    """Makes the checkout importable with its hard-coded CUDA device replaced by this one."""
-
-    class Loader(importlib.machinery.SourceFileLoader):
-        def get_data(self, path: str) -> bytes:
-            data = super().get_data(path)
-            return data.replace(b"cuda:0", device.encode()) if path.endswith(".py") else data
-
-        def path_stats(self, path: str) -> Any:
-            raise OSError  # neither reads nor writes compiled files
-
-    class Finder(importlib.abc.MetaPathFinder):
-        def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-            base = root.joinpath(*name.split("."))
-            for file in (base / "__init__.py", base.with_suffix(".py")):
-                if file.is_file():
-                    folder = [str(base)] if file.name == "__init__.py" else None
-                    return importlib.util.spec_from_file_location(
-                        name,
-                        file,
-                        loader=Loader(name, str(file)),
-                        submodule_search_locations=folder,
-                    )
-            return None
-
-    if not any(type(finder).__name__ == "Finder" for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder())
 
 
 def measure(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:

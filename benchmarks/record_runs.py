@@ -1,20 +1,23 @@
 """Keeps the evaluations of the zoo's runs as small CSV files, one a run, and prints a table.
 
     python benchmarks/record_runs.py logs/ -o benchmarks/baselines
+    python benchmarks/record_runs.py benchmarks/baselines/*_Hopper-v5_seed1.csv --picture hopper.png
 
 A file is named ``<algorithm>_<environment>_seed<seed>.csv`` and holds agent steps, frames, minutes
-since the start (evaluations included), and mean and standard deviation of the return.
+since the start (evaluations included), and mean and standard deviation of the return. With
+``--picture`` such files are drawn, as ``python -m tdmpc2_sb3.plot`` draws the logs themselves.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
 
-from tdmpc2_sb3.plot import read_run
+from tdmpc2_sb3.plot import Run, draw, read_run
 from tdmpc2_sb3.zoo_yaml import read_yaml
 
 FIELDS = ("agent_steps", "frames", "minutes", "mean_return", "std_return", "episodes")
@@ -44,13 +47,31 @@ def record(folder: Path, output: Path) -> str | None:
     )
 
 
+def read_record(path: Path) -> Run:
+    """Reads a file of :func:`record` back."""
+    match = re.fullmatch(r"(.+?)_(DMC-.+|[^_]+)_seed\d+", path.stem)
+    if match is None:
+        raise SystemExit(f"{path}: not named <algorithm>_<environment>_seed<seed>.csv.")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    steps, frames, minutes, returns = (
+        np.array([float(row[field]) for row in rows]) for field in FIELDS[:4]
+    )
+    return Run(*match.groups(), steps, returns, minutes, round(frames[-1] / steps[-1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("logs", type=Path, nargs="+", help="log folders of the zoo")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the CSV files")
+    parser.add_argument("logs", type=Path, nargs="+", help="log folders of the zoo, or CSV files")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-o", "--output", type=Path, help="folder of the CSV files")
+    what.add_argument("--picture", type=Path, help="of the CSV files that are named")
     args = parser.parse_args()
+    if args.picture is not None:
+        draw([read_record(path) for path in args.logs]).savefig(args.picture, dpi=120)
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     print("| algorithm | task | seed | agent steps | minutes | best return | last return |")
     print("|---|---|---|---|---|---|---|")

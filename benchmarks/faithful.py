@@ -97,7 +97,6 @@ class Pair:
         space: spaces.Box = VECTORS,
         seed: int = 0,
     ):
-        self.episodic = episodic
         self.space = space
         th.manual_seed(seed)  # theirs draws its weights from it
         settings = {"rho": 0.7, "discount_max": 0.99} if episodic else {}  # theirs for such tasks
@@ -288,7 +287,7 @@ def compare_updates(pair: Pair, count: int) -> tuple[float, float]:
         observations = pair.normal(horizon + 1, batch, OBSERVATION_DIM)
         actions = 2.0 * pair.uniform(horizon, batch, ACTION_DIM) - 1.0
         rewards = 3.0 * pair.uniform(horizon, batch)
-        rate = TERMINATION_RATE if pair.episodic else 0.0
+        rate = TERMINATION_RATE if pair.theirs.cfg.episodic else 0.0
         terminations = (pair.uniform(horizon, batch) < rate).float()
         next_action = pair.normal(horizon, batch, ACTION_DIM)
         policy_action = pair.normal(horizon + 1, batch, ACTION_DIM)

@@ -303,20 +303,27 @@ class MLP(nn.Sequential):
             x = layer(x)
         return x  # type: ignore[no-any-return]
 
+    def has_kernel(self) -> bool:
+        """Whether the CPU kernels have all activations."""
+        return all(each.has_kernel() for each in self if isinstance(each, NormedLinear))
+
+    def as_layers(self, start: int = 0) -> Sequence[Layer]:
+        """The layers from that one on as the CPU kernels take them."""
+
+        def make() -> list[Layer]:
+            return [
+                each.as_layer() if isinstance(each, NormedLinear) else Layer(each.weight, each.bias)  # type: ignore[arg-type]
+                for each in itertools.islice(self, start, None)
+            ]
+
+        return kernels.held_layers((self, start), make)
+
     def _can_fuse(self, x: th.Tensor) -> bool:
-        normed = (each for each in self if isinstance(each, NormedLinear))
-        return kernels.usable(x) and all(each.has_kernel() for each in normed)
+        return kernels.usable(x) and self.has_kernel()
 
     def _from(self, start: int, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
         """All layers from that one on, by the CPU kernels."""
-        layers = kernels.held_layers((self, start), lambda: self._layers(start))
-        return kernels.networks(z, a, layers)
-
-    def _layers(self, start: int) -> list[Layer]:
-        return [
-            each.as_layer() if isinstance(each, NormedLinear) else Layer(each.weight, each.bias)  # type: ignore[arg-type]
-            for each in itertools.islice(self, start, None)
-        ]
+        return kernels.networks(z, a, self.as_layers(start))
 
 
 class EnsembleLayer(nn.Module):
@@ -429,17 +436,20 @@ class QEnsemble(nn.Module):
         """
         if kernels.usable(z):
             chosen = range(self.num_q) if members is None else members.tolist()
-            layers = kernels.held_layers(
-                (self, frozen),
-                lambda: [layer.as_layer(frozen) for layer in self.layers],  # type: ignore[operator]
-            )
-            return kernels.networks(z, a, layers, dropout_mask, tuple(chosen))
+            return kernels.networks(z, a, self.as_layers(frozen), dropout_mask, tuple(chosen))
         x = th.cat([z, a], dim=-1)
         first, second, last = self.layers
         y = first(x.reshape(-1, x.shape[-1]), members, dropout_mask, frozen)
         y = second(y, members, frozen=frozen)
         y = last(y, members, frozen=frozen)  # [Q', B, K]
         return y.view(y.shape[0], *z.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def as_layers(self, frozen: bool = False) -> Sequence[Layer]:
+        """The layers of all heads as the CPU kernels take them; see :meth:`forward`."""
+        return kernels.held_layers(
+            (self, frozen),
+            lambda: [layer.as_layer(frozen) for layer in self.layers],  # type: ignore[operator]
+        )
 
     def sample_dropout_mask(
         self, num_members: int, num_rows: int, generator: th.Generator

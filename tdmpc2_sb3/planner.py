@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch as th
 
+from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.dynamics import DynamicsState
 from tdmpc2_sb3.kernels import weights_held
 from tdmpc2_sb3.world_model import WorldModel
 
@@ -148,6 +150,35 @@ def shift_plan(previous_mean: th.Tensor, episode_start: th.Tensor) -> th.Tensor:
     return shifted
 
 
+class _Elites(NamedTuple):
+    """The best action sequences of one iteration, and what they make of the distribution."""
+
+    values: th.Tensor  # the highest first, [E, elites]
+    actions: th.Tensor  # [H, E, elites, A]
+    weights: th.Tensor  # [E, elites]
+    mean: th.Tensor  # [H, E, A]
+    std: th.Tensor  # [H, E, A]
+
+
+def _policy_rollout(
+    model: WorldModel, latent: th.Tensor, noise: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """Rolls the policy prior out from z_0.
+
+    :param latent: z_0, [E, 1, Z]
+    :param noise: [H, E, P, A]
+    :return: actions [H, E, P, A] and z_1..z_H [H, E, P, Z]
+    """
+    state = model.dynamics.initial_state(latent)
+    z, actions, latents = latent, [], []
+    for step_noise in noise:
+        action = model.policy_action(z, step_noise)  # a ~ pi(z); z_0 broadcasts over P
+        z, state = model.dynamics.step(state, action)
+        actions.append(action)
+        latents.append(z)
+    return th.stack(actions), th.stack(latents)
+
+
 class _Trajectories(NamedTuple):
     """Action sequences with the part of their value that needs no further randomness."""
 
@@ -157,71 +188,84 @@ class _Trajectories(NamedTuple):
     discount: th.Tensor | float  # of the terminal value; 0 where terminated, [E, N]
 
 
-def _evaluate(
-    model: WorldModel, latent: th.Tensor, actions: th.Tensor, config: PlannerConfig
-) -> _Trajectories:
-    """Rolls action sequences out and sums their rewards.
+class _Search:
+    """Evaluates action sequences of one plan, by any model on any device.
 
-    :param latent: z_0, [E, 1, Z]
-    :param actions: [H, E, N, A]
+    :param model: planned with
+    :param latent: z_0, [E, Z]
+    :param config: settings
+    :param policy_noise: of the policy prior's sequences, drawn once a plan and reused in every
+        iteration, [H, E, P, A]
     """
-    dynamics = model.dynamics
-    latents = dynamics.rollout(dynamics.initial_state(latent), actions)  # z_1..z_H [H, E, N, Z]
-    return _sum_rewards(model, latent, latents, actions, config)
 
+    def __init__(
+        self, model: WorldModel, latent: th.Tensor, config: PlannerConfig, policy_noise: th.Tensor
+    ):
+        self.model = model
+        self.latent = latent.unsqueeze(1)  # [E, 1, Z]
+        self.config = config
+        self.start = model.dynamics.initial_state(self.latent)
+        self.prior: _Trajectories | None = None
+        if config.num_pi_trajs:
+            self.prior = self._sum_rewards(*_policy_rollout(model, self.latent, policy_noise))
 
-def _sum_rewards(
-    model: WorldModel,
-    latent: th.Tensor,
-    latents: th.Tensor,
-    actions: th.Tensor,
-    config: PlannerConfig,
-) -> _Trajectories:
-    horizon = actions.shape[0]
-    # z_0 is shared by all samples and broadcasts; the later steps are one batch.
-    rewards = [model.reward(latent, actions[0])]
-    if horizon > 1:
-        rewards.extend(model.reward(latents[:-1], actions[1:]).unbind(0))
-    total = rewards[0]
-    discount: th.Tensor | float = config.gamma
-    if model.episodic:
-        ended = model.termination_logit(latents).sigmoid() > TERMINATION_THRESHOLD  # [H, E, N]
-        alive = 1.0 - ended.float().cumsum(0).clamp(max=1.0)
-        for t in range(1, horizon):
-            # The step that enters a terminal latent keeps its reward; later ones lose theirs.
-            total = total + config.gamma**t * alive[t - 1] * rewards[t]
-        discount = config.gamma**horizon * alive[-1]
-    else:
-        for t in range(1, horizon):
-            total = total + config.gamma**t * rewards[t]
-        discount = config.gamma**horizon
-    return _Trajectories(actions, total, latents[-1], discount)
+    def improve(self, actions: th.Tensor, terminal_noise: th.Tensor, heads: th.Tensor) -> _Elites:
+        """
+        :param actions: of the Gaussian samples, [H, E, S, A]
+        :param terminal_noise: of the actions at z_H, [E, N, A]
+        :param heads: Q heads, [2]
+        :return: the best of them and of the policy prior's
+        """
+        config = self.config
+        latents = self.model.dynamics.rollout(self.start, actions)  # z_1..z_H [H, E, S, Z]
+        trajectories = self._sum_rewards(actions, latents)
+        if self.prior is not None:
+            trajectories = _joined(self.prior, trajectories)
+        terminal_values = self._terminal_values(trajectories.last_latent, terminal_noise, heads)
+        values = trajectories.rewards + trajectories.discount * terminal_values
+        elite_values, indices = values.nan_to_num(0.0).topk(config.num_elites, dim=1)
+        elite_actions = trajectories.actions.gather(
+            2, indices[None, :, :, None].expand(config.horizon, -1, -1, self.model.action_dim)
+        )  # [H, E, elites, A]
+        scores = th.exp(config.temperature * (elite_values - elite_values[:, :1]))
+        weights = scores / scores.sum(1, keepdim=True)  # [E, elites]
+        shares = weights[None, :, :, None]  # [1, E, elites, 1]
+        mean = (shares * elite_actions).sum(2)  # [H, E, A]
+        variance = (shares * (elite_actions - mean.unsqueeze(2)).square()).sum(2)
+        std = variance.sqrt().clamp(config.min_std, config.max_std)
+        return _Elites(elite_values, elite_actions, weights, mean, std)
 
+    def _sum_rewards(self, actions: th.Tensor, latents: th.Tensor) -> _Trajectories:
+        """
+        :param actions: [H, E, N, A]
+        :param latents: z_1..z_H under them, [H, E, N, Z]
+        """
+        model, gamma, horizon = self.model, self.config.gamma, len(actions)
+        # z_0 is shared by all samples and broadcasts; the later steps are one batch.
+        rewards = [model.reward(self.latent, actions[0])]
+        if horizon > 1:
+            rewards.extend(model.reward(latents[:-1], actions[1:]).unbind(0))
+        total = rewards[0]
+        discount: th.Tensor | float = gamma
+        if model.episodic:
+            ended = model.termination_logit(latents).sigmoid() > TERMINATION_THRESHOLD  # [H, E, N]
+            alive = 1.0 - ended.float().cumsum(0).clamp(max=1.0)
+            for t in range(1, horizon):
+                # The step that enters a terminal latent keeps its reward; later ones lose theirs.
+                total = total + gamma**t * alive[t - 1] * rewards[t]
+            discount = gamma**horizon * alive[-1]
+        else:
+            for t in range(1, horizon):
+                total = total + gamma**t * rewards[t]
+            discount = gamma**horizon
+        return _Trajectories(actions, total, latents[-1], discount)
 
-def _terminal_values(
-    model: WorldModel, last_latent: th.Tensor, noise: th.Tensor, heads: th.Tensor
-) -> th.Tensor:
-    """Mean of two Q heads at (z_H, a ~ pi(z_H)), [E, N]."""
-    actions = model.policy_action(last_latent, noise)
-    return model.q_values(last_latent, actions, heads).mean(0)
-
-
-def _policy_trajectories(
-    model: WorldModel, latent: th.Tensor, noise: th.Tensor, config: PlannerConfig
-) -> _Trajectories:
-    """Rolls the policy prior out from z_0; drawn once a plan and reused in every iteration.
-
-    :param latent: z_0, [E, 1, Z]
-    :param noise: [H, E, P, A]
-    """
-    state = model.dynamics.initial_state(latent)
-    z, actions, latents = latent, [], []
-    for step_noise in noise:
-        action = model.policy_action(z, step_noise)  # a ~ pi(z); z_0 broadcasts over P
-        z, state = model.dynamics.step(state, action)
-        actions.append(action)
-        latents.append(z)
-    return _sum_rewards(model, latent, th.stack(latents), th.stack(actions), config)
+    def _terminal_values(
+        self, last_latent: th.Tensor, noise: th.Tensor, heads: th.Tensor
+    ) -> th.Tensor:
+        """Mean of two Q heads at (z_H, a ~ pi(z_H)), [E, N]."""
+        actions = self.model.policy_action(last_latent, noise)
+        return self.model.q_values(last_latent, actions, heads).mean(0)
 
 
 def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
@@ -234,6 +278,83 @@ def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
         th.cat([first.last_latent, second.last_latent], dim=1),
         discount,
     )
+
+
+class _FastSearch:
+    """The same as :class:`_Search`, by the CPU kernels in a few calls."""
+
+    def __init__(
+        self,
+        model: WorldModel,
+        networks: kernels.PlanningNetworks,
+        latent: th.Tensor,
+        config: PlannerConfig,
+        policy_noise: th.Tensor,
+    ):
+        self.model = model
+        self.config = config
+        self.sequences = kernels.Sequences(
+            networks, model.bins, latent, config.horizon, config.num_samples, config.gamma
+        )
+        self.start: DynamicsState | None = None  # where latents are not rolled out by kernels
+        if networks.dynamics is None:
+            self.start = model.dynamics.initial_state(latent.unsqueeze(1))
+        prior = config.num_pi_trajs
+        if not prior:
+            return
+        if self.start is None:
+            self.sequences.rollout(0, prior, policy_noise)
+        else:
+            actions, latents = _policy_rollout(model, latent.unsqueeze(1), policy_noise)
+            self.sequences.actions[:, :, :prior] = actions
+            self.sequences.latents[:, :, :prior] = latents
+        self.sequences.sum_rewards(0, prior)
+
+    def improve(self, actions: th.Tensor, terminal_noise: th.Tensor, heads: th.Tensor) -> _Elites:
+        """See :meth:`_Search.improve`."""
+        config, sequences = self.config, self.sequences
+        first, last = config.num_pi_trajs, config.num_samples
+        sequences.actions[:, :, first:] = actions
+        if self.start is None:
+            sequences.rollout(first, last)
+        else:
+            sequences.latents[:, :, first:] = self.model.dynamics.rollout(self.start, actions)
+        sequences.sum_rewards(first, last)
+        values = sequences.values(terminal_noise, tuple(heads.tolist()))
+        elite_values, positions = values.nan_to_num(0.0).topk(config.num_elites, dim=1)
+        refit = sequences.refit(
+            elite_values, positions, config.temperature, config.min_std, config.max_std
+        )
+        return _Elites(elite_values, *refit)
+
+
+def _planning_networks(model: WorldModel) -> kernels.PlanningNetworks | None:
+    """The model as the CPU kernels plan with it; None if they cannot.
+
+    A subclass may have changed any part, so it is evaluated by its own methods.
+    """
+    reward, policy, termination = model.reward_net, model.policy_net, model.termination_net
+    step = model.dynamics.as_network()
+    parts = [net for net in (reward, policy, termination, step) if net is not None]
+    if type(model) is not WorldModel or not all(net.has_kernel() for net in parts):
+        return None
+    networks = kernels.PlanningNetworks(
+        reward.as_layers(),
+        policy.as_layers(),
+        model.q_ensemble.as_layers(),
+        None if step is None else step.as_layers(),
+        None if termination is None else termination.as_layers(),
+    )
+    return networks if kernels.plans(networks) else None
+
+
+def _search(
+    model: WorldModel, latent: th.Tensor, config: PlannerConfig, policy_noise: th.Tensor
+) -> _Search | _FastSearch:
+    networks = _planning_networks(model) if kernels.usable(latent) else None
+    if networks is None:
+        return _Search(model, latent, config, policy_noise)
+    return _FastSearch(model, networks, latent, config, policy_noise)
 
 
 @th.no_grad()
@@ -255,45 +376,26 @@ def plan(
     :param config: settings
     :param explore: whether noise of the plan's own spread is added to the action
     """
-    latent = latent.unsqueeze(1)  # [E, 1, Z]
     mean = initial_mean.transpose(0, 1)  # [H, E, A]
     std = th.full_like(mean, config.max_std)
-    prior = None
-    if config.num_pi_trajs:
-        prior = _policy_trajectories(model, latent, noise.policy, config)
-
+    search = _search(model, latent, config, noise.policy)
     for iteration in range(config.num_iterations):
-        gaussian = mean.unsqueeze(2) + std.unsqueeze(2) * noise.samples[iteration]
-        trajectories = _evaluate(model, latent, gaussian.clamp(-1.0, 1.0), config)
-        if prior is not None:
-            trajectories = _joined(prior, trajectories)
-        values = trajectories.rewards + trajectories.discount * _terminal_values(
-            model, trajectories.last_latent, noise.terminal[iteration], noise.heads[iteration]
+        gaussian = th.addcmul(mean.unsqueeze(2), std.unsqueeze(2), noise.samples[iteration])
+        elites = search.improve(
+            gaussian.clamp_(-1.0, 1.0), noise.terminal[iteration], noise.heads[iteration]
         )
-        elite_values, indices = values.nan_to_num(0.0).topk(config.num_elites, dim=1)
-        elite_actions = trajectories.actions.gather(
-            2, indices[None, :, :, None].expand(config.horizon, -1, -1, model.action_dim)
-        )  # [H, E, elites, A]
-        scores = th.exp(config.temperature * (elite_values - elite_values[:, :1]))
-        weights = (scores / scores.sum(1, keepdim=True))[None, :, :, None]  # [1, E, elites, 1]
-        previous_mean = mean
-        mean = (weights * elite_actions).sum(2)  # [H, E, A]
-        variance = (weights * (elite_actions - mean.unsqueeze(2)).square()).sum(2)
-        std = variance.sqrt().clamp(config.min_std, config.max_std)
+        previous_mean, mean, std = mean, elites.mean, elites.std
 
-    weight = weights[0, :, :, 0]  # [E, elites]
-    chosen = (weight.log() + noise.gumbel).argmax(1)  # one elite by its weight
-    action = (
-        elite_actions[0].gather(1, chosen[:, None, None].expand(-1, 1, model.action_dim)).squeeze(1)
-    )
+    chosen = (elites.weights.log() + noise.gumbel).argmax(1)  # one elite by its weight
+    action = elites.actions[0].take_along_dim(chosen[:, None, None], 1).squeeze(1)  # [E, A]
     if explore:
         action = action + std[0] * noise.exploration
     return Plan(
         action=action.clamp(-1.0, 1.0),
         mean=mean.transpose(0, 1).contiguous(),
         std=std.transpose(0, 1).contiguous(),
-        value=(weight * elite_values).sum(1),
-        elite_std=elite_values.std(1, correction=0),
-        effective_samples=weight.square().sum(1).reciprocal(),
+        value=(elites.weights * elites.values).sum(1),
+        elite_std=elites.values.std(1, correction=0),
+        effective_samples=elites.weights.square().sum(1).reciprocal(),
         mean_change=(mean - previous_mean).square().mean((0, 2)),
     )

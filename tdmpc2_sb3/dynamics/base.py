@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch as th
 from torch import nn
 
+from tdmpc2_sb3.layers import MLP
+
 DynamicsState: TypeAlias = tuple[th.Tensor, ...]
 
 
@@ -69,3 +71,8 @@ class LatentDynamics(nn.Module, ABC):
             latent, state = self.step(state, action)  # z' = d(z, a)
             latents.append(latent)
         return th.stack(latents)  # [H, ..., Z]
+
+    def as_network(self) -> MLP | None:
+        """The network of (z, a) that is all of a step, where there is one: planning can then run a
+        whole horizon in one call."""
+        return None

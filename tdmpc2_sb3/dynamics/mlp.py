@@ -31,3 +31,6 @@ class MLPDynamics(LatentDynamics):
     def step(self, state: DynamicsState, action: th.Tensor) -> tuple[th.Tensor, DynamicsState]:
         latent = self.net.forward_pair(state[0], action)  # z' = d(z, a)
         return latent, (latent,)
+
+    def as_network(self) -> MLP | None:
+        return self.net

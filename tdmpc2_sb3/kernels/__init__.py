@@ -23,6 +23,7 @@ from tdmpc2_sb3.kernels.functions import (
 )
 from tdmpc2_sb3.kernels.library import SWITCH, library
 from tdmpc2_sb3.kernels.networks import Layer, held_layers, networks
+from tdmpc2_sb3.kernels.planning import PlanningNetworks, Sequences, plans
 from tdmpc2_sb3.kernels.products import weights_held
 
 __all__ = [
@@ -30,11 +31,14 @@ __all__ = [
     "Activation",
     "Layer",
     "Norm",
+    "PlanningNetworks",
+    "Sequences",
     "gelu_sum",
     "held_layers",
     "layer_norm",
     "library",
     "networks",
+    "plans",
     "selective_scan",
     "two_hot_cross_entropy",
     "two_hot_inverse",

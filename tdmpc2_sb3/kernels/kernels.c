@@ -250,12 +250,14 @@ static void tile(int64_t rows, const float *a, int64_t a_row, int64_t a_col, con
     }
 }
 
-/* At most TILE_ROWS rows, begin..end, of a b + start into c, [rows, cols]. */
+/* At most TILE_ROWS rows, begin..end, of a b + start into c, [rows, cols]. The panels of b are
+ * panel_depth deep; depth less than that takes that many rows of them from packed on. */
 static inline void product_rows(const float *a, int64_t a_row, int64_t a_col, const float *packed,
-                                const float *start, int64_t start_row, float *c, int64_t begin,
-                                int64_t end, int64_t depth, int64_t cols) {
+                                int64_t panel_depth, const float *start, int64_t start_row,
+                                float *c, int64_t begin, int64_t end, int64_t depth,
+                                int64_t cols) {
     for (int64_t p = 0; p * PANEL < cols; p++)
-        tile(end - begin, a + begin * a_row, a_row, a_col, packed + p * PANEL * depth, depth,
+        tile(end - begin, a + begin * a_row, a_row, a_col, packed + p * PANEL * panel_depth, depth,
              start ? start + begin * start_row + p * PANEL : 0, start_row,
              c + begin * cols + p * PANEL, cols, cols - p * PANEL);
 }
@@ -379,8 +381,8 @@ static void layer_forward(const layer *it, const float *x, int64_t x_row, int64_
     for (int64_t t = 0; t < tiles; t++) {
         int64_t from = begin + (end - begin) * t / tiles;
         int64_t to = begin + (end - begin) * (t + 1) / tiles;
-        product_rows(x, x_row, 1, it->packed, it->bias, 0, it->gain ? it->product : it->output,
-                     from, to, it->depth, cols);
+        product_rows(x, x_row, 1, it->packed, it->depth, it->bias, 0,
+                     it->gain ? it->product : it->output, from, to, it->depth, cols);
         for (int64_t i = from; it->gain && i < to; i++)
             norm_row(it->product + i * cols, it->mask ? it->mask + i * cols : 0, it->gain,
                      it->shift, it->output + i * cols, it->statistics ? it->statistics + i : 0,
@@ -462,8 +464,9 @@ void networks_backward(const layer *layers, const layer_gradient *gradients, int
                 float *by_x = is_first ? by_input : gradients[l - 1].by_product;
                 int64_t width = is_first ? input_cols : it->depth;
                 for (int64_t i = 0; i < tiles; i++)
-                    product_rows(by_product, cols, 1, to->packed, is_first && n ? by_x : 0, width,
-                                 by_x, begin + (end - begin) * i / tiles,
+                    product_rows(by_product, cols, 1, to->packed, cols,
+                                 is_first && n ? by_x : 0, width, by_x,
+                                 begin + (end - begin) * i / tiles,
                                  begin + (end - begin) * (i + 1) / tiles, cols, width);
                 by_output = by_x;
             }
@@ -483,7 +486,7 @@ void networks_backward(const layer *layers, const layer_gradient *gradients, int
                 add_up(to->sums + v * cols, to->by_vectors + v * to->vectors_row,
                        cols * t / threads, cols * (t + 1) / threads, 3 * cols, threads);
             for (int64_t i = tiles * t / threads; i < tiles * (t + 1) / threads; i++)
-                product_rows(by_product, 1, cols, to->packed_input, 0, 0, to->by_weight,
+                product_rows(by_product, 1, cols, to->packed_input, rows, 0, 0, to->by_weight,
                              cols * i / tiles, cols * (i + 1) / tiles, rows, it->depth);
         }
 }
@@ -509,16 +512,17 @@ static inline float expected_bin(const float *restrict logits, const float *rest
     return weighted / sum;
 }
 
-/* symexp of the expected bin. */
+/* symexp of the expected bin of one row. */
+static inline float two_hot_inverse_row(const float *logits, const float *bins, int64_t cols) {
+    float sum, mean = expected_bin(logits, bins, cols, row_max(logits, cols), &sum);
+    return copysignf(expm1f(fabsf(mean)), mean);
+}
+
 void two_hot_inverse_forward(const float *logits, const float *bins, float *out, int64_t rows,
                              int64_t cols, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < rows; i++) {
-        const float *li = logits + i * cols;
-        float sum;
-        float mean = expected_bin(li, bins, cols, row_max(li, cols), &sum);
-        out[i] = copysignf(expm1f(fabsf(mean)), mean);
-    }
+    for (int64_t i = 0; i < rows; i++)
+        out[i] = two_hot_inverse_row(logits + i * cols, bins, cols);
 }
 
 void two_hot_inverse_backward(const float *grad, const float *logits, const float *bins,
@@ -763,5 +767,238 @@ void selective_scan_backward(const float *grad, const float *selection, const fl
         for (int64_t thread = 0; thread < threads; thread++)
             total += sums[thread * 3 * modes + j];
         grad_parameters[j] = total;
+    }
+}
+
+/* Planning by sampled action sequences, in calls that take each sequence through whole networks.
+ *
+ * E environments have N sequences each, of which a call takes those from first to last. Steps come
+ * before environments, as in the planner: latents [H, E, N, Z] hold z_1..z_H, actions [H, E, N, A].
+ * A layer here is one of networks_forward of which product, statistics and output are not used. */
+typedef struct {
+    int64_t horizon, envs, samples, first, last, latent_dim, action_dim;
+    int64_t widest; /* numbers of a row of the scratch: of the widest layer */
+} sequences;
+
+/* Sequences that go through the networks together: their activations stay in the second cache. */
+#define BLOCK_ROWS (8 * TILE_ROWS)
+
+/* Numbers of scratch that a thread needs: two blocks of rows, and a row for z_0. */
+int64_t planning_scratch(int64_t widest) { return (2 * BLOCK_ROWS + 1) * widest; }
+
+typedef struct {
+    const layer *layers;
+    int64_t count;
+} network;
+
+/* A block: count rows of one environment, from row on in arrays [E, N, ...]. */
+typedef struct {
+    int64_t env, row, count;
+} block;
+
+/* The block at or after the position-th of all sequences that are meant, up to end. */
+static block block_at(const sequences *s, int64_t position, int64_t end) {
+    int64_t each = s->last - s->first, env = position / each;
+    int64_t left = (env + 1) * each;
+    left = (left < end ? left : end) - position;
+    int64_t blocks = (left + BLOCK_ROWS - 1) / BLOCK_ROWS; /* of nearly the same size */
+    return (block){env, env * s->samples + s->first + position - env * each,
+                   (left + blocks - 1) / blocks};
+}
+
+/* Product and norm of rows whose input is x, or x and a side by side. shared: x's part of the
+ * product, one row for all, in which case x is not read. y: [count, cols], neither x nor a. */
+static void layer_rows(const layer *it, const float *x, int64_t x_dim, const float *shared,
+                       const float *a, int64_t count, float *y) {
+    int64_t tiles = tiles_of(count), cols = it->cols, a_dim = it->depth - x_dim;
+    for (int64_t t = 0; t < tiles; t++) {
+        int64_t from = count * t / tiles, to = count * (t + 1) / tiles;
+        if (!shared)
+            product_rows(x, x_dim, 1, it->packed, it->depth, it->bias, 0, y, from, to, x_dim,
+                         cols);
+        if (a_dim)
+            product_rows(a, a_dim, 1, it->packed + x_dim * PANEL, it->depth, shared ? shared : y,
+                         shared ? 0 : cols, y, from, to, a_dim, cols);
+        for (int64_t i = from; it->gain && i < to; i++)
+            norm_row(y + i * cols, 0, it->gain, it->shift, y + i * cols, 0, count, cols, it->eps,
+                     it->activation, it->simplex);
+    }
+}
+
+/* A network on rows of x, or of x and a; its outputs, in one of the two blocks of the scratch that
+ * x may not be in, unless out, [count, last cols], is given. is_shared: x is one row for all. */
+static const float *network_rows(network net, const float *x, int64_t x_dim, int is_shared,
+                                 const float *a, int64_t count, float *out, float *scratch,
+                                 int64_t widest) {
+    float *blocks[2] = {scratch, scratch + BLOCK_ROWS * widest};
+    float *shared = scratch + 2 * BLOCK_ROWS * widest;
+    const layer *it = net.layers;
+    if (is_shared)
+        product_rows(x, x_dim, 1, it->packed, it->depth, it->bias, 0, shared, 0, 1, x_dim,
+                     it->cols);
+    for (int64_t l = 0; l < net.count; l++, it++) {
+        float *y = l == net.count - 1 && out ? out : blocks[l & 1];
+        layer_rows(it, x, l ? it->depth : x_dim, !l && is_shared ? shared : 0, l ? 0 : a, count,
+                   y);
+        x = y;
+    }
+    return x;
+}
+
+#define LOG_STD_MIN (-10.0f)
+#define LOG_STD_RANGE 12.0f /* up to 2 */
+
+/* Squashed draws of the policy prior, [count, A], from its outputs and standard normal noise. */
+static void policy_rows(const float *moments, const float *noise, float *actions, int64_t count,
+                        int64_t action_dim) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < action_dim; j++) {
+            const float *row = moments + i * 2 * action_dim;
+            float log_std =
+                LOG_STD_MIN + 0.5f * LOG_STD_RANGE * (tanhf(row[action_dim + j]) + 1.0f);
+            actions[i * action_dim + j] =
+                tanhf(row[j] + noise[i * action_dim + j] * expf(log_std));
+        }
+}
+
+#define FOR_EACH_BLOCK                                                                            \
+    _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")            \
+    for (int64_t t = 0; t < threads; t++)                                                         \
+        for (int64_t all = s->envs * (s->last - s->first), at = all * t / threads,                \
+                     end = all * (t + 1) / threads;                                               \
+             at < end; at += block_at(s, at, end).count)
+
+/* z_1..z_H of the dynamics from z_0, [E, Z]. Under actions as they are, or, if there is a policy
+ * (of more than no layers), under its actions with the noise, [H, E, last - first, A]. */
+void plan_rollout(const sequences *s, const layer *dynamics, int64_t dynamics_count,
+                  const layer *policy, int64_t policy_count, const float *start,
+                  const float *noise, float *actions, float *latents, float *scratch,
+                  int64_t threads) {
+    network net = {dynamics, dynamics_count}, prior = {policy, policy_count};
+    int64_t z_dim = s->latent_dim, a_dim = s->action_dim, each = s->last - s->first;
+    FOR_EACH_BLOCK {
+        block b = block_at(s, at, end);
+        float *own = scratch + t * planning_scratch(s->widest);
+        const float *z = start + b.env * z_dim;
+        for (int64_t h = 0; h < s->horizon; h++) {
+            int64_t row = h * s->envs * s->samples + b.row;
+            float *a = actions + row * a_dim;
+            if (policy_count) {
+                const float *draws = noise + (h * s->envs * each + at) * a_dim;
+                const float *moments =
+                    network_rows(prior, z, z_dim, 0, 0, h ? b.count : 1, 0, own, s->widest);
+                for (int64_t i = 0; i < b.count; i++) /* z_0 is the same for all */
+                    policy_rows(moments + (h ? i : 0) * 2 * a_dim, draws + i * a_dim,
+                                a + i * a_dim, 1, a_dim);
+            }
+            float *next = latents + row * z_dim;
+            network_rows(net, z, z_dim, h == 0, a, b.count, next, own, s->widest);
+            z = next;
+        }
+    }
+}
+
+/* Discounted sums of the rewards on the way, [E, N], and the discount of what follows, [E, N]. With
+ * a termination network (of more than no layers) nothing counts after its logit exceeds 0. */
+void plan_rewards(const sequences *s, const layer *reward, int64_t reward_count,
+                  const layer *termination, int64_t termination_count, const float *bins,
+                  const float *start, const float *actions, const float *latents, float *rewards,
+                  float *discounts, double gamma, float *scratch, int64_t threads) {
+    network net = {reward, reward_count}, ends = {termination, termination_count};
+    int64_t z_dim = s->latent_dim, a_dim = s->action_dim, cols = reward[reward_count - 1].cols;
+    FOR_EACH_BLOCK {
+        block b = block_at(s, at, end);
+        float *own = scratch + t * planning_scratch(s->widest);
+        const float *z = start + b.env * z_dim;
+        float *total = rewards + b.row, *alive = discounts + b.row;
+        double discount = 1.0;
+        for (int64_t i = 0; i < b.count; i++) {
+            total[i] = 0.0f;
+            alive[i] = 1.0f;
+        }
+        for (int64_t h = 0; h < s->horizon; h++) {
+            int64_t row = h * s->envs * s->samples + b.row;
+            const float *logits = network_rows(net, z, z_dim, h == 0, actions + row * a_dim,
+                                               b.count, 0, own, s->widest);
+            for (int64_t i = 0; i < b.count; i++)
+                total[i] += (float)discount * alive[i] *
+                            two_hot_inverse_row(logits + i * cols, bins, cols);
+            z = latents + row * z_dim;
+            discount *= gamma;
+            if (termination_count) {
+                logits = network_rows(ends, z, z_dim, 0, 0, b.count, 0, own, s->widest);
+                for (int64_t i = 0; i < b.count; i++)
+                    if (logits[i] > 0.0f) alive[i] = 0.0f;
+            }
+        }
+        for (int64_t i = 0; i < b.count; i++) alive[i] *= (float)discount;
+    }
+}
+
+/* What sequences are worth, [E, N]: their rewards, and discounted the mean of two networks of q,
+ * [2, q_count] layers, at z_H, [E, N, Z], and the policy's action there under the noise, [E, N, A].
+ * own_actions: scratch, [E, N, A]. */
+void plan_values(const sequences *s, const layer *policy, int64_t policy_count, const layer *q,
+                 int64_t q_count, const float *bins, const float *latents, const float *noise,
+                 const float *rewards, const float *discounts, float *values, float *own_actions,
+                 float *scratch, int64_t threads) {
+    network prior = {policy, policy_count};
+    int64_t z_dim = s->latent_dim, a_dim = s->action_dim, cols = q[q_count - 1].cols;
+    FOR_EACH_BLOCK {
+        block b = block_at(s, at, end);
+        float *own = scratch + t * planning_scratch(s->widest), *a = own_actions + b.row * a_dim;
+        const float *z = latents + b.row * z_dim;
+        policy_rows(network_rows(prior, z, z_dim, 0, 0, b.count, 0, own, s->widest),
+                    noise + b.row * a_dim, a, b.count, a_dim);
+        for (int64_t n = 0; n < 2; n++) {
+            network net = {q + n * q_count, q_count};
+            const float *logits =
+                network_rows(net, z, z_dim, 0, a, b.count, 0, own, s->widest);
+            for (int64_t i = 0; i < b.count; i++) {
+                float value = 0.5f * two_hot_inverse_row(logits + i * cols, bins, cols);
+                values[b.row + i] = n ? values[b.row + i] + value : value;
+            }
+        }
+        for (int64_t i = b.row; i < b.row + b.count; i++)
+            values[i] = rewards[i] + discounts[i] * values[i];
+    }
+}
+
+/* Weights of the elites, [E, K], by their values, [E, K], the highest first; their actions, [H, E,
+ * K, A], by their positions among the N, [E, K]; mean and deviation of those, [H, E, A]. */
+void plan_refit(const sequences *s, const float *elite_values, const int64_t *positions,
+                const float *actions, float *weights, float *elite_actions, float *mean,
+                float *std, int64_t elites, float temperature, float min_std, float max_std) {
+    int64_t a_dim = s->action_dim;
+    for (int64_t e = 0; e < s->envs; e++) {
+        const float *value = elite_values + e * elites;
+        float *weight = weights + e * elites, sum = 0.0f;
+        for (int64_t k = 0; k < elites; k++) {
+            weight[k] = expf(temperature * (value[k] - value[0]));
+            sum += weight[k];
+        }
+        for (int64_t k = 0; k < elites; k++) weight[k] /= sum;
+        for (int64_t h = 0; h < s->horizon; h++) {
+            int64_t at = h * s->envs + e;
+            float *m = mean + at * a_dim, *d = std + at * a_dim;
+            float *chosen = elite_actions + at * elites * a_dim;
+            for (int64_t j = 0; j < a_dim; j++) m[j] = d[j] = 0.0f;
+            for (int64_t k = 0; k < elites; k++)
+                for (int64_t j = 0; j < a_dim; j++) {
+                    float a = actions[(at * s->samples + positions[e * elites + k]) * a_dim + j];
+                    chosen[k * a_dim + j] = a;
+                    m[j] += weight[k] * a;
+                }
+            for (int64_t k = 0; k < elites; k++)
+                for (int64_t j = 0; j < a_dim; j++) {
+                    float distance = chosen[k * a_dim + j] - m[j];
+                    d[j] += weight[k] * distance * distance;
+                }
+            for (int64_t j = 0; j < a_dim; j++) {
+                float deviation = sqrtf(d[j]);
+                deviation = deviation < min_std ? min_std : deviation;
+                d[j] = deviation > max_std ? max_std : deviation;
+            }
+        }
     }
 }

@@ -28,7 +28,7 @@ BUILD_SECONDS = 120
 # The arithmetic may not be reordered but where the source says so; errno and traps are not used.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
-POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+POINTER, INTEGER, REAL, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 
 
 class LayerArgument(ctypes.Structure):
@@ -52,6 +52,17 @@ class LayerGradientArgument(ctypes.Structure):
     )
 
 
+class SequencesArgument(ctypes.Structure):
+    """``sequences`` of kernels.c."""
+
+    _fields_ = tuple(
+        (name, INTEGER)
+        for name in (
+            "horizon", "envs", "samples", "first", "last", "latent_dim", "action_dim", "widest"
+        )
+    )  # fmt: skip
+
+
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "pack": (POINTER, *(INTEGER,) * 2, POINTER, *(INTEGER,) * 3),
     "networks_forward": (POINTER, *(INTEGER,) * 2, POINTER, *(INTEGER,) * 3),
@@ -73,6 +84,18 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "gelu_sum_backward": (*(POINTER,) * 4, *(INTEGER,) * 4),
     "selective_scan_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),
     "selective_scan_backward": (*(POINTER,) * 14, *(INTEGER,) * 5),
+    "plan_rollout": (*(POINTER, POINTER, INTEGER, POINTER, INTEGER), *(POINTER,) * 5, INTEGER),
+    "plan_rewards": (
+        *(POINTER, POINTER, INTEGER, POINTER, INTEGER),
+        *(POINTER,) * 6,
+        *(DOUBLE, POINTER, INTEGER),
+    ),
+    "plan_values": (
+        *(POINTER, POINTER, INTEGER, POINTER, INTEGER),
+        *(POINTER,) * 8,
+        INTEGER,
+    ),
+    "plan_refit": (*(POINTER,) * 8, INTEGER, *(REAL,) * 3),
 }
 
 
@@ -233,5 +256,6 @@ def _load(path: Path) -> ctypes.CDLL:
         function = getattr(loaded, name)
         function.argtypes = list(arguments)
         function.restype = None
-    loaded.panel_width.restype = INTEGER
+    loaded.panel_width.restype = loaded.planning_scratch.restype = INTEGER
+    loaded.planning_scratch.argtypes = [INTEGER]
     return loaded

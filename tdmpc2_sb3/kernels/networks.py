@@ -285,6 +285,20 @@ def _parameter_arguments(
     return result
 
 
+def layer_arguments(
+    layers: Sequence[Layer], members: tuple[int, ...] | None
+) -> tuple[ctypes.Array[LayerArgument], object]:
+    """Layers as kernels.c takes them where it keeps nothing for gradients, and what they point to.
+
+    :param layers: of one network, or of Q
+    :param members: the Q' networks of Q; None if the layers are of one
+    """
+    parameters = _parameter_arguments(layers, members)
+    nowhere = (0,) * 4  # mask, product, statistics, output
+    arguments = [(*pointers, *nowhere, *settings) for pointers, settings in parameters.of_layer]
+    return (LayerArgument * len(arguments))(*arguments), parameters  # type: ignore[misc]
+
+
 class _ByKernels(_Evaluation):
     """One call of ``kernels.c`` each for outputs and gradients."""
 

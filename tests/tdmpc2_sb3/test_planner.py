@@ -10,8 +10,11 @@ import torch as th
 from gymnasium import spaces
 
 from tdmpc2_sb3.dynamics import LatentDynamics
+from tdmpc2_sb3.kernels import library
 from tdmpc2_sb3.planner import (
     PlannerConfig,
+    PlanNoise,
+    _planning_networks,
     check_planner,
     plan,
     sample_plan_noise,
@@ -26,6 +29,14 @@ CONFIG = PlannerConfig(3, 64, 12, 8, 4, 0.5, 0.05, 2.0, 0.9)
 
 def generator(seed=0):
     return th.Generator().manual_seed(seed)
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = th.get_num_threads()
+    th.set_num_threads(request.param)
+    yield request.param
+    th.set_num_threads(before)
 
 
 def make_model(roughen, episodic=False, dynamics="mlp"):
@@ -126,6 +137,35 @@ def test_plans_are_those_of_the_plain_loop(
         th.testing.assert_close(result.mean[env], mean, **close)
         th.testing.assert_close(result.std[env], std, **close)
         assert result.value[env].item() == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("num_pi_trajs", [0, 30])
+@pytest.mark.parametrize("episodic", [False, True])
+@pytest.mark.parametrize("dynamics", ["mlp", "ssm"])
+def test_kernels_plan_as_torch_does_in_double_precision(
+    roughen, threads, dynamics, episodic, num_pi_trajs, num_envs
+):
+    if library() is None:
+        pytest.skip("no C compiler here: torch alone plans, which the other tests cover")
+    model = make_model(roughen, episodic, dynamics)
+    config = CONFIG._replace(num_samples=150, num_pi_trajs=num_pi_trajs)
+    noise = sample_plan_noise(model, config, num_envs, generator(1), shared=num_envs > 1)
+    latents = model.encode(th.randn(num_envs, OBS_DIM, generator=generator(2))).detach()
+    initial = th.rand(num_envs, 3, ACTION_DIM, generator=generator(3)) - 0.5
+    assert _planning_networks(model) is not None
+    fast = plan(model, latents, initial, noise, config, True)
+    exact_noise = PlanNoise(*(x.double() if x is not None else None for x in noise))
+    exact_noise = exact_noise._replace(heads=noise.heads)
+    exact = plan(model.double(), latents.double(), initial.double(), exact_noise, config, True)
+    for name, value in fast._asdict().items():
+        th.testing.assert_close(value.double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_kernels_do_not_plan_with(roughen):
+    wide = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 800, 2, 4))
+    assert _planning_networks(wide) is None  # torch multiplies those faster
+    assert _planning_networks(HandMade(lambda z, a: a[..., 0])) is None  # has methods of its own
 
 
 @pytest.mark.parametrize("dynamics", ["mlp", "ssm"])

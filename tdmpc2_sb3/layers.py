@@ -247,6 +247,10 @@ class FastLinear(nn.Linear):
     def forward(self, x: th.Tensor) -> th.Tensor:
         return linear(x, self.weight, self.bias)
 
+    def as_layer(self) -> Layer:
+        """The layer as the CPU kernels take it."""
+        return Layer(self.weight, self.bias)
+
 
 class Linear(FastLinear):
     """``nn.Linear`` with the paper's initialisation."""
@@ -303,23 +307,20 @@ class MLP(nn.Sequential):
             x = layer(x)
         return x  # type: ignore[no-any-return]
 
-    def has_kernel(self) -> bool:
-        """Whether the CPU kernels have all activations."""
-        return all(each.has_kernel() for each in self if isinstance(each, NormedLinear))
-
     def as_layers(self, start: int = 0) -> Sequence[Layer]:
         """The layers from that one on as the CPU kernels take them."""
 
         def make() -> list[Layer]:
             return [
-                each.as_layer() if isinstance(each, NormedLinear) else Layer(each.weight, each.bias)  # type: ignore[arg-type]
+                each.as_layer()  # type: ignore[operator]
                 for each in itertools.islice(self, start, None)
             ]
 
         return kernels.held_layers((self, start), make)
 
     def _can_fuse(self, x: th.Tensor) -> bool:
-        return kernels.usable(x) and self.has_kernel()
+        normed = (each for each in self if isinstance(each, NormedLinear))
+        return kernels.usable(x) and all(each.has_kernel() for each in normed)
 
     def _from(self, start: int, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
         """All layers from that one on, by the CPU kernels."""

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch as th
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.dynamics import DynamicsState
 from tdmpc2_sb3.kernels import weights_held
 from tdmpc2_sb3.world_model import WorldModel
 
@@ -160,25 +159,6 @@ class _Elites(NamedTuple):
     std: th.Tensor  # [H, E, A]
 
 
-def _policy_rollout(
-    model: WorldModel, latent: th.Tensor, noise: th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
-    """Rolls the policy prior out from z_0.
-
-    :param latent: z_0, [E, 1, Z]
-    :param noise: [H, E, P, A]
-    :return: actions [H, E, P, A] and z_1..z_H [H, E, P, Z]
-    """
-    state = model.dynamics.initial_state(latent)
-    z, actions, latents = latent, [], []
-    for step_noise in noise:
-        action = model.policy_action(z, step_noise)  # a ~ pi(z); z_0 broadcasts over P
-        z, state = model.dynamics.step(state, action)
-        actions.append(action)
-        latents.append(z)
-    return th.stack(actions), th.stack(latents)
-
-
 class _Trajectories(NamedTuple):
     """Action sequences with the part of their value that needs no further randomness."""
 
@@ -207,7 +187,7 @@ class _Search:
         self.start = model.dynamics.initial_state(self.latent)
         self.prior: _Trajectories | None = None
         if config.num_pi_trajs:
-            self.prior = self._sum_rewards(*_policy_rollout(model, self.latent, policy_noise))
+            self.prior = self._sum_rewards(*self._policy_rollout(policy_noise))
 
     def improve(self, actions: th.Tensor, terminal_noise: th.Tensor, heads: th.Tensor) -> _Elites:
         """
@@ -234,6 +214,21 @@ class _Search:
         variance = (shares * (elite_actions - mean.unsqueeze(2)).square()).sum(2)
         std = variance.sqrt().clamp(config.min_std, config.max_std)
         return _Elites(elite_values, elite_actions, weights, mean, std)
+
+    def _policy_rollout(self, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Rolls the policy prior out from z_0.
+
+        :param noise: [H, E, P, A]
+        :return: actions [H, E, P, A] and z_1..z_H [H, E, P, Z]
+        """
+        z, state = self.latent, self.start
+        actions, latents = [], []
+        for step_noise in noise:
+            action = self.model.policy_action(z, step_noise)  # a ~ pi(z); z_0 broadcasts over P
+            z, state = self.model.dynamics.step(state, action)
+            actions.append(action)
+            latents.append(z)
+        return th.stack(actions), th.stack(latents)
 
     def _sum_rewards(self, actions: th.Tensor, latents: th.Tensor) -> _Trajectories:
         """
@@ -291,34 +286,20 @@ class _FastSearch:
         config: PlannerConfig,
         policy_noise: th.Tensor,
     ):
-        self.model = model
         self.config = config
         self.sequences = kernels.Sequences(
             networks, model.bins, latent, config.horizon, config.num_samples, config.gamma
         )
-        self.start: DynamicsState | None = None  # where latents are not rolled out by kernels
-        if networks.dynamics is None:
-            self.start = model.dynamics.initial_state(latent.unsqueeze(1))
-        prior = config.num_pi_trajs
-        if not prior:
-            return
-        if self.start is None:
-            self.sequences.rollout(0, prior, policy_noise)
-        else:
-            actions, latents = _policy_rollout(model, latent.unsqueeze(1), policy_noise)
-            self.sequences.actions[:, :, :prior] = actions
-            self.sequences.latents[:, :, :prior] = latents
-        self.sequences.sum_rewards(0, prior)
+        if config.num_pi_trajs:
+            self.sequences.rollout(0, config.num_pi_trajs, policy_noise)
+            self.sequences.sum_rewards(0, config.num_pi_trajs)
 
     def improve(self, actions: th.Tensor, terminal_noise: th.Tensor, heads: th.Tensor) -> _Elites:
         """See :meth:`_Search.improve`."""
         config, sequences = self.config, self.sequences
         first, last = config.num_pi_trajs, config.num_samples
         sequences.actions[:, :, first:] = actions
-        if self.start is None:
-            sequences.rollout(first, last)
-        else:
-            sequences.latents[:, :, first:] = self.model.dynamics.rollout(self.start, actions)
+        sequences.rollout(first, last)
         sequences.sum_rewards(first, last)
         values = sequences.values(terminal_noise, tuple(heads.tolist()))
         elite_values, positions = values.nan_to_num(0.0).topk(config.num_elites, dim=1)
@@ -333,17 +314,17 @@ def _planning_networks(model: WorldModel) -> kernels.PlanningNetworks | None:
 
     A subclass may have changed any part, so it is evaluated by its own methods.
     """
-    reward, policy, termination = model.reward_net, model.policy_net, model.termination_net
-    step = model.dynamics.as_network()
-    parts = [net for net in (reward, policy, termination, step) if net is not None]
-    if type(model) is not WorldModel or not all(net.has_kernel() for net in parts):
+    if type(model) is not WorldModel:
+        return None
+    dynamics = model.dynamics.as_kernel()
+    if dynamics is None:
         return None
     networks = kernels.PlanningNetworks(
-        reward.as_layers(),
-        policy.as_layers(),
+        dynamics,
+        model.reward_net.as_layers(),
+        model.policy_net.as_layers(),
         model.q_ensemble.as_layers(),
-        None if step is None else step.as_layers(),
-        None if termination is None else termination.as_layers(),
+        None if model.termination_net is None else model.termination_net.as_layers(),
     )
     return networks if kernels.plans(networks) else None
 

@@ -6,13 +6,13 @@ Shapes: ``...`` batch axes (they broadcast against each other), H horizon, A act
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import torch as th
 from torch import nn
 
-from tdmpc2_sb3.layers import MLP
+from tdmpc2_sb3.kernels import Layer, StateSpace
 
 DynamicsState: TypeAlias = tuple[th.Tensor, ...]
 
@@ -72,7 +72,6 @@ class LatentDynamics(nn.Module, ABC):
             latents.append(latent)
         return th.stack(latents)  # [H, ..., Z]
 
-    def as_network(self) -> MLP | None:
-        """The network of (z, a) that is all of a step, where there is one: planning can then run a
-        whole horizon in one call."""
+    def as_kernel(self) -> Sequence[Layer] | StateSpace | None:
+        """What the CPU kernels run a whole horizon of in one call; None if they cannot."""
         return None

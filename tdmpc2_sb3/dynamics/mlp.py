@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch as th
 
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
+from tdmpc2_sb3.kernels import Layer
 from tdmpc2_sb3.layers import MLP, SimNorm
 
 
@@ -32,5 +35,6 @@ class MLPDynamics(LatentDynamics):
         latent = self.net.forward_pair(state[0], action)  # z' = d(z, a)
         return latent, (latent,)
 
-    def as_network(self) -> MLP | None:
-        return self.net
+    def as_kernel(self) -> Sequence[Layer] | None:
+        """See :meth:`LatentDynamics.as_kernel`; a subclass may compute something else."""
+        return self.net.as_layers() if type(self) is MLPDynamics else None

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.dynamics.matching import HIDDEN_FACTOR, SELECTIVE_RANK, SSMSizes, match_sizes
-from tdmpc2_sb3.kernels import Norm
+from tdmpc2_sb3.kernels import Layer, Norm
 from tdmpc2_sb3.layers import FastLinear, NormedLinear, SimNorm, linear
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
@@ -166,12 +166,30 @@ class SSMLayer(nn.Module):
 
     def _products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """B v [..., 2P], V v [..., 2D], and W_2 W_1 v, [..., P] if selective."""
-        weights = [self.drive.weight, self.direct.weight]
-        if self.rank:
-            weights.append(self.select_in.weight)
+        weights = self._joined_weights()
         sizes = [len(weight) for weight in weights]
         drive, direct, *selection = linear(v, th.cat(weights)).split(sizes, dim=-1)
         return drive, direct, self.select_out(selection[0]) if self.rank else None
+
+    def _joined_weights(self) -> list[th.Tensor]:
+        """B, V and, if selective, W_1: all are multiplied with v."""
+        weights: list[th.Tensor] = [self.drive.weight, self.direct.weight]
+        return [*weights, self.select_in.weight] if self.rank else weights
+
+    def as_kernel(self) -> kernels.StateSpaceLayer:
+        """The layer as the CPU kernels take it."""
+        return kernels.StateSpaceLayer(
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+            products=Layer(th.cat(self._joined_weights()), None),
+            selection=self.select_out.as_layer() if self.rank else None,
+            readout=self.readout.as_layer(),
+            mix=self.mix.as_layer(),
+            alpha=self._alpha(),
+            omega=self.omega,
+            beta=self.beta,
+        )
 
     def _states(self, selection: th.Tensor | None, drive: th.Tensor, x: th.Tensor) -> th.Tensor:
         if selection is not None and kernels.usable(drive):
@@ -326,6 +344,19 @@ class SSMDynamics(LatentDynamics):
         for layer, x in zip(self._stack(), starts, strict=True):
             stream = layer.rollout(stream, x)
         return self.out(stream)  # [H, ..., Z]
+
+    def as_kernel(self) -> kernels.StateSpace | None:
+        """See :meth:`LatentDynamics.as_kernel`; a subclass may compute something else."""
+        if self.autoregressive or type(self) is not SSMDynamics:
+            return None
+        return kernels.StateSpace(
+            features=self.features.as_layer(),
+            context=self.features_in.as_layer(),
+            starts=self.starts.as_layer(),
+            action=self.action_in.as_layer(),
+            out=self.out.as_layer(),
+            stack=[layer.as_kernel() for layer in self._stack()],
+        )
 
 
 def scaled_normal_(layer: nn.Linear | NormedLinear) -> None:

@@ -23,7 +23,13 @@ from tdmpc2_sb3.kernels.functions import (
 )
 from tdmpc2_sb3.kernels.library import SWITCH, library
 from tdmpc2_sb3.kernels.networks import Layer, held_layers, networks
-from tdmpc2_sb3.kernels.planning import PlanningNetworks, Sequences, plans
+from tdmpc2_sb3.kernels.planning import (
+    PlanningNetworks,
+    Sequences,
+    StateSpace,
+    StateSpaceLayer,
+    plans,
+)
 from tdmpc2_sb3.kernels.products import weights_held
 
 __all__ = [
@@ -33,6 +39,8 @@ __all__ = [
     "Norm",
     "PlanningNetworks",
     "Sequences",
+    "StateSpace",
+    "StateSpaceLayer",
     "gelu_sum",
     "held_layers",
     "layer_norm",

@@ -585,21 +585,22 @@ void two_hot_cross_entropy_backward(const float *grad, const float *logits,
     }
 }
 
-/* GELU in its tanh approximation of a + b: x sigmoid(2 c (x + 0.044715 x^3)), c = sqrt(2 / pi).
- * Rows of b lie b_stride apart. */
+/* GELU in its tanh approximation of a + b: x sigmoid(2 c (x + 0.044715 x^3)), c = sqrt(2 / pi). */
+static inline void gelu_sum_row(const float *a, const float *b, float *y, int64_t cols) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; j++) {
+        float x = a[j] + b[j];
+        float inner = x * (1.5957691216f + 0.0713548163f * x * x);
+        y[j] = x / (1.0f + exp_f(-inner));
+    }
+}
+
+/* Rows of b lie b_stride apart. */
 void gelu_sum_forward(const float *a, const float *b, float *y, int64_t rows, int64_t cols,
                       int64_t b_stride, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < rows; i++) {
-        const float *ai = a + i * cols, *bi = b + i * b_stride;
-        float *yi = y + i * cols;
-#pragma omp simd
-        for (int64_t j = 0; j < cols; j++) {
-            float x = ai[j] + bi[j];
-            float inner = x * (1.5957691216f + 0.0713548163f * x * x);
-            yi[j] = x / (1.0f + exp_f(-inner));
-        }
-    }
+    for (int64_t i = 0; i < rows; i++)
+        gelu_sum_row(a + i * cols, b + i * b_stride, y + i * cols, cols);
 }
 
 void gelu_sum_backward(const float *grad, const float *a, const float *b, float *grad_x,
@@ -671,10 +672,25 @@ static inline void discretise_f(float dt, float alpha, float omega, float *a_re,
     *g_im = -(alpha * top_im + omega * top_re) * inverse;
 }
 
-/* x_{k+1} = Abar_k x_k + G_k b_k with step sizes softplus(beta + selection_k), for all rows and
- * modes. selection: [steps, rows, modes]; drive, x and states hold real, then imaginary parts:
- * drive rows of 2 modes, drive_stride apart, [steps, rows]; start [rows, 2 modes]; states
- * [steps, rows, 2 modes]. */
+/* x' = Abar x + G b with step sizes softplus(beta + selection), of one row: real, then imaginary
+ * parts. next may be x. */
+static inline void scan_row(const float *selection, const float *b, const float *x,
+                            const float *alpha, const float *omega, const float *beta, float *next,
+                            int64_t modes) {
+#pragma omp simd
+    for (int64_t j = 0; j < modes; j++) {
+        float a_re, a_im, g_re, g_im, x_re = x[j], x_im = x[modes + j];
+        float b_re = b[j], b_im = b[modes + j];
+        discretise_f(step_size_f(beta[j] + selection[j]), alpha[j], omega[j], &a_re, &a_im, &g_re,
+                     &g_im);
+        next[j] = a_re * x_re - a_im * x_im + g_re * b_re - g_im * b_im;
+        next[modes + j] = a_re * x_im + a_im * x_re + g_re * b_im + g_im * b_re;
+    }
+}
+
+/* The recurrence of scan_row for all rows. selection: [steps, rows, modes]; drive, x and states
+ * hold real, then imaginary parts: drive rows of 2 modes, drive_stride apart, [steps, rows]; start
+ * [rows, 2 modes]; states [steps, rows, 2 modes]. */
 void selective_scan_forward(const float *selection, const float *drive, const float *start,
                             const float *alpha, const float *omega, const float *beta,
                             float *states, int64_t steps, int64_t rows, int64_t modes,
@@ -683,18 +699,9 @@ void selective_scan_forward(const float *selection, const float *drive, const fl
     for (int64_t i = 0; i < rows; i++) {
         const float *x = start + i * 2 * modes;
         for (int64_t k = 0; k < steps; k++) {
-            const float *restrict sel = selection + (k * rows + i) * modes;
-            const float *restrict b = drive + (k * rows + i) * drive_stride;
             float *out = states + (k * rows + i) * 2 * modes;
-#pragma omp simd
-            for (int64_t j = 0; j < modes; j++) {
-                float a_re, a_im, g_re, g_im, x_re = x[j], x_im = x[modes + j];
-                float b_re = b[j], b_im = b[modes + j];
-                discretise_f(step_size_f(beta[j] + sel[j]), alpha[j], omega[j], &a_re, &a_im,
-                             &g_re, &g_im);
-                out[j] = a_re * x_re - a_im * x_im + g_re * b_re - g_im * b_im;
-                out[modes + j] = a_re * x_im + a_im * x_re + g_re * b_im + g_im * b_re;
-            }
+            scan_row(selection + (k * rows + i) * modes, drive + (k * rows + i) * drive_stride, x,
+                     alpha, omega, beta, out, modes);
             x = out;
         }
     }
@@ -778,13 +785,17 @@ void selective_scan_backward(const float *grad, const float *selection, const fl
 typedef struct {
     int64_t horizon, envs, samples, first, last, latent_dim, action_dim;
     int64_t widest; /* numbers of a row of the scratch: of the widest layer */
+    int64_t memory; /* numbers that the dynamics keep a row; 0 for a network */
 } sequences;
 
 /* Sequences that go through the networks together: their activations stay in the second cache. */
 #define BLOCK_ROWS (8 * TILE_ROWS)
 
-/* Numbers of scratch that a thread needs: two blocks of rows, and a row for z_0. */
-int64_t planning_scratch(int64_t widest) { return (2 * BLOCK_ROWS + 1) * widest; }
+/* Numbers of scratch that a thread needs: two blocks of rows and what the dynamics keep, and the
+ * same of a row for z_0. */
+int64_t planning_scratch(int64_t widest, int64_t memory) {
+    return (2 * BLOCK_ROWS + 1) * widest + (BLOCK_ROWS + 1) * memory;
+}
 
 typedef struct {
     const layer *layers;
@@ -868,21 +879,108 @@ static void policy_rows(const float *moments, const float *noise, float *actions
                      end = all * (t + 1) / threads;                                               \
              at < end; at += block_at(s, at, end).count)
 
+/* A layer of the state-space dynamics (tdmpc2_sb3/dynamics/ssm.py tells what they compute). */
+typedef struct {
+    const float *gain, *shift;          /* of the LayerNorm in front, [width] */
+    layer products;                     /* B, V and W_1 side by side */
+    layer selection;                    /* W_2; of no columns if time-invariant */
+    layer readout, mix;                 /* C, W */
+    const float *alpha, *omega, *beta;  /* [modes] */
+    int64_t modes;
+    float eps; /* of the LayerNorm */
+} state_space_layer;
+
+/* Dynamics: a network, or a state space. */
+typedef struct {
+    network net; /* of no layers if it is a state space */
+    layer features, context, starts, action, out; /* W_c, W_u, P, W_a, W_o */
+    const state_space_layer *stack;
+    int64_t depth;
+} dynamics;
+
+/* Where a block's state space keeps its parts. */
+typedef struct {
+    float *features, *context, *starts; /* of z_0, one row */
+    float *stream, *normed, *products, *selection, *hidden; /* of each row */
+    float *states; /* [depth, BLOCK_ROWS, 2 modes] */
+} state_space_memory;
+
+/* The memory in an array, and x_0 of count rows in it. */
+static state_space_memory state_space_start(const dynamics *d, const float *z, int64_t count,
+                                            float *array) {
+    int64_t width = d->action.cols, modes = d->stack->modes;
+    int64_t rank = d->stack->selection.depth, hidden = d->stack->readout.cols;
+    state_space_memory m;
+    m.features = array, array += d->features.cols;
+    m.context = array, array += width;
+    m.starts = array, array += 2 * modes * d->depth;
+    m.stream = array, array += BLOCK_ROWS * width;
+    m.normed = array, array += BLOCK_ROWS * width;
+    m.products = array, array += BLOCK_ROWS * d->stack->products.cols;
+    m.selection = array, array += BLOCK_ROWS * modes;
+    m.hidden = array, array += BLOCK_ROWS * (hidden > rank ? hidden : rank);
+    m.states = array;
+    layer_rows(&d->features, z, d->features.depth, 0, 0, 1, m.features);
+    layer_rows(&d->context, m.features, d->context.depth, 0, 0, 1, m.context);
+    layer_rows(&d->starts, m.features, d->starts.depth, 0, 0, 1, m.starts);
+    memset(m.selection, 0, sizeof(float) * (size_t)(BLOCK_ROWS * modes));
+    for (int64_t l = 0; l < d->depth; l++)
+        for (int64_t i = 0; i < count; i++)
+            memcpy(m.states + (l * BLOCK_ROWS + i) * 2 * modes, m.starts + l * 2 * modes,
+                   sizeof(float) * (size_t)(2 * modes));
+    return m;
+}
+
+static void state_space_step(const dynamics *d, const state_space_memory *m, const float *a,
+                             int64_t count, float *next) {
+    int64_t width = d->action.cols, tiles = tiles_of(count);
+    layer_rows(&d->action, 0, 0, m->context, a, count, m->stream); /* u^0 */
+    for (int64_t l = 0; l < d->depth; l++) {
+        const state_space_layer *it = d->stack + l;
+        int64_t modes = it->modes, all = it->products.cols, hidden = it->readout.cols;
+        float *states = m->states + l * BLOCK_ROWS * 2 * modes;
+        for (int64_t i = 0; i < count; i++)
+            norm_row(m->stream + i * width, 0, it->gain, it->shift, m->normed + i * width, 0,
+                     count, width, it->eps, ACTIVATION_NONE, 1);
+        layer_rows(&it->products, m->normed, width, 0, 0, count, m->products);
+        if (it->selection.cols) {
+            int64_t rank = it->selection.depth; /* W_1 v are the last columns */
+            for (int64_t i = 0; i < count; i++)
+                memcpy(m->hidden + i * rank, m->products + (i + 1) * all - rank,
+                       sizeof(float) * (size_t)rank);
+            layer_rows(&it->selection, m->hidden, rank, 0, 0, count, m->selection);
+        }
+        for (int64_t i = 0; i < count; i++)
+            scan_row(m->selection + i * modes, m->products + i * all, states + i * 2 * modes,
+                     it->alpha, it->omega, it->beta, states + i * 2 * modes, modes);
+        layer_rows(&it->readout, states, 2 * modes, 0, 0, count, m->hidden);
+        for (int64_t i = 0; i < count; i++)
+            gelu_sum_row(m->hidden + i * hidden, m->products + i * all + 2 * modes,
+                         m->hidden + i * hidden, hidden);
+        for (int64_t t = 0; t < tiles; t++) /* the residual stream */
+            product_rows(m->hidden, hidden, 1, it->mix.packed, hidden, m->stream, width, m->stream,
+                         count * t / tiles, count * (t + 1) / tiles, hidden, width);
+    }
+    layer_rows(&d->out, m->stream, width, 0, 0, count, next);
+}
+
 /* z_1..z_H of the dynamics from z_0, [E, Z]. Under actions as they are, or, if there is a policy
  * (of more than no layers), under its actions with the noise, [H, E, last - first, A]. */
-void plan_rollout(const sequences *s, const layer *dynamics, int64_t dynamics_count,
-                  const layer *policy, int64_t policy_count, const float *start,
-                  const float *noise, float *actions, float *latents, float *scratch,
-                  int64_t threads) {
-    network net = {dynamics, dynamics_count}, prior = {policy, policy_count};
+void plan_rollout(const sequences *s, const dynamics *d, const layer *policy,
+                  int64_t policy_count, const float *start, const float *noise, float *actions,
+                  float *latents, float *scratch, int64_t threads) {
+    network prior = {policy, policy_count};
     int64_t z_dim = s->latent_dim, a_dim = s->action_dim, each = s->last - s->first;
     FOR_EACH_BLOCK {
         block b = block_at(s, at, end);
-        float *own = scratch + t * planning_scratch(s->widest);
+        float *own = scratch + t * planning_scratch(s->widest, s->memory);
         const float *z = start + b.env * z_dim;
+        state_space_memory memory = {0};
+        if (d->depth)
+            memory = state_space_start(d, z, b.count, own + (2 * BLOCK_ROWS + 1) * s->widest);
         for (int64_t h = 0; h < s->horizon; h++) {
             int64_t row = h * s->envs * s->samples + b.row;
-            float *a = actions + row * a_dim;
+            float *a = actions + row * a_dim, *next = latents + row * z_dim;
             if (policy_count) {
                 const float *draws = noise + (h * s->envs * each + at) * a_dim;
                 const float *moments =
@@ -891,8 +989,8 @@ void plan_rollout(const sequences *s, const layer *dynamics, int64_t dynamics_co
                     policy_rows(moments + (h ? i : 0) * 2 * a_dim, draws + i * a_dim,
                                 a + i * a_dim, 1, a_dim);
             }
-            float *next = latents + row * z_dim;
-            network_rows(net, z, z_dim, h == 0, a, b.count, next, own, s->widest);
+            if (d->depth) state_space_step(d, &memory, a, b.count, next);
+            else network_rows(d->net, z, z_dim, h == 0, a, b.count, next, own, s->widest);
             z = next;
         }
     }
@@ -908,7 +1006,7 @@ void plan_rewards(const sequences *s, const layer *reward, int64_t reward_count,
     int64_t z_dim = s->latent_dim, a_dim = s->action_dim, cols = reward[reward_count - 1].cols;
     FOR_EACH_BLOCK {
         block b = block_at(s, at, end);
-        float *own = scratch + t * planning_scratch(s->widest);
+        float *own = scratch + t * planning_scratch(s->widest, s->memory);
         const float *z = start + b.env * z_dim;
         float *total = rewards + b.row, *alive = discounts + b.row;
         double discount = 1.0;
@@ -946,7 +1044,7 @@ void plan_values(const sequences *s, const layer *policy, int64_t policy_count, 
     int64_t z_dim = s->latent_dim, a_dim = s->action_dim, cols = q[q_count - 1].cols;
     FOR_EACH_BLOCK {
         block b = block_at(s, at, end);
-        float *own = scratch + t * planning_scratch(s->widest), *a = own_actions + b.row * a_dim;
+        float *own = scratch + t * planning_scratch(s->widest, s->memory), *a = own_actions + b.row * a_dim;
         const float *z = latents + b.row * z_dim;
         policy_rows(network_rows(prior, z, z_dim, 0, 0, b.count, 0, own, s->widest),
                     noise + b.row * a_dim, a, b.count, a_dim);

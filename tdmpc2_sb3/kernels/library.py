@@ -55,12 +55,34 @@ class LayerGradientArgument(ctypes.Structure):
 class SequencesArgument(ctypes.Structure):
     """``sequences`` of kernels.c."""
 
-    _fields_ = tuple(
-        (name, INTEGER)
-        for name in (
-            "horizon", "envs", "samples", "first", "last", "latent_dim", "action_dim", "widest"
-        )
-    )  # fmt: skip
+    _fields_ = (
+        *((name, INTEGER) for name in ("horizon", "envs", "samples", "first", "last")),
+        *((name, INTEGER) for name in ("latent_dim", "action_dim", "widest", "memory")),
+    )
+
+
+class StateSpaceLayerArgument(ctypes.Structure):
+    """``state_space_layer`` of kernels.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("gain", "shift")),
+        *((name, LayerArgument) for name in ("products", "selection", "readout", "mix")),
+        *((name, POINTER) for name in ("alpha", "omega", "beta")),
+        ("modes", INTEGER),
+        ("eps", REAL),
+    )
+
+
+class DynamicsArgument(ctypes.Structure):
+    """``dynamics`` of kernels.c."""
+
+    _fields_ = (
+        ("layers", POINTER),
+        ("count", INTEGER),
+        *((name, LayerArgument) for name in ("features", "context", "starts", "action", "out")),
+        ("stack", POINTER),
+        ("depth", INTEGER),
+    )
 
 
 SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -84,7 +106,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "gelu_sum_backward": (*(POINTER,) * 4, *(INTEGER,) * 4),
     "selective_scan_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),
     "selective_scan_backward": (*(POINTER,) * 14, *(INTEGER,) * 5),
-    "plan_rollout": (*(POINTER, POINTER, INTEGER, POINTER, INTEGER), *(POINTER,) * 5, INTEGER),
+    "plan_rollout": (*(POINTER,) * 3, INTEGER, *(POINTER,) * 5, INTEGER),
     "plan_rewards": (
         *(POINTER, POINTER, INTEGER, POINTER, INTEGER),
         *(POINTER,) * 6,
@@ -257,5 +279,5 @@ def _load(path: Path) -> ctypes.CDLL:
         function.argtypes = list(arguments)
         function.restype = None
     loaded.panel_width.restype = loaded.planning_scratch.restype = INTEGER
-    loaded.planning_scratch.argtypes = [INTEGER]
+    loaded.planning_scratch.argtypes = [INTEGER] * 2
     return loaded

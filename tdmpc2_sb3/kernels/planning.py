@@ -2,8 +2,7 @@
 
 A planner evaluates few rows by many small networks, and what lies between two of them (joining
 inputs, squashing, discounting) would take as long as the networks do. ``kernels.c`` takes each
-sequence through all of them. Where the dynamics are more than one network a step, their latents
-are handed in.
+sequence through all of them.
 
 Shapes: E environments, N sequences each, H horizon, A action, Z latent, K elites, Q heads.
 """
@@ -12,30 +11,78 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch as th
 
-from tdmpc2_sb3.kernels.library import LayerArgument, SequencesArgument, call, library
+from tdmpc2_sb3.kernels.library import (
+    DynamicsArgument,
+    LayerArgument,
+    SequencesArgument,
+    StateSpaceLayerArgument,
+    call,
+    library,
+)
 from tdmpc2_sb3.kernels.networks import Layer, layer_arguments
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, product_threads
+
+
+class StateSpaceLayer(NamedTuple):
+    """A layer of state-space dynamics with D-dimensional stream and P modes."""
+
+    gain: th.Tensor  # of the LayerNorm in front, [D]
+    shift: th.Tensor  # [D]
+    eps: float
+    products: Layer  # B, V and, if selective, W_1 side by side
+    selection: Layer | None  # W_2
+    readout: Layer  # C
+    mix: Layer  # W
+    alpha: th.Tensor  # [P]
+    omega: th.Tensor  # [P]
+    beta: th.Tensor  # [P]
+
+
+class StateSpace(NamedTuple):
+    """State-space dynamics, see :mod:`tdmpc2_sb3.dynamics.ssm`."""
+
+    features: Layer  # W_c
+    context: Layer  # W_u
+    starts: Layer  # P_1..P_L
+    action: Layer  # W_a
+    out: Layer  # W_o
+    stack: Sequence[StateSpaceLayer]
+
+    def layers(self) -> list[Layer]:
+        """All that is multiplied."""
+        result = [self.features, self.context, self.starts, self.action, self.out]
+        for _, _, _, products, selection, readout, mix, *_ in self.stack:
+            result += [products, readout, mix]
+            if selection is not None:
+                result.append(selection)
+        return result
 
 
 class PlanningNetworks(NamedTuple):
     """What a planner evaluates."""
 
+    dynamics: Sequence[Layer] | StateSpace  # of (z, a)
     reward: Sequence[Layer]  # of (z, a)
     policy: Sequence[Layer]  # of z, to 2 A
     q: Sequence[Layer]  # of (z, a), Q networks
-    dynamics: Sequence[Layer] | None = None  # of (z, a), if that is all of a step
-    termination: Sequence[Layer] | None = None  # of z, if episodes end
+    termination: Sequence[Layer] | None  # of z, if episodes end
+
+    def layers(self) -> list[Layer]:
+        """All layers."""
+        dynamics, *others = self
+        steps = dynamics.layers() if isinstance(dynamics, StateSpace) else dynamics
+        assert steps is not None
+        return [*steps, *(each for network in others if network for each in network)]
 
 
 def plans(networks: PlanningNetworks) -> bool:
     """Whether ``kernels.c`` multiplies networks of these sizes."""
-    sizes = (max(each.weight.shape[-2:]) for layers in networks if layers for each in layers)
-    return multiplies(MIN_ROWS, max(sizes))
+    return multiplies(MIN_ROWS, max(max(each.weight.shape[-2:]) for each in networks.layers()))
 
 
 class _Network:
@@ -51,6 +98,62 @@ class _Network:
             self.multiply_adds = one * (1 if members is None else len(members))
 
 
+class _Dynamics:
+    """Dynamics as an argument."""
+
+    def __init__(self, dynamics: Sequence[Layer] | StateSpace):
+        self.memory = 0  # numbers kept a row
+        layers = dynamics.layers() if isinstance(dynamics, StateSpace) else dynamics
+        self.multiply_adds = sum(each.weight.numel() for each in layers)  # a row and step
+        arguments, *self._alive = layer_arguments(layers, None)
+        if not isinstance(dynamics, StateSpace):
+            self._alive.append(arguments)
+            address = ctypes.addressof(arguments)
+            self.argument = (DynamicsArgument * 1)(DynamicsArgument(address, len(arguments)))
+            return
+        single, rest = arguments[:5], iter(arguments[5:])
+        stack = [_state_space_argument(layer, rest) for layer in dynamics.stack]
+        pointers = (StateSpaceLayerArgument * len(stack))(*stack)
+        self._alive += [dynamics, pointers]
+        self.argument = (DynamicsArgument * 1)(
+            DynamicsArgument(None, 0, *single, ctypes.addressof(pointers), len(stack))
+        )
+        self.memory = _state_space_memory(dynamics)
+
+
+def _state_space_argument(
+    layer: StateSpaceLayer, arguments: Iterator[LayerArgument]
+) -> StateSpaceLayerArgument:
+    """
+    :param arguments: of its part of :meth:`StateSpace.layers`
+    """
+    products, readout, mix = (next(arguments) for _ in range(3))
+    selection = LayerArgument() if layer.selection is None else next(arguments)
+    return StateSpaceLayerArgument(
+        layer.gain.data_ptr(),
+        layer.shift.data_ptr(),
+        products,
+        selection,
+        readout,
+        mix,
+        *(each.data_ptr() for each in (layer.alpha, layer.omega, layer.beta)),
+        len(layer.alpha),
+        layer.eps,
+    )
+
+
+def _state_space_memory(dynamics: StateSpace) -> int:
+    """Numbers a row of ``state_space_memory`` in kernels.c."""
+    first, depth = dynamics.stack[0], len(dynamics.stack)
+    width, modes = len(first.gain), len(first.alpha)
+    states = 2 * modes * depth
+    hidden = len(first.readout.weight)
+    if first.selection is not None:
+        hidden = max(hidden, first.selection.weight.shape[1])
+    of_start = len(dynamics.features.weight) + width + states
+    return max(of_start, 2 * width + len(first.products.weight) + modes + hidden + states)
+
+
 class Refit(NamedTuple):
     """Elites, and the Gaussian that they make."""
 
@@ -64,7 +167,7 @@ class Sequences:
     """The action sequences of one plan; weights must be held (``weights_held``) for as long.
 
     ``actions``, [H, E, N, A], are written by the caller or by :meth:`rollout` under the policy;
-    ``latents``, z_1..z_H, [H, E, N, Z], by :meth:`rollout` or the caller.
+    ``latents``, z_1..z_H, [H, E, N, Z], by :meth:`rollout`.
 
     :param networks: that :func:`plans` agrees to
     :param bins: values of the bins of reward and Q
@@ -94,13 +197,12 @@ class Sequences:
         self._q = networks.q
         self._reward = _Network(networks.reward)
         self._policy = _Network(networks.policy)
-        self._dynamics = _Network(networks.dynamics)
+        self._dynamics = _Dynamics(networks.dynamics)
         self._termination = _Network(networks.termination)
         self._rewards, self._discounts = start.new_empty(2, num_envs, num_sequences)
-        self._widest = max(
-            each.weight.shape[-2] for layers in networks if layers for each in layers
-        )
-        self._scratch = start.new_empty(th.get_num_threads() * _scratch_size(self._widest))
+        self._widest = max(each.weight.shape[-2] for each in networks.layers())
+        size = _scratch_size(self._widest, self._dynamics.memory)
+        self._scratch = start.new_empty(th.get_num_threads() * size)
 
     def rollout(self, first: int, last: int, policy_noise: th.Tensor | None = None) -> None:
         """Latents of the sequences from ``first`` to before ``last``.
@@ -113,8 +215,7 @@ class Sequences:
         call(
             "plan_rollout",
             self._argument(first, last),
-            self._dynamics.arguments,
-            self._dynamics.count,
+            self._dynamics.argument,
             policy.arguments,
             policy.count,
             self._start,
@@ -215,18 +316,19 @@ class Sequences:
         return result
 
     def _argument(self, first: int, last: int) -> ctypes.Array[SequencesArgument]:
-        sizes = (*self.sizes, first, last, self.latents.shape[-1], self.action_dim, self._widest)
-        return (SequencesArgument * 1)(SequencesArgument(*sizes))
+        sizes = (*self.sizes, first, last, self.latents.shape[-1], self.action_dim)
+        argument = SequencesArgument(*sizes, self._widest, self._dynamics.memory)
+        return (SequencesArgument * 1)(argument)
 
-    def _threads(self, rows: int, *networks: _Network) -> int:
+    def _threads(self, rows: int, *networks: _Network | _Dynamics) -> int:
         """Threads for that many rows an environment."""
         each = sum(network.multiply_adds for network in networks)
         return product_threads(self.sizes[1] * rows * each)
 
 
 @functools.cache
-def _scratch_size(widest: int) -> int:
+def _scratch_size(widest: int, memory: int) -> int:
     """Numbers that a thread needs for itself."""
     loaded = library()
     assert loaded is not None
-    return int(loaded.planning_scratch(widest))
+    return int(loaded.planning_scratch(widest, memory))

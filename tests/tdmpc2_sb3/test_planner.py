@@ -9,7 +9,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from tdmpc2_sb3.dynamics import LatentDynamics
+from tdmpc2_sb3.dynamics import LatentDynamics, MLPDynamics
 from tdmpc2_sb3.kernels import library
 from tdmpc2_sb3.planner import (
     PlannerConfig,
@@ -41,7 +41,10 @@ def threads(request):
 
 def make_model(roughen, episodic=False, dynamics="mlp"):
     th.manual_seed(0)
-    model = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 14, 2, 4), dynamics, None, episodic)
+    kind, kwargs = (dynamics, None)
+    if dynamics == "time-invariant ssm":
+        kind, kwargs = "ssm", {"selective": False, "depth": 3}
+    model = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 14, 2, 4), kind, kwargs, episodic)
     roughen(model)
     if episodic:  # so that some trajectories end and others do not
         with th.no_grad():
@@ -142,7 +145,7 @@ def test_plans_are_those_of_the_plain_loop(
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("num_pi_trajs", [0, 30])
 @pytest.mark.parametrize("episodic", [False, True])
-@pytest.mark.parametrize("dynamics", ["mlp", "ssm"])
+@pytest.mark.parametrize("dynamics", ["mlp", "ssm", "time-invariant ssm"])
 def test_kernels_plan_as_torch_does_in_double_precision(
     roughen, threads, dynamics, episodic, num_pi_trajs, num_envs
 ):
@@ -166,6 +169,19 @@ def test_what_the_kernels_do_not_plan_with(roughen):
     wide = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 800, 2, 4))
     assert _planning_networks(wide) is None  # torch multiplies those faster
     assert _planning_networks(HandMade(lambda z, a: a[..., 0])) is None  # has methods of its own
+    own = make_model(roughen)
+    own.dynamics = Adding(16, ACTION_DIM, 8)
+    assert _planning_networks(own) is None
+
+    class Bold(MLPDynamics):
+        def step(self, state, action):
+            return super().step(state, 2 * action)
+
+    own.dynamics = Bold(16, ACTION_DIM, 8)
+    assert _planning_networks(own) is None
+    fed_back = {"autoregressive": True}
+    ssm = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 14, 2, 4), "ssm", fed_back)
+    assert _planning_networks(ssm) is None
 
 
 @pytest.mark.parametrize("dynamics", ["mlp", "ssm"])

@@ -74,10 +74,9 @@ class PlanningNetworks(NamedTuple):
 
     def layers(self) -> list[Layer]:
         """All layers."""
-        dynamics, *others = self
+        dynamics = self.dynamics
         steps = dynamics.layers() if isinstance(dynamics, StateSpace) else dynamics
-        assert steps is not None
-        return [*steps, *(each for network in others if network for each in network)]
+        return [*steps, *self.reward, *self.policy, *self.q, *(self.termination or ())]
 
 
 def plans(networks: PlanningNetworks) -> bool:

@@ -327,6 +327,16 @@ def test_nan_counts_as_zero():
     assert all(value.isfinite().all() for value in nothing)
 
 
+def test_a_broken_network_makes_no_broken_plan(roughen):
+    model = make_model(roughen)
+    with th.no_grad():
+        model.reward_net[-1].bias.fill_(float("nan"))
+    noise = sample_plan_noise(model, CONFIG, 1, generator(1))
+    result = plan(model, th.ones(1, 16), th.zeros(1, 3, ACTION_DIM), noise, CONFIG, True)
+    assert result.value.item() == 0.0
+    assert all(value.isfinite().all() for value in result)
+
+
 def test_exploration_adds_the_plans_own_spread():
     best = th.tensor([0.2, -0.3])
     model = HandMade(lambda z, a: -5.0 * (a - best).square().sum(-1))

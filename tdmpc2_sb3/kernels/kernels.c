@@ -262,6 +262,8 @@ static inline void product_rows(const float *a, int64_t a_row, int64_t a_col, co
              c + begin * cols + p * PANEL, cols, cols - p * PANEL);
 }
 
+#define GATHERED_ROWS 256
+
 static inline int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 /* Gradients of rows begin..end of norm_forward by its input into grad_x, which may be grad; added
@@ -436,6 +438,24 @@ static const float *layer_backward(const layer *it, const layer_gradient *gradie
     return grad;
 }
 
+/* At most TILE_ROWS rows, begin..end, of the transposed by_product, [rows, cols], by a packed input:
+ * a weight's gradient, [cols, depth]. They are gathered first, some products at a time: columns lie
+ * so far apart that they would fall out of the first cache before the next panel needs them. */
+static void weight_gradient_rows(const float *by_product, int64_t cols, const float *packed_input,
+                                 float *by_weight, int64_t begin, int64_t end, int64_t rows,
+                                 int64_t depth) {
+    float gathered[GATHERED_ROWS * TILE_ROWS], *c = by_weight + begin * depth;
+    int64_t width = end - begin;
+    for (int64_t from = 0; from < rows; from += GATHERED_ROWS) {
+        int64_t count = rows - from < GATHERED_ROWS ? rows - from : GATHERED_ROWS;
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < width; j++)
+                gathered[i * width + j] = by_product[(from + i) * cols + begin + j];
+        product_rows(gathered, 1, width, packed_input + from * PANEL, rows, from ? c : 0, depth, c,
+                     0, width, count, depth);
+    }
+}
+
 /* Gradients of networks_forward, whose layers kept product, statistics and output. grad: by the
  * networks' outputs, [networks, rows, cols]. by_input: by the last input_cols columns of x, [rows,
  * input_cols], added up over the networks; null if not wanted. */
@@ -486,8 +506,8 @@ void networks_backward(const layer *layers, const layer_gradient *gradients, int
                 add_up(to->sums + v * cols, to->by_vectors + v * to->vectors_row,
                        cols * t / threads, cols * (t + 1) / threads, 3 * cols, threads);
             for (int64_t i = tiles * t / threads; i < tiles * (t + 1) / threads; i++)
-                product_rows(by_product, 1, cols, to->packed_input, rows, 0, 0, to->by_weight,
-                             cols * i / tiles, cols * (i + 1) / tiles, rows, it->depth);
+                weight_gradient_rows(by_product, cols, to->packed_input, to->by_weight,
+                                     cols * i / tiles, cols * (i + 1) / tiles, rows, it->depth);
         }
 }
 

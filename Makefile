@@ -2,7 +2,8 @@
 # make test       environment, installation, lint, types, fast tests
 # make test-all   the same with the slow tests
 # make dist       sdist and wheel to hand on, and the wheel that stands in for labmaze on Python 3.13
-# ENV, STEPS, ALGO, ARGS and LOGS change what is trained, PYTHON and VENV where, TORCH which build.
+# ENV, STEPS, ALGO, ARGS and LOGS change what is trained, PYTHON and VENV where, TORCH which build,
+# JOBS by how many processes the tests are run.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +12,7 @@ ALGO ?= tdmpc2
 STEPS ?=
 LOGS ?= logs
 ARGS ?=
+JOBS ?= 2
 
 # cpu: the build without CUDA. default: PyPI's, which is for CUDA on Linux and for MPS on a Mac.
 # auto: cpu on a Linux machine without an NVIDIA driver, else default.
@@ -21,7 +23,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # One thread a process: small matrices gain nothing from a second one, and two busy processes whose
 # threads wait for each other on two cores are slower by far than one after the other.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: train install install-dev lint types test test-all dist clean
 .DELETE_ON_ERROR:

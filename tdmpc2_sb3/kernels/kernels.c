@@ -1064,7 +1064,8 @@ void plan_values(const sequences *s, const layer *policy, int64_t policy_count, 
     int64_t z_dim = s->latent_dim, a_dim = s->action_dim, cols = q[q_count - 1].cols;
     FOR_EACH_BLOCK {
         block b = block_at(s, at, end);
-        float *own = scratch + t * planning_scratch(s->widest, s->memory), *a = own_actions + b.row * a_dim;
+        float *own = scratch + t * planning_scratch(s->widest, s->memory);
+        float *a = own_actions + b.row * a_dim;
         const float *z = latents + b.row * z_dim;
         policy_rows(network_rows(prior, z, z_dim, 0, 0, b.count, 0, own, s->widest),
                     noise + b.row * a_dim, a, b.count, a_dim);

@@ -200,7 +200,7 @@ class CustomPolicy(th.nn.Module):
         (th.nn.Linear(1, 1), "Linear"),
         ([1, {"a": Custom()}], r"\['x'\]\[1\]\['a'\]"),
     ],
-    ids=("object", "lambda", "partial", "object array", "class", "policy class", "module", "nested"),
+    ids=("object", "lambda", "partial", "array", "class", "policy", "module", "nested"),
 )
 def test_what_needs_pickle_is_refused_by_name(value, what):
     with pytest.raises(UnsaveableError, match=what) as caught:

@@ -4,7 +4,7 @@ On a CPU the elementwise part of the world model (LayerNorm, Mish, SimNorm, cros
 and their gradients) costs as much as its matrix products when it is a chain of stock kernels that
 each read and write a whole array. ``kernels.c`` does each chain in one pass, and the products of
 x86 processors with it (:mod:`tdmpc2_sb3.kernels.networks`). It is plain C without any library's
-headers, compiled by the machine's own compiler in about two seconds and kept in the user's cache
+headers, compiled by the machine's own compiler in some seconds and kept in the user's cache
 directory (:mod:`tdmpc2_sb3.kernels.library`).
 
 Callers ask :func:`usable` and keep a plain torch path, which a compiler, other devices and double

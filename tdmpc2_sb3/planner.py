@@ -21,7 +21,7 @@ from tdmpc2_sb3.world_model import WorldModel
 DEFAULT_ITERATIONS = 6
 EXTRA_ITERATIONS = 2  # where the action has at least
 MANY_ACTIONS = 20  # dimensions
-TERMINATION_THRESHOLD = 0.5
+TERMINATION_THRESHOLD = 0.5  # kernels.c has it as a logit of 0
 
 
 class PlannerConfig(NamedTuple):

@@ -19,8 +19,7 @@ from tdmpc2_sb3.dynamics import DYNAMICS, LatentDynamics
 from tdmpc2_sb3.encoders import Encoder, Observation, flatten_vectors
 from tdmpc2_sb3.layers import MLP, QEnsemble
 
-LOG_STD_MIN = -10.0
-LOG_STD_MAX = 2.0
+LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # kernels.c has them too
 SQUASH_EPSILON = 1e-6
 
 

@@ -262,8 +262,6 @@ static inline void product_rows(const float *a, int64_t a_row, int64_t a_col, co
              c + begin * cols + p * PANEL, cols, cols - p * PANEL);
 }
 
-#define GATHERED_ROWS 256
-
 static inline int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 /* Gradients of rows begin..end of norm_forward by its input into grad_x, which may be grad; added
@@ -377,14 +375,24 @@ typedef struct {
     int64_t vectors_row;  /* numbers from one of them to the next */
 } layer_gradient;
 
-static void layer_forward(const layer *it, const float *x, int64_t x_row, int64_t begin,
-                          int64_t end, int64_t rows) {
-    int64_t tiles = tiles_of(end - begin), cols = it->cols;
+/* Product and norm of rows begin..end of all rows. Their input is the first x_dim numbers of rows of
+ * x, x_row apart, and behind those the rows of a, if the layer is deeper. shared: the part of the
+ * product that is x's, one row for all, in which case x is not read; else null. */
+static void layer_forward(const layer *it, const float *x, int64_t x_row, int64_t x_dim,
+                          const float *shared, const float *a, int64_t begin, int64_t end,
+                          int64_t rows) {
+    int64_t tiles = tiles_of(end - begin), cols = it->cols, a_dim = it->depth - x_dim;
+    float *product = it->gain ? it->product : it->output;
     for (int64_t t = 0; t < tiles; t++) {
         int64_t from = begin + (end - begin) * t / tiles;
         int64_t to = begin + (end - begin) * (t + 1) / tiles;
-        product_rows(x, x_row, 1, it->packed, it->depth, it->bias, 0,
-                     it->gain ? it->product : it->output, from, to, it->depth, cols);
+        if (!shared)
+            product_rows(x, x_row, 1, it->packed, it->depth, it->bias, 0, product, from, to,
+                         x_dim, cols);
+        if (a_dim)
+            product_rows(a, a_dim, 1, it->packed + x_dim * PANEL, it->depth,
+                         shared ? shared : product, shared ? 0 : cols, product, from, to, a_dim,
+                         cols);
         for (int64_t i = from; it->gain && i < to; i++)
             norm_row(it->product + i * cols, it->mask ? it->mask + i * cols : 0, it->gain,
                      it->shift, it->output + i * cols, it->statistics ? it->statistics + i : 0,
@@ -402,8 +410,8 @@ void networks_forward(const layer *layers, int64_t count, int64_t networks, cons
             const float *input = x;
             int64_t input_row = x_row;
             for (int64_t l = n * count; l < (n + 1) * count; l++) {
-                layer_forward(layers + l, input, input_row, rows * t / threads,
-                              rows * (t + 1) / threads, rows);
+                layer_forward(layers + l, input, input_row, layers[l].depth, 0, 0,
+                              rows * t / threads, rows * (t + 1) / threads, rows);
                 input = layers[l].output;
                 input_row = layers[l].cols;
             }
@@ -438,9 +446,11 @@ static const float *layer_backward(const layer *it, const layer_gradient *gradie
     return grad;
 }
 
-/* At most TILE_ROWS rows, begin..end, of the transposed by_product, [rows, cols], by a packed input:
- * a weight's gradient, [cols, depth]. They are gathered first, some products at a time: columns lie
- * so far apart that they would fall out of the first cache before the next panel needs them. */
+#define GATHERED_ROWS 256 /* of by_product at a time */
+
+/* At most TILE_ROWS rows, begin..end, of the transposed by_product, [rows, cols], by a packed
+ * input: a weight's gradient, [cols, depth]. They are gathered first: as columns of by_product
+ * their numbers lie so far apart that they fall out of the first cache before the next panel. */
 static void weight_gradient_rows(const float *by_product, int64_t cols, const float *packed_input,
                                  float *by_weight, int64_t begin, int64_t end, int64_t rows,
                                  int64_t depth) {
@@ -837,23 +847,12 @@ static block block_at(const sequences *s, int64_t position, int64_t end) {
                    (left + blocks - 1) / blocks};
 }
 
-/* Product and norm of rows whose input is x, or x and a side by side. shared: x's part of the
- * product, one row for all, in which case x is not read. y: [count, cols], neither x nor a. */
+/* layer_forward of count rows into y, [count, cols], which is neither x nor a. */
 static void layer_rows(const layer *it, const float *x, int64_t x_dim, const float *shared,
                        const float *a, int64_t count, float *y) {
-    int64_t tiles = tiles_of(count), cols = it->cols, a_dim = it->depth - x_dim;
-    for (int64_t t = 0; t < tiles; t++) {
-        int64_t from = count * t / tiles, to = count * (t + 1) / tiles;
-        if (!shared)
-            product_rows(x, x_dim, 1, it->packed, it->depth, it->bias, 0, y, from, to, x_dim,
-                         cols);
-        if (a_dim)
-            product_rows(a, a_dim, 1, it->packed + x_dim * PANEL, it->depth, shared ? shared : y,
-                         shared ? 0 : cols, y, from, to, a_dim, cols);
-        for (int64_t i = from; it->gain && i < to; i++)
-            norm_row(y + i * cols, 0, it->gain, it->shift, y + i * cols, 0, count, cols, it->eps,
-                     it->activation, it->simplex);
-    }
+    layer own = *it;
+    own.product = own.output = y;
+    layer_forward(&own, x, x_dim, x_dim, shared, a, 0, count, count);
 }
 
 /* A network on rows of x, or of x and a; its outputs, in one of the two blocks of the scratch that

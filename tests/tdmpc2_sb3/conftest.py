@@ -7,7 +7,7 @@ alone, straight from the specification: none of the package's arithmetic is used
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -232,3 +232,12 @@ def roughen() -> Callable[..., None]:
                 parameter.add_(std * th.randn(parameter.shape, generator=generator))
 
     return move
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """torch's threads, which the CPU kernels share."""
+    before = th.get_num_threads()
+    th.set_num_threads(request.param)
+    yield request.param
+    th.set_num_threads(before)

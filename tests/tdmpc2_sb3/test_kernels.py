@@ -33,14 +33,6 @@ def _kernels_are_built():
         pytest.skip("no C compiler here: plain torch is used, which the other tests cover")
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request):
-    before = th.get_num_threads()
-    th.set_num_threads(request.param)
-    yield request.param
-    th.set_num_threads(before)
-
-
 def randn(*shape, seed=0, scale=1.0):
     return scale * th.randn(*shape, generator=th.Generator().manual_seed(seed))
 

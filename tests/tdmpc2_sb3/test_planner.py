@@ -31,17 +31,9 @@ def generator(seed=0):
     return th.Generator().manual_seed(seed)
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request):
-    before = th.get_num_threads()
-    th.set_num_threads(request.param)
-    yield request.param
-    th.set_num_threads(before)
-
-
 def make_model(roughen, episodic=False, dynamics="mlp"):
     th.manual_seed(0)
-    kind, kwargs = (dynamics, None)
+    kind, kwargs = dynamics, None
     if dynamics == "time-invariant ssm":
         kind, kwargs = "ssm", {"selective": False, "depth": 3}
     model = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 14, 2, 4), kind, kwargs, episodic)

@@ -96,12 +96,12 @@ def run(args: argparse.Namespace) -> None:
         machine = describe(
             "torch", "stable-baselines3", "rl_zoo3", "dm_control", "mujoco", threads=args.threads
         )
+        path.with_suffix(".txt").write_text(  # before the run, which may be stopped
+            f"python -m rl_zoo3.train {' '.join(arguments[:-2])}\n{machine}\n"
+        )
         print(f"python -m rl_zoo3.train {' '.join(arguments)}", flush=True)
         subprocess.run(
             [sys.executable, __file__, "_train", *arguments], env=environment, check=True
-        )
-        path.with_suffix(".txt").write_text(
-            f"python -m rl_zoo3.train {' '.join(arguments[:-2])}\n{machine}\n"
         )
 
 

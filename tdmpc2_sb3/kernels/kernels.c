@@ -17,16 +17,30 @@ enum { ACTIVATION_NONE = 0, ACTIVATION_MISH = 1, ACTIVATION_SIMNORM = 2 };
 
 #define MISH_CLAMP 20.0f /* from here on mish(x) = x in float32, and squares stay finite */
 
+/* Numbers of a vector register, and rows of a tile of a product that fill the registers. */
+#if defined(__AVX512F__)
+#define LANES 16
+#define TILE_ROWS 14
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#define TILE_ROWS 6
+#else
+#define LANES 4
+#define TILE_ROWS 6
+#endif
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float loose_vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
 typedef union {
     float f;
     int32_t i;
+    uint32_t u;
 } bits32;
 
-/* e^x to 1 ulp or two: x = n ln 2 + r, a polynomial in r, n added to the exponent. */
-static inline float exp_f(float x) {
+/* e^x to 1 ulp or two for |x| < 88: x = n ln 2 + r, a polynomial in r, n added to the exponent. */
+static inline float exp_within(float x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
     bits32 shifted = {.f = x * 1.44269504f + magic};
     float n = shifted.f - magic;
     float r = x - n * 0.693359375f;
@@ -42,15 +56,31 @@ static inline float exp_f(float x) {
     return p * scale.f;
 }
 
+static inline float exp_f(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    return exp_within(x);
+}
+
+/* e^h for h in [-87, MISH_CLAMP], the nearer end of that beyond; not NaN for NaN. The ends are
+ * compared as integers, in whose order floats of one sign lie: of floats, gcc makes branches. */
+static inline float mish_exp_f(float h) {
+    const bits32 most = {.f = MISH_CLAMP}, least = {.f = -87.0f};
+    bits32 x = {.f = h};
+    x.i = x.i < most.i ? x.i : most.i;
+    x.u = x.u < least.u ? x.u : least.u;
+    return exp_within(x.f);
+}
+
 /* With u = e^h and w = u (u + 2): tanh(softplus(h)) = w / (w + 2). */
 static inline float mish_f(float h) {
-    float u = exp_f(h > MISH_CLAMP ? MISH_CLAMP : h);
+    float u = mish_exp_f(h);
     float w = u * (u + 2.0f);
     return h * (w / (w + 2.0f));
 }
 
 static inline float mish_slope_f(float h) {
-    float u = exp_f(h > MISH_CLAMP ? MISH_CLAMP : h);
+    float u = mish_exp_f(h);
     float w = u * (u + 2.0f);
     float inverse = 1.0f / (w + 2.0f);
     return w * inverse + h * 4.0f * u * (u + 1.0f) * inverse * inverse;
@@ -86,6 +116,37 @@ static inline void simnorm_grad_groups(const float *grad, const float *restrict 
     }
 }
 
+/* Sums in four registers, whose additions need not wait for each other; rest is added to them. */
+static inline float added_up(const vector *sums, float rest) {
+    vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int64_t l = 0; l < LANES; l++) rest += all[l];
+    return rest;
+}
+
+static inline float sum_of(const float *x, int64_t cols) {
+    vector sums[4] = {{0}};
+    float rest = 0.0f;
+    int64_t j = 0;
+    for (; j + 4 * LANES <= cols; j += 4 * LANES)
+        for (int64_t k = 0; k < 4; k++) sums[k] += *(const loose_vector *)(x + j + k * LANES);
+    for (; j < cols; j++) rest += x[j];
+    return added_up(sums, rest);
+}
+
+/* Of the distances from the mean. */
+static inline float squares_of(const float *x, float mean, int64_t cols) {
+    vector sums[4] = {{0}};
+    float rest = 0.0f;
+    int64_t j = 0;
+    for (; j + 4 * LANES <= cols; j += 4 * LANES)
+        for (int64_t k = 0; k < 4; k++) {
+            vector distance = *(const loose_vector *)(x + j + k * LANES) - mean;
+            sums[k] += distance * distance;
+        }
+    for (; j < cols; j++) rest += (x[j] - mean) * (x[j] - mean);
+    return added_up(sums, rest);
+}
+
 /* One row of norm_forward. statistics may be null: of the mean, and of the reciprocal deviation
  * rows floats further. */
 static inline void norm_row(const float *xi, const float *mi, const float *gain, const float *shift,
@@ -96,13 +157,8 @@ static inline void norm_row(const float *xi, const float *mi, const float *gain,
         for (int64_t j = 0; j < cols; j++) yi[j] = xi[j] * mi[j];
         xi = yi;
     }
-    float sum = 0.0f, squares = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < cols; j++) sum += xi[j];
-    float mean = sum / (float)cols;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < cols; j++) squares += (xi[j] - mean) * (xi[j] - mean);
-    float rstd = 1.0f / sqrtf(squares / (float)cols + eps);
+    float mean = sum_of(xi, cols) / (float)cols;
+    float rstd = 1.0f / sqrtf(squares_of(xi, mean, cols) / (float)cols + eps);
     if (statistics) {
         statistics[0] = mean;
         statistics[rows] = rstd;
@@ -135,20 +191,7 @@ void norm_forward(const float *x, const float *mask, const float *gain, const fl
  * zero. A tile of the result, as many rows as fill the registers by one panel, then takes one pass
  * over the depth (Goto and van de Geijn, 2008, without their blocking of the depth: the panels of
  * this project's layers fit the second cache). */
-#if defined(__AVX512F__)
-#define LANES 16
-#define TILE_ROWS 14
-#elif defined(__AVX2__) && defined(__FMA__)
-#define LANES 8
-#define TILE_ROWS 6
-#else
-#define LANES 4
-#define TILE_ROWS 6
-#endif
 #define PANEL (2 * LANES)
-
-typedef float vector __attribute__((vector_size(4 * LANES)));
-typedef float loose_vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* Columns of a panel where these products are worth while, else 0: they need fused
  * multiply-adds of eight numbers or more, and threads of their own. */
@@ -164,7 +207,9 @@ static void pack_panel(const float *restrict b, int64_t b_row, int64_t b_col, in
                        int64_t cols, float *restrict panel) {
     if (cols < PANEL) memset(panel, 0, sizeof(float) * (size_t)(depth * PANEL));
     if (b_col == 1) {
-        for (int64_t k = 0; k < depth; k++)
+        for (int64_t k = 0; k < depth && cols == PANEL; k++) /* of a size that is known */
+            memcpy(panel + k * PANEL, b + k * b_row, sizeof(float) * PANEL);
+        for (int64_t k = 0; k < depth && cols < PANEL; k++)
             memcpy(panel + k * PANEL, b + k * b_row, sizeof(float) * (size_t)cols);
         return;
     }
@@ -201,9 +246,13 @@ static inline __attribute__((always_inline)) void tile_of(
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; i++) {
         vector first[2] = {{0}};
-        if (start)
-            memcpy(first, start + i * start_row,
-                   sizeof(float) * (size_t)(cols < PANEL ? cols : PANEL));
+        const float *from = start + i * start_row;
+        if (start && cols >= PANEL) { /* no call for a copy of unknown size */
+            first[0] = *(const loose_vector *)from;
+            first[1] = *(const loose_vector *)(from + LANES);
+        } else if (start) {
+            memcpy(first, from, sizeof(float) * (size_t)cols);
+        }
         sum[i][0] = first[0];
         sum[i][1] = first[1];
     }
@@ -818,8 +867,9 @@ typedef struct {
     int64_t memory; /* numbers that the dynamics keep a row; 0 for a network */
 } sequences;
 
-/* Sequences that go through the networks together: their activations stay in the second cache. */
-#define BLOCK_ROWS (8 * TILE_ROWS)
+/* Sequences that go through the networks together: few enough for their activations to stay in the
+ * second cache, and many, lest the weights have to come from afar too often. */
+#define BLOCK_ROWS (20 * TILE_ROWS)
 
 /* Numbers of scratch that a thread needs: two blocks of rows and what the dynamics keep, and the
  * same of a row for z_0. */

@@ -16,6 +16,7 @@ from stable_baselines3.common.utils import ConstantSchedule, get_device
 from torch import nn
 
 from tdmpc2_sb3.compilation import compiled
+from tdmpc2_sb3.kernels import weights_held
 from tdmpc2_sb3.planner import (
     DEFAULT_ITERATIONS,
     EXTRA_ITERATIONS,
@@ -255,6 +256,7 @@ class TDMPC2Policy(BasePolicy):
         return self._plan_with(observation, previous_mean, episode_start, noise, explore)
 
     @th.no_grad()
+    @weights_held()  # from the encoder on: a latent is then the same alone and among others
     def _plan_with(
         self,
         observation: PyTorchObs,

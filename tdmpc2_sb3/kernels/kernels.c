@@ -419,7 +419,8 @@ typedef struct {
     float *by_product;    /* by what comes before the norm, scratch, [rows, cols] */
     float *sums;          /* scratch, [threads, 3, cols] */
     float *by_weight;     /* [cols, depth]; null if no gradient by the parameters is wanted */
-    float *packed_input;  /* scratch, [ceil(depth / PANEL), rows, PANEL]; null likewise */
+    float *packed_input;  /* scratch, [ceil(depth / PANEL), rows, PANEL]; null likewise; the first
+                             layers of several networks have one for all */
     float *by_vectors;    /* by gain, shift and bias, 3 of [cols]; null likewise */
     int64_t vectors_row;  /* numbers from one of them to the next */
 } layer_gradient;
@@ -535,7 +536,7 @@ void networks_backward(const layer *layers, const layer_gradient *gradients, int
                 memset(sums, 0, sizeof(float) * (size_t)(3 * cols));
                 const float *by_product =
                     layer_backward(it, to, by_output, sums, begin, end, rows);
-                if (to->by_weight)
+                if (to->by_weight && !(is_first && n)) /* x has been packed by the first network */
                     pack_rows(is_first ? x : layers[l - 1].output,
                               is_first ? x_row : layers[l - 1].cols, to->packed_input, begin, end,
                               rows, it->depth);

@@ -201,7 +201,11 @@ class _ByTorch(_Evaluation):
 
 
 class _Workspace:
-    """Arrays cut from one allocation; their addresses stay valid for as long as it lives."""
+    """Arrays cut from one allocation; their addresses stay valid for as long as it lives.
+
+    Each network has its own: glibc returns to the system at once what is larger than 32 MiB, and
+    all networks of an ensemble may be.
+    """
 
     def __init__(self) -> None:
         self._size = 0
@@ -315,9 +319,9 @@ class _ByKernels(_Evaluation):
     def forward(self, keep: bool) -> th.Tensor:
         x, rows, last = self.x, self.rows, len(self.layers) - 1
         result = x.new_empty(self.count, rows, self.layers[-1].weight.shape[-2])
-        workspace = _Workspace()
+        workspaces = [_Workspace() for _ in range(self.count if keep else 1)]
         offsets: list[tuple[int, int, int]] = []  # of product, statistics and output
-        for _ in range(self.count if keep else 1):
+        for workspace in workspaces:
             for position, layer in enumerate(self.layers):
                 size = rows * layer.weight.shape[-2]
                 kept = keep and layer.norm is not None
@@ -328,14 +332,16 @@ class _ByKernels(_Evaluation):
                         workspace.reserve(size if position < last else 0),
                     )
                 )
-        base, places = workspace.allocate(x), iter(offsets * (1 if keep else self.count))
+        bases = [workspace.allocate(x) for workspace in workspaces]
         parameters = _parameter_arguments(self.layers, self.members)
-        self._alive = [workspace, result, parameters]
+        self._alive = [workspaces, result, parameters]
         arguments: list[tuple[float, ...]] = []
         for i, (pointers, settings) in enumerate(parameters.of_layer):
             network, position = divmod(i, last + 1)
             mask = None if position else self.mask_of(network)
-            product, statistics, output = next(places)
+            place = i if keep else position
+            base = bases[place // (last + 1)]
+            product, statistics, output = offsets[place]
             end = base + 4 * output
             if position == last:
                 end = result.data_ptr() + 4 * network * rows * result.shape[-1]
@@ -375,18 +381,20 @@ class _ByKernels(_Evaluation):
         by_input = None
         if input_from is not None:
             by_input = grad.new_empty(rows, sizes[0][1] - input_from)
-        workspace = _Workspace()
+        workspaces = [_Workspace() for _ in range(self.count)]
         offsets: list[tuple[int, int, int]] = []  # of by_product, sums and packed_input
-        for _ in range(self.count):
-            for cols, depth in sizes:
+        for network, workspace in enumerate(workspaces):
+            for position, (cols, depth) in enumerate(sizes):
+                packs = needs_parameters and (position or not network)  # x is the same for all
                 offsets.append(
                     (
                         workspace.reserve(rows * cols),
                         workspace.reserve(threads * 3 * cols),
-                        workspace.reserve(panels(rows, depth) if needs_parameters else 0),
+                        workspace.reserve(panels(rows, depth) if packs else 0),
                     )
                 )
-        base, places = workspace.allocate(grad), iter(offsets)
+        bases = [workspace.allocate(grad) for workspace in workspaces]
+        packed_x = bases[0] + 4 * offsets[0][2]
         alive: list[th.Tensor] = []
         arguments: list[tuple[int, ...]] = []
         for network, member in enumerate(self._members()):
@@ -396,7 +404,9 @@ class _ByKernels(_Evaluation):
                 if position or input_from is not None:
                     alive.append(laid_out(weight if position else weight[:, input_from:]))
                     packed = alive[-1].data_ptr()
-                by_product, sums, packed_input = (base + 4 * each for each in next(places))
+                by_product, sums, packed_input = (
+                    bases[network] + 4 * each for each in offsets[network * (last + 1) + position]
+                )
                 if not needs_parameters:
                     arguments.append((packed, by_product, sums, 0, 0, 0, 0))
                     continue
@@ -408,7 +418,7 @@ class _ByKernels(_Evaluation):
                         by_product,
                         sums,
                         by_weight.data_ptr() + 4 * network * cols * depth,
-                        packed_input,
+                        packed_input if position else packed_x,
                         by_vectors.data_ptr() + 4 * network * cols,
                         self.count * cols,
                     )

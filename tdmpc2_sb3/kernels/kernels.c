@@ -207,10 +207,9 @@ static void pack_panel(const float *restrict b, int64_t b_row, int64_t b_col, in
                        int64_t cols, float *restrict panel) {
     if (cols < PANEL) memset(panel, 0, sizeof(float) * (size_t)(depth * PANEL));
     if (b_col == 1) {
-        for (int64_t k = 0; k < depth && cols == PANEL; k++) /* of a size that is known */
-            memcpy(panel + k * PANEL, b + k * b_row, sizeof(float) * PANEL);
-        for (int64_t k = 0; k < depth && cols < PANEL; k++)
-            memcpy(panel + k * PANEL, b + k * b_row, sizeof(float) * (size_t)cols);
+        for (int64_t k = 0; k < depth; k++)
+            if (cols == PANEL) memcpy(panel + k * PANEL, b + k * b_row, sizeof(float) * PANEL);
+            else memcpy(panel + k * PANEL, b + k * b_row, sizeof(float) * (size_t)cols);
         return;
     }
     int64_t k = 0;
@@ -246,12 +245,11 @@ static inline __attribute__((always_inline)) void tile_of(
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; i++) {
         vector first[2] = {{0}};
-        const float *from = start + i * start_row;
         if (start && cols >= PANEL) { /* no call for a copy of unknown size */
-            first[0] = *(const loose_vector *)from;
-            first[1] = *(const loose_vector *)(from + LANES);
+            first[0] = *(const loose_vector *)(start + i * start_row);
+            first[1] = *(const loose_vector *)(start + i * start_row + LANES);
         } else if (start) {
-            memcpy(first, from, sizeof(float) * (size_t)cols);
+            memcpy(first, start + i * start_row, sizeof(float) * (size_t)cols);
         }
         sum[i][0] = first[0];
         sum[i][1] = first[1];

@@ -364,8 +364,9 @@ class EnsembleLayer(nn.Module):
         :param frozen: whether the parameters' own gradients are not wanted
         :return: [Q', B, out]
         """
-        layer = self.as_layer(frozen)
-        weight, bias, gain, shift, _ = layer if members is None else layer.of(members)
+        layer = self.as_layer()
+        layer = layer if members is None else layer.of(members)
+        weight, bias, gain, shift, _ = layer.detached() if frozen else layer
         assert bias is not None
         if x.dim() == 2:
             x = x.expand(weight.shape[0], *x.shape)
@@ -377,19 +378,12 @@ class EnsembleLayer(nn.Module):
         y = F.layer_norm(y, y.shape[-1:], eps=Norm().eps)
         return mish(th.addcmul(shift.unsqueeze(1), y, gain.unsqueeze(1)))
 
-    def as_layer(self, frozen: bool) -> Layer:
-        """The layer as the CPU kernels take it.
-
-        :param frozen: whether the parameters' own gradients are not wanted
-        """
-        parameters: list[th.Tensor] = [self.weight, self.bias]
-        if self.ln is not None:
-            parameters += [self.ln["weight"], self.ln["bias"]]
-        weight, bias, *affine = (each.detach() if frozen else each for each in parameters)
-        if not affine:
-            return Layer(weight, bias)
-        gain, shift = affine
-        return Layer(weight, bias, gain, shift, Norm(Activation.MISH))
+    def as_layer(self) -> Layer:
+        """The layer as the CPU kernels take it."""
+        if self.ln is None:
+            return Layer(self.weight, self.bias)
+        gain, shift = self.ln["weight"], self.ln["bias"]
+        return Layer(self.weight, self.bias, gain, shift, Norm(Activation.MISH))
 
 
 class QEnsemble(nn.Module):
@@ -437,7 +431,7 @@ class QEnsemble(nn.Module):
         """
         if kernels.usable(z):
             chosen = range(self.num_q) if members is None else members.tolist()
-            return kernels.networks(z, a, self.as_layers(frozen), dropout_mask, tuple(chosen))
+            return kernels.networks(z, a, self.as_layers(), dropout_mask, tuple(chosen), frozen)
         x = th.cat([z, a], dim=-1)
         first, second, last = self.layers
         y = first(x.reshape(-1, x.shape[-1]), members, dropout_mask, frozen)
@@ -445,12 +439,13 @@ class QEnsemble(nn.Module):
         y = last(y, members, frozen=frozen)  # [Q', B, K]
         return y.view(y.shape[0], *z.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
-    def as_layers(self, frozen: bool = False) -> Sequence[Layer]:
-        """The layers of all heads as the CPU kernels take them; see :meth:`forward`."""
-        return kernels.held_layers(
-            (self, frozen),
-            lambda: [layer.as_layer(frozen) for layer in self.layers],  # type: ignore[operator]
-        )
+    def as_layers(self) -> Sequence[Layer]:
+        """The layers of all heads as the CPU kernels take them."""
+
+        def make() -> list[Layer]:
+            return [layer.as_layer() for layer in self.layers]  # type: ignore[operator]
+
+        return kernels.held_layers(self, make)
 
     def sample_dropout_mask(
         self, num_members: int, num_rows: int, generator: th.Generator

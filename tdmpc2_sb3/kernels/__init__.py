@@ -11,6 +11,7 @@ Callers ask :func:`usable` and keep a plain torch path, which a compiler, other 
 precision take too.
 """
 
+from tdmpc2_sb3.kernels.arguments import Layer, held_layers
 from tdmpc2_sb3.kernels.functions import (
     Activation,
     Norm,
@@ -22,7 +23,7 @@ from tdmpc2_sb3.kernels.functions import (
     usable,
 )
 from tdmpc2_sb3.kernels.library import SWITCH, library
-from tdmpc2_sb3.kernels.networks import Layer, held_layers, networks
+from tdmpc2_sb3.kernels.networks import networks
 from tdmpc2_sb3.kernels.planning import (
     PlanningNetworks,
     Sequences,

@@ -12,6 +12,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 enum { ACTIVATION_NONE = 0, ACTIVATION_MISH = 1, ACTIVATION_SIMNORM = 2 };
 
@@ -192,6 +195,7 @@ void norm_forward(const float *x, const float *mask, const float *gain, const fl
  * over the depth (Goto and van de Geijn, 2008, without their blocking of the depth: the panels of
  * this project's layers fit the second cache). */
 #define PANEL (2 * LANES)
+#define LINE 16 /* numbers of a cache line */
 
 /* Columns of a panel where these products are worth while, else 0: they need fused
  * multiply-adds of eight numbers or more, and threads of their own. */
@@ -203,38 +207,67 @@ int64_t panel_width(void) {
 #endif
 }
 
-static void pack_panel(const float *restrict b, int64_t b_row, int64_t b_col, int64_t depth,
-                       int64_t cols, float *restrict panel) {
-    if (cols < PANEL) memset(panel, 0, sizeof(float) * (size_t)(depth * PANEL));
-    if (b_col == 1) {
+/* Panels that are laid out together, so that whole stretches of a row are read at a time. */
+#define PANEL_GROUP 4
+
+/* Columns begin..end of b, [depth, end], whose rows are b_row apart, in panels of panel_depth. */
+static void pack_columns(const float *restrict b, int64_t b_row, int64_t depth, int64_t begin,
+                         int64_t end, float *restrict packed, int64_t panel_depth) {
+    int64_t group = PANEL_GROUP * PANEL;
+    for (; begin + group <= end; begin += group)
         for (int64_t k = 0; k < depth; k++)
-            if (cols == PANEL) memcpy(panel + k * PANEL, b + k * b_row, sizeof(float) * PANEL);
-            else memcpy(panel + k * PANEL, b + k * b_row, sizeof(float) * (size_t)cols);
-        return;
+            for (int64_t p = 0; p < PANEL_GROUP; p++)
+                memcpy(packed + (begin + p * PANEL) * panel_depth + k * PANEL,
+                       b + k * b_row + begin + p * PANEL, sizeof(float) * PANEL);
+    for (; begin < end; begin += PANEL) {
+        float *restrict panel = packed + begin * panel_depth;
+        int64_t cols = end - begin < PANEL ? end - begin : PANEL;
+        if (cols < PANEL) memset(panel, 0, sizeof(float) * (size_t)(depth * PANEL));
+        for (int64_t k = 0; k < depth; k++)
+            if (cols == PANEL) memcpy(panel + k * PANEL, b + k * b_row + begin, sizeof(float) * PANEL);
+            else memcpy(panel + k * PANEL, b + k * b_row + begin, sizeof(float) * (size_t)cols);
     }
-    int64_t k = 0;
-    if (b_row == 1)
-        for (; k + 16 <= depth; k += 16) /* a cache line of every column at a time */
-            for (int64_t j = 0; j < cols; j++) {
-                const float *restrict line = b + k + j * b_col;
-                float *restrict out = panel + k * PANEL + j;
-#pragma GCC unroll 16
-                for (int64_t l = 0; l < 16; l++) out[l * PANEL] = line[l];
-            }
-    for (; k < depth; k++)
-        for (int64_t j = 0; j < cols; j++) panel[k * PANEL + j] = b[k * b_row + j * b_col];
 }
 
-/* b in panels, [ceil(cols / PANEL), depth, PANEL]. */
-void pack(const float *b, int64_t b_row, int64_t b_col, float *packed, int64_t depth, int64_t cols,
-          int64_t threads) {
-    int64_t panels = (cols + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t p = 0; p < panels; p++) {
-        int64_t left = cols - p * PANEL;
-        pack_panel(b + p * PANEL * b_col, b_row, b_col, depth, left < PANEL ? left : PANEL,
-                   packed + p * PANEL * depth);
+/* out[k * out_row + j] = in[j * in_row + k] for 8 by 8 of them. */
+static inline void transpose_block(const float *restrict in, int64_t in_row, float *restrict out,
+                                   int64_t out_row) {
+#ifdef __AVX__
+    __m256 r[8], s[8];
+    for (int64_t i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(in + i * in_row);
+    for (int64_t i = 0; i < 8; i += 2) {
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
+    for (int64_t i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xEE);
+        r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xEE);
+    }
+    for (int64_t i = 0; i < 4; i++) {
+        _mm256_storeu_ps(out + i * out_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(out + (i + 4) * out_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+#else
+    for (int64_t k = 0; k < 8; k++)
+        for (int64_t j = 0; j < 8; j++) out[k * out_row + j] = in[j * in_row + k];
+#endif
+}
+
+/* One panel of the transposed weight, [depth, cols]: of rows of the weight, weight_row apart. */
+static void pack_transposed(const float *restrict weight, int64_t weight_row, int64_t depth,
+                            int64_t cols, float *restrict panel) {
+    int64_t k = 0;
+    if (cols >= PANEL)
+        for (; k + LINE <= depth; k += LINE) /* a cache line of every row at a time */
+            for (int64_t j = 0; j < PANEL; j += 8)
+                for (int64_t l = 0; l < LINE; l += 8)
+                    transpose_block(weight + j * weight_row + k + l, weight_row,
+                                    panel + (k + l) * PANEL + j, PANEL);
+    for (; k < depth; k++)
+        for (int64_t j = 0; j < PANEL; j++)
+            panel[k * PANEL + j] = j < cols ? weight[j * weight_row + k] : 0.0f;
 }
 
 static inline __attribute__((always_inline)) void tile_of(
@@ -400,97 +433,178 @@ void norm_backward(const float *grad, const float *x, const float *mask, const f
 
 /* A layer of a network: product with its weight and bias, then norm_forward if it has a gain. */
 typedef struct {
-    const float *packed;           /* transposed weight, of pack() */
-    const float *bias;             /* [cols] or null */
-    const float *gain, *shift;     /* [cols], or null without a norm */
-    const float *mask;             /* of norm_forward, [rows, cols] or null */
-    float *product;                /* before the norm, [rows, cols]; output if none is kept */
-    float *statistics;             /* of norm_forward, [2, rows] or null */
-    float *output;                 /* [rows, cols] */
-    int64_t depth, cols, activation, simplex;
+    const float *weight;       /* [cols, depth], rows weight_row apart */
+    float *packed;             /* transposed in panels, of lay_out */
+    float *packed_back;        /* as it is in panels, of lay_out_back */
+    const float *bias;         /* [cols] or null */
+    const float *gain, *shift; /* [cols], or null without a norm */
+    int64_t weight_row, depth, cols, activation, simplex;
     float eps;
 } layer;
 
-/* Its gradients. */
+static inline int64_t panels_of(int64_t cols) { return (cols + PANEL - 1) / PANEL; }
+
+/* Lays the weights out for networks_forward and for planning. */
+void lay_out(const layer *layers, int64_t count, int64_t threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t l = 0; l < count; l++) {
+        const layer *it = layers + l;
+        int64_t panels = panels_of(it->cols);
+#pragma omp for schedule(static) nowait
+        for (int64_t p = 0; p < panels; p++)
+            pack_transposed(it->weight + p * PANEL * it->weight_row, it->weight_row, it->depth,
+                            it->cols - p * PANEL, it->packed + p * PANEL * it->depth);
+    }
+}
+
+/* Lays the weights of networks of count layers each out for networks_backward; of the first ones
+ * the columns from input_from on. */
+void lay_out_back(const layer *layers, int64_t count, int64_t networks, int64_t input_from,
+                  int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++)
+        for (int64_t l = 0; l < networks * count; l++) {
+            const layer *it = layers + l;
+            int64_t from = l % count ? 0 : input_from, cols = it->depth - from;
+            int64_t panels = panels_of(cols), end = panels * (t + 1) / threads * PANEL;
+            pack_columns(it->weight + from, it->weight_row, it->cols, panels * t / threads * PANEL,
+                         end < cols ? end : cols, it->packed_back, it->cols);
+        }
+}
+
+static inline int64_t whole_lines(int64_t numbers) { return (numbers + LINE - 1) / LINE * LINE; }
+
+/* Where a layer writes. */
 typedef struct {
-    const float *packed;  /* weight, of pack(); null if no gradient by the input is wanted */
-    float *by_product;    /* by what comes before the norm, scratch, [rows, cols] */
-    float *sums;          /* scratch, [threads, 3, cols] */
-    float *by_weight;     /* [cols, depth]; null if no gradient by the parameters is wanted */
-    float *packed_input;  /* scratch, [ceil(depth / PANEL), rows, PANEL]; null likewise; the first
-                             layers of several networks have one for all */
-    float *by_vectors;    /* by gain, shift and bias, 3 of [cols]; null likewise */
-    int64_t vectors_row;  /* numbers from one of them to the next */
-} layer_gradient;
+    const float *mask; /* of norm_forward, [rows, cols] or null */
+    float *product;    /* before the norm, [rows, cols]; output if none is kept */
+    float *statistics; /* of norm_forward, [2, rows] or null */
+    float *output;     /* [rows, cols] */
+} place;
+
+static inline int64_t kept_size(const layer *it, int64_t keep, int64_t rows) {
+    return keep && it->gain ? whole_lines(rows * it->cols) + whole_lines(2 * rows) : 0;
+}
+
+/* Places of a network's layers: in its workspace, of which networks_backward needs all that keep
+ * keeps, but the last output in result. */
+static void find_places(const layer *layers, int64_t count, int64_t keep, int64_t rows,
+                        const float *mask, float *workspace, float *result, place *places) {
+    for (int64_t l = 0; l < count; l++) {
+        const layer *it = layers + l;
+        int64_t kept = kept_size(it, keep, rows);
+        place *p = places + l;
+        p->mask = l ? 0 : mask;
+        p->output = l == count - 1 ? result : workspace + kept;
+        p->product = kept ? workspace : p->output;
+        p->statistics = kept ? workspace + whole_lines(rows * it->cols) : 0;
+        workspace += kept + (l == count - 1 ? 0 : whole_lines(rows * it->cols));
+    }
+}
+
+/* Numbers of a network's workspace. */
+int64_t workspace_size(const layer *layers, int64_t count, int64_t keep, int64_t rows) {
+    int64_t size = 0;
+    for (int64_t l = 0; l < count; l++)
+        size += kept_size(layers + l, keep, rows) +
+                (l == count - 1 ? 0 : whole_lines(rows * layers[l].cols));
+    return size;
+}
+
+/* Where a layer's gradients are prepared. */
+typedef struct {
+    float *by_product;   /* by what comes before the norm, [rows, cols] */
+    float *sums;         /* [threads, 3, cols] */
+    float *packed_input; /* [ceil(depth / PANEL), rows, PANEL] */
+} gradient_place;
+
+static inline int64_t packed_input_size(const layer *it, int64_t rows) {
+    return whole_lines(panels_of(it->depth) * rows * PANEL);
+}
+
+static void find_gradient_places(const layer *layers, int64_t count, int64_t rows,
+                                 int64_t threads, float *scratch, gradient_place *places) {
+    for (int64_t l = 0; l < count; l++) {
+        const layer *it = layers + l;
+        places[l].by_product = scratch, scratch += whole_lines(rows * it->cols);
+        places[l].sums = scratch, scratch += whole_lines(threads * 3 * it->cols);
+        places[l].packed_input = scratch, scratch += packed_input_size(it, rows);
+    }
+}
+
+/* Numbers of a network's scratch for its gradients. */
+int64_t scratch_size(const layer *layers, int64_t count, int64_t rows, int64_t threads) {
+    int64_t size = 0;
+    for (int64_t l = 0; l < count; l++)
+        size += whole_lines(rows * layers[l].cols) + whole_lines(threads * 3 * layers[l].cols) +
+                packed_input_size(layers + l, rows);
+    return size;
+}
 
 /* Product and norm of rows begin..end of all rows. Their input is the first x_dim numbers of rows of
  * x, x_row apart, and behind those the rows of a, if the layer is deeper. shared: the part of the
  * product that is x's, one row for all, in which case x is not read; else null. */
-static void layer_forward(const layer *it, const float *x, int64_t x_row, int64_t x_dim,
-                          const float *shared, const float *a, int64_t begin, int64_t end,
-                          int64_t rows) {
+static void layer_forward(const layer *it, const place *to, const float *x, int64_t x_row,
+                          int64_t x_dim, const float *shared, const float *a, int64_t begin,
+                          int64_t end, int64_t rows) {
     int64_t tiles = tiles_of(end - begin), cols = it->cols, a_dim = it->depth - x_dim;
-    float *product = it->gain ? it->product : it->output;
     for (int64_t t = 0; t < tiles; t++) {
         int64_t from = begin + (end - begin) * t / tiles;
-        int64_t to = begin + (end - begin) * (t + 1) / tiles;
+        int64_t until = begin + (end - begin) * (t + 1) / tiles;
         if (!shared)
-            product_rows(x, x_row, 1, it->packed, it->depth, it->bias, 0, product, from, to,
-                         x_dim, cols);
+            product_rows(x, x_row, 1, it->packed, it->depth, it->bias, 0, to->product, from,
+                         until, x_dim, cols);
         if (a_dim)
             product_rows(a, a_dim, 1, it->packed + x_dim * PANEL, it->depth,
-                         shared ? shared : product, shared ? 0 : cols, product, from, to, a_dim,
-                         cols);
-        for (int64_t i = from; it->gain && i < to; i++)
-            norm_row(it->product + i * cols, it->mask ? it->mask + i * cols : 0, it->gain,
-                     it->shift, it->output + i * cols, it->statistics ? it->statistics + i : 0,
+                         shared ? shared : to->product, shared ? 0 : cols, to->product, from,
+                         until, a_dim, cols);
+        for (int64_t i = from; it->gain && i < until; i++)
+            norm_row(to->product + i * cols, to->mask ? to->mask + i * cols : 0, it->gain,
+                     it->shift, to->output + i * cols, to->statistics ? to->statistics + i : 0,
                      rows, cols, it->eps, it->activation, it->simplex);
     }
 }
 
 /* Networks of count layers each on the same x, [rows, depth], whose rows are x_row floats apart.
- * Every thread takes its rows through all layers, so that nobody waits for anybody between two. */
+ * Every thread takes its rows through all layers, so that nobody waits for anybody between two.
+ * mask: of the first layers, [networks, rows, cols] or null. result: [networks, rows, last cols].
+ * workspaces: one a network if they keep what networks_backward needs, else one for all. */
 void networks_forward(const layer *layers, int64_t count, int64_t networks, const float *x,
-                      int64_t x_row, int64_t rows, int64_t threads) {
+                      int64_t x_row, const float *mask, float *const *workspaces, int64_t keep,
+                      float *result, int64_t rows, int64_t threads) {
+    int64_t last = layers[count - 1].cols, first = layers[0].cols;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
         for (int64_t n = 0; n < networks; n++) {
+            const layer *net = layers + n * count;
             const float *input = x;
             int64_t input_row = x_row;
-            for (int64_t l = n * count; l < (n + 1) * count; l++) {
-                layer_forward(layers + l, input, input_row, layers[l].depth, 0, 0,
+            place places[count];
+            find_places(net, count, keep, rows, mask ? mask + n * rows * first : 0,
+                        workspaces[keep ? n : 0], result + n * rows * last, places);
+            for (int64_t l = 0; l < count; l++) {
+                layer_forward(net + l, places + l, input, input_row, net[l].depth, 0, 0,
                               rows * t / threads, rows * (t + 1) / threads, rows);
-                input = layers[l].output;
-                input_row = layers[l].cols;
+                input = places[l].output;
+                input_row = net[l].cols;
             }
         }
 }
 
-/* Rows begin..end of the right matrix b, [depth, cols], as pack() lays them out. */
-static void pack_rows(const float *b, int64_t b_row, float *packed, int64_t begin, int64_t end,
-                      int64_t depth, int64_t cols) {
-    for (int64_t p = 0; p * PANEL < cols; p++) {
-        int64_t left = cols - p * PANEL;
-        pack_panel(b + begin * b_row + p * PANEL, b_row, 1, end - begin,
-                   left < PANEL ? left : PANEL, packed + (p * depth + begin) * PANEL);
-    }
-}
-
 /* Gradients of rows begin..end by what comes before the norm, and of that by the parameters. */
-static const float *layer_backward(const layer *it, const layer_gradient *gradient,
+static const float *layer_backward(const layer *it, const place *kept, const gradient_place *to,
                                    const float *grad, float *sums, int64_t begin, int64_t end,
                                    int64_t rows) {
     int64_t cols = it->cols;
     if (it->gain) {
-        norm_backward_rows(grad, it->product, it->mask, it->output, it->gain, it->shift,
-                           it->statistics, gradient->by_product, sums, begin, end, rows, cols,
+        norm_backward_rows(grad, kept->product, kept->mask, kept->output, it->gain, it->shift,
+                           kept->statistics, to->by_product, sums, begin, end, rows, cols,
                            it->activation, it->simplex);
-        return gradient->by_product;
+        return to->by_product;
     }
-    if (gradient->by_weight)
-        for (int64_t i = begin; i < end; i++)
+    for (int64_t i = begin; i < end; i++)
 #pragma omp simd
-            for (int64_t j = 0; j < cols; j++) sums[2 * cols + j] += grad[i * cols + j];
+        for (int64_t j = 0; j < cols; j++) sums[2 * cols + j] += grad[i * cols + j];
     return grad;
 }
 
@@ -514,35 +628,51 @@ static void weight_gradient_rows(const float *by_product, int64_t cols, const fl
     }
 }
 
-/* Gradients of networks_forward, whose layers kept product, statistics and output. grad: by the
- * networks' outputs, [networks, rows, cols]. by_input: by the last input_cols columns of x, [rows,
- * input_cols], added up over the networks; null if not wanted. */
-void networks_backward(const layer *layers, const layer_gradient *gradients, int64_t count,
-                       int64_t networks, const float *x, int64_t x_row, const float *grad,
-                       float *by_input, int64_t input_cols, int64_t rows, int64_t threads) {
+/* Gradients of networks_forward with keep, whose mask, workspaces and result these are. grad: by the
+ * result. by_input: by the last input_cols columns of x, [rows, input_cols], added up over the
+ * networks; null if not wanted. by_parameters: of each of the count layers by the weights, [networks,
+ * cols, depth], and behind those by gains, shifts and biases, [3, networks, cols]; null if not wanted.
+ * scratches: one a network. */
+void networks_backward(const layer *layers, int64_t count, int64_t networks, const float *x,
+                       int64_t x_row, const float *mask, float *const *workspaces, float *result,
+                       const float *grad, float *by_input, int64_t input_cols,
+                       float *const *by_parameters, float *const *scratches, int64_t rows,
+                       int64_t threads) {
+    int64_t last = layers[count - 1].cols, first = layers[0].cols;
+    place places[networks * count];
+    gradient_place to[networks * count];
+    for (int64_t n = 0; n < networks; n++) {
+        find_places(layers + n * count, count, 1, rows, mask ? mask + n * rows * first : 0,
+                    workspaces[n], result + n * rows * last, places + n * count);
+        find_gradient_places(layers + n * count, count, rows, threads, scratches[n],
+                             to + n * count);
+        to[n * count].packed_input = to[0].packed_input; /* x is the same for all */
+    }
+    place *kept = places; /* what threads share is no array of variable length */
+    gradient_place *prepared = to;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {
         int64_t begin = rows * t / threads, end = rows * (t + 1) / threads;
         int64_t tiles = tiles_of(end - begin);
         for (int64_t n = 0; n < networks; n++) {
-            const float *by_output = grad + n * rows * layers[count - 1].cols;
+            const float *by_output = grad + n * rows * last;
             for (int64_t l = (n + 1) * count - 1; l >= n * count; l--) {
                 const layer *it = layers + l;
-                const layer_gradient *to = gradients + l;
                 int64_t cols = it->cols, is_first = l == n * count;
-                float *sums = to->sums + t * 3 * cols;
+                float *sums = prepared[l].sums + t * 3 * cols;
                 memset(sums, 0, sizeof(float) * (size_t)(3 * cols));
                 const float *by_product =
-                    layer_backward(it, to, by_output, sums, begin, end, rows);
-                if (to->by_weight && !(is_first && n)) /* x has been packed by the first network */
-                    pack_rows(is_first ? x : layers[l - 1].output,
-                              is_first ? x_row : layers[l - 1].cols, to->packed_input, begin, end,
-                              rows, it->depth);
-                if (!to->packed) break;
-                float *by_x = is_first ? by_input : gradients[l - 1].by_product;
+                    layer_backward(it, kept + l, prepared + l, by_output, sums, begin, end, rows);
+                const float *input = is_first ? x : kept[l - 1].output;
+                int64_t input_row = is_first ? x_row : layers[l - 1].cols;
+                if (by_parameters && !(is_first && n)) /* the first network has packed x */
+                    pack_columns(input + begin * input_row, input_row, end - begin, 0, it->depth,
+                                 prepared[l].packed_input + begin * PANEL, rows);
+                if (is_first && !by_input) break;
+                float *by_x = is_first ? by_input : prepared[l - 1].by_product;
                 int64_t width = is_first ? input_cols : it->depth;
                 for (int64_t i = 0; i < tiles; i++)
-                    product_rows(by_product, cols, 1, to->packed, cols,
+                    product_rows(by_product, cols, 1, it->packed_back, cols,
                                  is_first && n ? by_x : 0, width, by_x,
                                  begin + (end - begin) * i / tiles,
                                  begin + (end - begin) * (i + 1) / tiles, cols, width);
@@ -550,21 +680,23 @@ void networks_backward(const layer *layers, const layer_gradient *gradients, int
             }
         }
     }
+    if (!by_parameters) return;
     /* Every row's part is there: now the sums over rows. */
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
         for (int64_t l = 0; l < networks * count; l++) {
             const layer *it = layers + l;
-            const layer_gradient *to = gradients + l;
-            int64_t cols = it->cols, tiles = tiles_of(cols), is_last = (l + 1) % count == 0;
+            int64_t cols = it->cols, tiles = tiles_of(cols), n = l / count;
+            int64_t is_last = l % count == count - 1;
             const float *by_product =
-                is_last && !it->gain ? grad + l / count * rows * cols : to->by_product;
-            if (!to->by_weight) continue;
+                is_last && !it->gain ? grad + n * rows * last : prepared[l].by_product;
+            float *by_weight = by_parameters[l % count] + n * cols * it->depth;
+            float *by_vectors = by_parameters[l % count] + networks * cols * it->depth + n * cols;
             for (int64_t v = 0; v < 3; v++)
-                add_up(to->sums + v * cols, to->by_vectors + v * to->vectors_row,
+                add_up(prepared[l].sums + v * cols, by_vectors + v * networks * cols,
                        cols * t / threads, cols * (t + 1) / threads, 3 * cols, threads);
             for (int64_t i = tiles * t / threads; i < tiles * (t + 1) / threads; i++)
-                weight_gradient_rows(by_product, cols, to->packed_input, to->by_weight,
+                weight_gradient_rows(by_product, cols, prepared[l].packed_input, by_weight,
                                      cols * i / tiles, cols * (i + 1) / tiles, rows, it->depth);
         }
 }
@@ -859,7 +991,7 @@ void selective_scan_backward(const float *grad, const float *selection, const fl
  *
  * E environments have N sequences each, of which a call takes those from first to last. Steps come
  * before environments, as in the planner: latents [H, E, N, Z] hold z_1..z_H, actions [H, E, N, A].
- * A layer here is one of networks_forward of which product, statistics and output are not used. */
+ */
 typedef struct {
     int64_t horizon, envs, samples, first, last, latent_dim, action_dim;
     int64_t widest; /* numbers of a row of the scratch: of the widest layer */
@@ -899,9 +1031,8 @@ static block block_at(const sequences *s, int64_t position, int64_t end) {
 /* layer_forward of count rows into y, [count, cols], which is neither x nor a. */
 static void layer_rows(const layer *it, const float *x, int64_t x_dim, const float *shared,
                        const float *a, int64_t count, float *y) {
-    layer own = *it;
-    own.product = own.output = y;
-    layer_forward(&own, x, x_dim, x_dim, shared, a, 0, count, count);
+    place to = {.product = y, .output = y};
+    layer_forward(it, &to, x, x_dim, x_dim, shared, a, 0, count, count);
 }
 
 /* A network on rows of x, or of x and a; its outputs, in one of the two blocks of the scratch that

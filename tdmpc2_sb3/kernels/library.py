@@ -35,20 +35,10 @@ class LayerArgument(ctypes.Structure):
     """``layer`` of kernels.c."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("packed", "bias", "gain", "shift", "mask")),
-        *((name, POINTER) for name in ("product", "statistics", "output")),
-        *((name, INTEGER) for name in ("depth", "cols", "activation", "simplex")),
+        *((name, POINTER) for name in ("weight", "packed", "packed_back")),
+        *((name, POINTER) for name in ("bias", "gain", "shift")),
+        *((name, INTEGER) for name in ("weight_row", "depth", "cols", "activation", "simplex")),
         ("eps", REAL),
-    )
-
-
-class LayerGradientArgument(ctypes.Structure):
-    """``layer_gradient`` of kernels.c."""
-
-    _fields_ = (
-        *((name, POINTER) for name in ("packed", "by_product", "sums")),
-        *((name, POINTER) for name in ("by_weight", "packed_input", "by_vectors")),
-        ("vectors_row", INTEGER),
     )
 
 
@@ -86,15 +76,20 @@ class DynamicsArgument(ctypes.Structure):
 
 
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "pack": (POINTER, *(INTEGER,) * 2, POINTER, *(INTEGER,) * 3),
-    "networks_forward": (POINTER, *(INTEGER,) * 2, POINTER, *(INTEGER,) * 3),
+    "lay_out": (POINTER, *(INTEGER,) * 2),
+    "lay_out_back": (POINTER, *(INTEGER,) * 4),
+    "workspace_size": (POINTER, *(INTEGER,) * 3),
+    "scratch_size": (POINTER, *(INTEGER,) * 3),
+    "networks_forward": (
+        *(POINTER, INTEGER, INTEGER),
+        *(POINTER, INTEGER, POINTER, POINTER, INTEGER),
+        *(POINTER, INTEGER, INTEGER),
+    ),
     "networks_backward": (
-        *(POINTER,) * 2,
-        *(INTEGER,) * 2,
-        POINTER,
-        INTEGER,
-        *(POINTER,) * 2,
-        *(INTEGER,) * 3,
+        *(POINTER, INTEGER, INTEGER),
+        *(POINTER, INTEGER, POINTER, POINTER),
+        *(POINTER, POINTER, POINTER, INTEGER),
+        *(POINTER, POINTER, INTEGER, INTEGER),
     ),
     "norm_forward": (*(POINTER,) * 6, *(INTEGER,) * 2, REAL, *(INTEGER,) * 3),
     "norm_backward": (*(POINTER,) * 10, *(INTEGER,) * 5),
@@ -118,7 +113,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         INTEGER,
     ),
     "plan_refit": (*(POINTER,) * 8, INTEGER, *(REAL,) * 3),
+    "planning_scratch": (INTEGER, INTEGER),
+    "panel_width": (),
 }
+SIZES = ("workspace_size", "scratch_size", "planning_scratch", "panel_width")  # what they return
 
 
 @functools.cache
@@ -142,11 +140,11 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def call(name: str, *arguments: th.Tensor | ctypes.Array[Any] | float | None) -> None:
+def call(name: str, *arguments: th.Tensor | ctypes.Array[Any] | float | None) -> Any:
     """Calls a function of kernels.c; a tensor is handed over as the address of its numbers."""
     loaded = library()
     assert loaded is not None, "ask whether there is a library first"
-    getattr(loaded, name)(
+    return getattr(loaded, name)(
         *[each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments]
     )
 
@@ -277,7 +275,5 @@ def _load(path: Path) -> ctypes.CDLL:
     for name, arguments in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes = list(arguments)
-        function.restype = None
-    loaded.panel_width.restype = loaded.planning_scratch.restype = INTEGER
-    loaded.planning_scratch.argtypes = [INTEGER] * 2
+        function.restype = INTEGER if name in SIZES else None
     return loaded

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch as th
 
+from tdmpc2_sb3.kernels.arguments import Layer, arguments_of, can_be_read, widest
 from tdmpc2_sb3.kernels.library import (
     DynamicsArgument,
     LayerArgument,
@@ -24,7 +25,6 @@ from tdmpc2_sb3.kernels.library import (
     call,
     library,
 )
-from tdmpc2_sb3.kernels.networks import Layer, layer_arguments
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, product_threads
 
 
@@ -81,20 +81,21 @@ class PlanningNetworks(NamedTuple):
 
 def plans(networks: PlanningNetworks) -> bool:
     """Whether ``kernels.c`` multiplies networks of these sizes."""
-    return multiplies(MIN_ROWS, max(max(each.weight.shape[-2:]) for each in networks.layers()))
+    layers = networks.layers()
+    return multiplies(MIN_ROWS, widest(layers)) and can_be_read(layers)
 
 
 class _Network:
     """A network, or chosen ones of Q, as an argument."""
 
-    def __init__(self, layers: Sequence[Layer] | None, members: tuple[int, ...] | None = None):
+    def __init__(self, layers: Sequence[Layer] | None, members: tuple[int, ...] = (0,)):
         self.count = len(layers or ())
         self.arguments: ctypes.Array[LayerArgument] | None = None
         self.multiply_adds = 0  # a row
         if layers:
-            self.arguments, self._alive = layer_arguments(layers, members)
-            one = sum(each.weight.shape[-2] * each.weight.shape[-1] for each in layers)
-            self.multiply_adds = one * (1 if members is None else len(members))
+            self._alive = found = arguments_of(layers)
+            self.arguments = found.forward(members)
+            self.multiply_adds = found.multiply_adds * len(members)
 
 
 class _Dynamics:
@@ -103,17 +104,18 @@ class _Dynamics:
     def __init__(self, dynamics: Sequence[Layer] | StateSpace):
         self.memory = 0  # numbers kept a row
         layers = dynamics.layers() if isinstance(dynamics, StateSpace) else dynamics
-        self.multiply_adds = sum(each.weight.numel() for each in layers)  # a row and step
-        arguments, *self._alive = layer_arguments(layers, None)
+        found = arguments_of(layers)
+        self.multiply_adds = found.multiply_adds  # a row and step
+        arguments = found.forward((0,))
+        self._alive: list[object] = [dynamics, found, arguments]
         if not isinstance(dynamics, StateSpace):
-            self._alive.append(arguments)
             address = ctypes.addressof(arguments)
             self.argument = (DynamicsArgument * 1)(DynamicsArgument(address, len(arguments)))
             return
         single, rest = arguments[:5], iter(arguments[5:])
         stack = [_state_space_argument(layer, rest) for layer in dynamics.stack]
         pointers = (StateSpaceLayerArgument * len(stack))(*stack)
-        self._alive += [dynamics, pointers]
+        self._alive.append(pointers)
         self.argument = (DynamicsArgument * 1)(
             DynamicsArgument(None, 0, *single, ctypes.addressof(pointers), len(stack))
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
 
-from tdmpc2_sb3.kernels.library import call, library
+from tdmpc2_sb3.kernels.library import library
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -24,16 +24,21 @@ if TYPE_CHECKING:
 MAX_DEPTH = 768
 MIN_ROWS = 8  # fewer cost less than laying the right matrix out, unless that is kept
 PARALLEL_FROM = 2**18  # multiply-adds; waking a second thread costs more than fewer would save
-LAY_OUT_PARALLEL_FROM = 2**15  # numbers; likewise
-
 
 T = TypeVar("T")
+
+
+class _Held:
+    """What is made once while weights are held."""
+
+    def __init__(self) -> None:
+        self.made: dict[object, Any] = {}
 
 
 class _Thread(threading.local):
     """What holds in one thread."""
 
-    held: dict[object, Any] | None = None
+    held: _Held | None = None
     by_torch = False
 
 
@@ -43,26 +48,30 @@ _thread = _Thread()
 @contextlib.contextmanager
 def weights_held() -> Iterator[None]:
     """No weight changes within, so that each is laid out for products once (in this thread)."""
-    before = _thread.held
-    _thread.held = {} if before is None else before
+    if _thread.held is not None:
+        yield
+        return
+    holding = _thread.held = _Held()
     try:
         yield
     finally:
-        _thread.held = before
+        _thread.held = None
+        holding.made.clear()
 
 
-def is_holding() -> bool:
-    """Whether weights are held in this thread."""
-    return _thread.held is not None
+def hold() -> object | None:
+    """Stands for the time for which weights are held in this thread; None while none are."""
+    return _thread.held
 
 
 def held(key: object, make: Callable[[], T]) -> T:
     """What ``make`` returns, made once while weights are held; anew where none are."""
     if _thread.held is None:
         return make()
-    if key not in _thread.held:
-        _thread.held[key] = make()
-    return _thread.held[key]  # type: ignore[no-any-return]
+    made = _thread.held.made
+    if key not in made:
+        made[key] = make()
+    return made[key]  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -103,24 +112,7 @@ def multiplies(rows: int, depth: int) -> bool:
     return rows >= MIN_ROWS or _thread.held is not None
 
 
-def panels(rows: int, cols: int) -> int:
+def panels(depth: int, cols: int) -> int:
     """Numbers that a right matrix takes once it is laid out."""
     width = _panel_width()
-    return -(-cols // width) * rows * width
-
-
-def laid_out(b: th.Tensor) -> th.Tensor:
-    """A weight as ``kernels.c`` reads it as the right matrix, laid out once in what is held.
-
-    :param b: [depth, cols], any strides
-    """
-    key = (b.data_ptr(), b.shape, b.stride())
-    return held(key, lambda: (b, _pack(b)))[1]  # b, lest another take its address
-
-
-def _pack(b: th.Tensor) -> th.Tensor:
-    depth, cols = b.shape
-    packed = b.new_empty(panels(depth, cols))
-    threads = th.get_num_threads() if depth * cols >= LAY_OUT_PARALLEL_FROM else 1
-    call("pack", b, *b.stride(), packed, depth, cols, threads)
-    return packed
+    return -(-cols // width) * depth * width

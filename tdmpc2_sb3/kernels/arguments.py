@@ -1,0 +1,213 @@
+"""Layers as ``kernels.c`` takes them.
+
+What a call needs of a network's parameters, their addresses and the room for the weights laid out
+for products, stays the same from one gradient step to the next: it is made once and kept for as
+long as the parameters live. Only the weights are laid out anew, once they may have changed.
+
+Shapes: Q networks of an ensemble, Q' of them evaluated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch as th
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tdmpc2_sb3.kernels.functions import Norm
+from tdmpc2_sb3.kernels.library import LayerArgument, call
+from tdmpc2_sb3.kernels.products import held, hold, panels
+
+LAY_OUT_PARALLEL_FROM = 2**15  # numbers; waking a second thread costs more than fewer would save
+
+
+class Layer(NamedTuple):
+    """A linear layer, with a layer norm behind it or without; or the same of Q networks.
+
+    Shapes: weight [out, in], the others [out]; each with a leading axis [Q] for Q networks.
+    """
+
+    weight: th.Tensor
+    bias: th.Tensor | None
+    gain: th.Tensor | None = None
+    shift: th.Tensor | None = None
+    norm: Norm | None = None  # of a normed layer, which then has gain and shift
+
+    def of(self, members: int | th.Tensor) -> Layer:
+        """The layer of one of the Q networks, or of several by their indices [Q']."""
+        vectors = (self.bias, self.gain, self.shift)
+        bias, gain, shift = (each if each is None else each[members] for each in vectors)
+        return Layer(self.weight[members], bias, gain, shift, self.norm)
+
+    def detached(self) -> Layer:
+        """The same layer, whose parameters' own gradients are not wanted."""
+        vectors = (self.bias, self.gain, self.shift)
+        bias, gain, shift = (each if each is None else each.detach() for each in vectors)
+        return Layer(self.weight.detach(), bias, gain, shift, self.norm)
+
+
+class _HeldLayers(list[Layer]):
+    """Layers whose weights are held, with what is asked of them more than once."""
+
+    def __init__(self, layers: Sequence[Layer]):
+        super().__init__(layers)
+        self.widest = widest(layers)
+        self.arguments: NetworkArguments | None = None
+
+
+def widest(layers: Sequence[Layer]) -> int:
+    """The largest size of a weight."""
+    if isinstance(layers, _HeldLayers):
+        return layers.widest
+    return max(size for layer in layers for size in layer.weight.shape[-2:])
+
+
+def held_layers(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]:
+    """The layers of a network, made once while weights are held.
+
+    :param key: that tells the network from all others
+    :param make: makes them
+    """
+    return make() if hold() is None else held(key, lambda: _HeldLayers(make()))
+
+
+def can_be_read(layers: Sequence[Layer]) -> bool:
+    """Whether the numbers of a row stand side by side."""
+    return all(each is None or each.stride(-1) == 1 for layer in layers for each in layer[:4])
+
+
+class NetworkArguments:
+    """The layers of one network, or of Q, with room for their weights laid out.
+
+    It points to the parameters without keeping them alive.
+    """
+
+    def __init__(self, layers: Sequence[Layer], signature: object):
+        first = layers[0].weight
+        self.signature = signature
+        self.depth = len(layers)  # layers
+        self.num_networks = len(first) if first.dim() == 3 else 1
+        self._input_dim = first.shape[-1]
+        sizes = [layer.weight.shape[-2:] for layer in layers]
+        self.multiply_adds = sum(cols * depth for cols, depth in sizes)  # a row and network
+        forward = [panels(depth, cols) for cols, depth in sizes]
+        back = [panels(cols, depth) for cols, depth in sizes]
+        self._packed = first.new_empty(self.num_networks * (sum(forward) + sum(back)))
+        self._all = (LayerArgument * (self.num_networks * self.depth))()
+        self._chosen: dict[tuple[int, ...], ctypes.Array[LayerArgument]] = {
+            tuple(range(self.num_networks)): self._all
+        }
+        # While which weights were laid out last, and from which column on those of first layers
+        self._forward_at: list[object | None] = [None] * self.num_networks
+        self._back_at: list[tuple[object | None, int]] = [(None, 0)] * self.num_networks
+        address = self._packed.data_ptr()
+        for network in range(self.num_networks):
+            for position, layer in enumerate(layers):
+                packed, packed_back = address, address + 4 * forward[position]
+                address = packed_back + 4 * back[position]
+                cols, depth = sizes[position]
+                activation, simplex, eps = (0, 1, 0.0) if layer.norm is None else layer.norm
+                self._all[network * self.depth + position] = LayerArgument(
+                    _address(layer.weight, network, 3),
+                    packed,
+                    packed_back,
+                    *(_address(each, network, 2) for each in (layer.bias, layer.gain, layer.shift)),
+                    layer.weight.stride(-2),
+                    depth,
+                    cols,
+                    activation,
+                    simplex,
+                    eps,
+                )
+
+    def forward(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
+        """Layers of the Q' networks, one network after the other, laid out to be evaluated."""
+        now = hold()
+        stale = _once(m for m in members if now is None or self._forward_at[m] is not now)
+        if stale:
+            for member in stale:
+                self._forward_at[member] = now
+            count = len(stale) * self.depth
+            call("lay_out", self.of(stale), count, self._threads(len(stale)))
+        return self.of(members)
+
+    def backward(
+        self, members: tuple[int, ...], input_from: int | None
+    ) -> ctypes.Array[LayerArgument]:
+        """The same, laid out for gradients by their inputs.
+
+        :param input_from: the input's column from which on its gradient is wanted; None for none
+        """
+        now = hold()
+        mark = (now, self._input_dim if input_from is None else input_from)
+        stale = _once(m for m in members if now is None or self._back_at[m] != mark)
+        if stale:
+            for member in stale:
+                self._back_at[member] = mark
+            chosen, threads = self.of(stale), self._threads(len(stale))
+            call("lay_out_back", chosen, self.depth, len(stale), mark[1], threads)
+        return self.of(members)
+
+    def of(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
+        """Layers of the Q' networks as they stand."""
+        if members not in self._chosen:
+            layers = [
+                self._all[member * self.depth + position]
+                for member in members
+                for position in range(self.depth)
+            ]
+            self._chosen[members] = (LayerArgument * len(layers))(*layers)
+        return self._chosen[members]
+
+    def _threads(self, num_networks: int) -> int:
+        large = num_networks * self.multiply_adds >= LAY_OUT_PARALLEL_FROM
+        return th.get_num_threads() if large else 1
+
+
+def _once(members: Iterable[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(members))
+
+
+def _address(parameter: th.Tensor | None, network: int, dim_of_ensemble: int) -> int:
+    """Where the parameter of one network stands, 0 if there is none."""
+    if parameter is None:
+        return 0
+    skipped = network * parameter.stride(0) if parameter.dim() == dim_of_ensemble else 0
+    return parameter.data_ptr() + skipped * parameter.element_size()
+
+
+class _Thread(threading.local):
+    """Arguments by the first weight; of each thread its own, lest two lay out in one place."""
+
+    def __init__(self) -> None:
+        self.by_weight = WeakTensorKeyDictionary()
+
+
+_thread = _Thread()
+
+
+def arguments_of(layers: Sequence[Layer]) -> NetworkArguments:
+    """The arguments of a network's layers, made unless they are there."""
+    if not isinstance(layers, _HeldLayers):
+        return _find(layers)
+    if layers.arguments is None:
+        layers.arguments = _find(layers)
+    return layers.arguments
+
+
+def _find(layers: Sequence[Layer]) -> NetworkArguments:
+    signature = [
+        (each.norm, each.weight.shape)
+        + tuple(None if one is None else (one.data_ptr(), one.stride()) for one in each[:4])
+        for each in layers
+    ]
+    known: NetworkArguments | None = _thread.by_weight.get(layers[0].weight)
+    if known is None or known.signature != signature:
+        known = NetworkArguments(layers, signature)
+        _thread.by_weight[layers[0].weight] = known
+    # Nothing else may take a weight's address while it counts as laid out.
+    held((NetworkArguments, id(known)), lambda: (known, layers))
+    return known

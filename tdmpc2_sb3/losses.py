@@ -190,16 +190,16 @@ def model_losses(
 
     latent = model.encode(_at(batch.observations, 0), noise.first_offsets)  # z_0 [B, Z]
     predicted = model.dynamics.rollout(model.dynamics.initial_state(latent), batch.actions)
-    latents = th.cat([latent.unsqueeze(0), predicted])  # [T + 1, B, Z]
+    states = th.cat([latent.unsqueeze(0), predicted[:-1]])  # z_0..z_{T-1} [T, B, Z]
 
-    squared_error = (predicted - next_latents).square().mean(2)  # [T, B]
+    squared_error = F.mse_loss(predicted, next_latents, reduction="none").mean(2)  # [T, B]
     consistency = (weights * _mean(squared_error, batch.valid)).sum()
 
-    reward_logits = model.reward_logits(latents[:-1], batch.actions)  # [T, B, K]
+    reward_logits = model.reward_logits(states, batch.actions)  # [T, B, K]
     reward_ce = two_hot_cross_entropy(reward_logits, batch.rewards, model.bins)  # [T, B]
     reward = (weights * _mean(reward_ce, batch.valid)).sum()
 
-    q_logits = model.q_logits(latents[:-1], batch.actions, None, noise.q_dropout)  # [Q, T, B, K]
+    q_logits = model.q_logits(states, batch.actions, None, noise.q_dropout)  # [Q, T, B, K]
     q_ce = two_hot_cross_entropy(q_logits, targets, model.bins)  # [Q, T, B]
     value = (weights * _mean(q_ce, batch.valid).mean(0)).sum()
 
@@ -223,7 +223,7 @@ def model_losses(
         reward.detach(),
         value.detach(),
         termination.detach(),
-        latents.detach(),
+        th.cat([states.detach(), predicted[-1:].detach()]),
     )
 
 

@@ -19,7 +19,7 @@ class RunningMeans:
         :param values: scalars, or tensors whose mean is meant
         """
         for name, value in values.items():
-            mean = value.detach().mean()
+            mean = value.detach().mean() if value.dim() else value.detach()
             self._sums[name] = self._sums[name] + mean if name in self._sums else mean
             self._counts[name] = self._counts.get(name, 0) + 1
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch as th
 
+from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.kernels import Layer
 from tdmpc2_sb3.layers import MLP, SimNorm
@@ -34,6 +35,14 @@ class MLPDynamics(LatentDynamics):
     def step(self, state: DynamicsState, action: th.Tensor) -> tuple[th.Tensor, DynamicsState]:
         latent = self.net.forward_pair(state[0], action)  # z' = d(z, a)
         return latent, (latent,)
+
+    def rollout(self, state: DynamicsState, actions: th.Tensor) -> th.Tensor:
+        """See :meth:`LatentDynamics.rollout`."""
+        (latent,) = state
+        layers = self.as_kernel() if kernels.usable(latent) else None
+        if layers is not None and kernels.rolls_out(latent, actions, layers):
+            return kernels.rollout(latent, actions, layers)
+        return super().rollout(state, actions)
 
     def as_kernel(self) -> Sequence[Layer] | None:
         """See :meth:`LatentDynamics.as_kernel`; a subclass may compute something else."""

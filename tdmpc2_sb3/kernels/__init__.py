@@ -32,6 +32,7 @@ from tdmpc2_sb3.kernels.planning import (
     plans,
 )
 from tdmpc2_sb3.kernels.products import weights_held
+from tdmpc2_sb3.kernels.rollouts import rollout, rolls_out
 
 __all__ = [
     "SWITCH",
@@ -48,6 +49,8 @@ __all__ = [
     "library",
     "networks",
     "plans",
+    "rollout",
+    "rolls_out",
     "selective_scan",
     "two_hot_cross_entropy",
     "two_hot_inverse",

@@ -565,6 +565,16 @@ static void layer_forward(const layer *it, const place *to, const float *x, int6
     }
 }
 
+/* A network's layers in turn on rows begin..end of x. */
+static void layers_forward(const layer *net, const place *to, int64_t count, const float *x,
+                           int64_t x_row, int64_t begin, int64_t end, int64_t rows) {
+    for (int64_t l = 0; l < count; l++) {
+        layer_forward(net + l, to + l, x, x_row, net[l].depth, 0, 0, begin, end, rows);
+        x = to[l].output;
+        x_row = net[l].cols;
+    }
+}
+
 /* Networks of count layers each on the same x, [rows, depth], whose rows are x_row floats apart.
  * Every thread takes its rows through all layers, so that nobody waits for anybody between two.
  * mask: of the first layers, [networks, rows, cols] or null. result: [networks, rows, last cols].
@@ -576,19 +586,36 @@ void networks_forward(const layer *layers, int64_t count, int64_t networks, cons
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
         for (int64_t n = 0; n < networks; n++) {
-            const layer *net = layers + n * count;
-            const float *input = x;
-            int64_t input_row = x_row;
-            place places[count];
-            find_places(net, count, keep, rows, mask ? mask + n * rows * first : 0,
-                        workspaces[keep ? n : 0], result + n * rows * last, places);
-            for (int64_t l = 0; l < count; l++) {
-                layer_forward(net + l, places + l, input, input_row, net[l].depth, 0, 0,
-                              rows * t / threads, rows * (t + 1) / threads, rows);
-                input = places[l].output;
-                input_row = net[l].cols;
-            }
+            place to[count];
+            find_places(layers + n * count, count, keep, rows, mask ? mask + n * rows * first : 0,
+                        workspaces[keep ? n : 0], result + n * rows * last, to);
+            layers_forward(layers + n * count, to, count, x, x_row, rows * t / threads,
+                           rows * (t + 1) / threads, rows);
         }
+}
+
+/* Dynamics of count layers applied step after step: z_1..z_steps, [steps, rows, Z], from z_0, [rows,
+ * Z], under actions [steps, rows, A]. inputs: the layers' inputs (z, a), kept for rollout_backward
+ * like the workspace. Every thread takes its rows through all steps. */
+void rollout_forward(const layer *layers, int64_t count, const float *start, const float *actions,
+                     float *inputs, float *workspace, int64_t keep, float *latents, int64_t steps,
+                     int64_t rows, int64_t threads) {
+    int64_t depth = layers[0].depth, z_dim = layers[count - 1].cols, a_dim = depth - z_dim;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++) {
+        place to[count];
+        find_places(layers, count, keep, steps * rows, 0, workspace, latents, to);
+        for (int64_t h = 0; h < steps; h++) {
+            int64_t begin = h * rows + rows * t / threads, end = h * rows + rows * (t + 1) / threads;
+            for (int64_t i = begin; i < end; i++) {
+                memcpy(inputs + i * depth, h ? latents + (i - rows) * z_dim : start + i * z_dim,
+                       sizeof(float) * (size_t)z_dim);
+                memcpy(inputs + i * depth + z_dim, actions + i * a_dim,
+                       sizeof(float) * (size_t)a_dim);
+            }
+            layers_forward(layers, to, count, inputs, depth, begin, end, steps * rows);
+        }
+    }
 }
 
 /* Gradients of rows begin..end by what comes before the norm, and of that by the parameters. */
@@ -628,6 +655,62 @@ static void weight_gradient_rows(const float *by_product, int64_t cols, const fl
     }
 }
 
+/* Gradients of layers_forward, by_output those by its output. by_input: by input_cols columns of x,
+ * those with which packed_back of the first layer begins; added to what stands there if
+ * add_up_inputs; null if not wanted. packs, packs_x: whether the layers' inputs, and the first's, are
+ * packed for parameter_gradients. */
+static void layers_backward(const layer *net, const place *kept, const gradient_place *to,
+                            int64_t count, const float *x, int64_t x_row, const float *by_output,
+                            float *by_input, int64_t input_cols, int add_up_inputs, int packs,
+                            int packs_x, int64_t thread, int64_t begin, int64_t end,
+                            int64_t rows) {
+    int64_t tiles = tiles_of(end - begin);
+    for (int64_t l = count - 1; l >= 0; l--) {
+        const layer *it = net + l;
+        int64_t cols = it->cols, input_row = l ? net[l - 1].cols : x_row;
+        const float *input = l ? kept[l - 1].output : x;
+        const float *by_product = layer_backward(it, kept + l, to + l, by_output,
+                                                 to[l].sums + thread * 3 * cols, begin, end, rows);
+        if (l ? packs : packs_x)
+            pack_columns(input + begin * input_row, input_row, end - begin, 0, it->depth,
+                         to[l].packed_input + begin * PANEL, rows);
+        float *by_x = l ? to[l - 1].by_product : by_input;
+        int64_t width = l ? it->depth : input_cols;
+        for (int64_t i = 0; by_x && i < tiles; i++)
+            product_rows(by_product, cols, 1, it->packed_back, cols,
+                         !l && add_up_inputs ? by_x : 0, width, by_x,
+                         begin + (end - begin) * i / tiles,
+                         begin + (end - begin) * (i + 1) / tiles, cols, width);
+        by_output = by_x;
+    }
+}
+
+static void clear_sums(const layer *net, const gradient_place *to, int64_t count, int64_t thread) {
+    for (int64_t l = 0; l < count; l++)
+        memset(to[l].sums + thread * 3 * net[l].cols, 0, sizeof(float) * (size_t)(3 * net[l].cols));
+}
+
+/* A thread's part of the sums over rows, once layers_backward is through with all: gradients of the
+ * n-th of all networks by the parameters. by_output: by its output. */
+static void parameter_gradients(const layer *net, const gradient_place *to, int64_t count,
+                                const float *by_output, int64_t n, int64_t networks,
+                                float *const *by_parameters, int64_t rows, int64_t thread,
+                                int64_t threads) {
+    for (int64_t l = 0; l < count; l++) {
+        int64_t cols = net[l].cols, depth = net[l].depth, tiles = tiles_of(cols);
+        const float *by_product =
+            l == count - 1 && !net[l].gain ? by_output : to[l].by_product;
+        float *by_weight = by_parameters[l] + n * cols * depth;
+        float *by_vectors = by_parameters[l] + networks * cols * depth + n * cols;
+        for (int64_t v = 0; v < 3; v++)
+            add_up(to[l].sums + v * cols, by_vectors + v * networks * cols,
+                   cols * thread / threads, cols * (thread + 1) / threads, 3 * cols, threads);
+        for (int64_t i = tiles * thread / threads; i < tiles * (thread + 1) / threads; i++)
+            weight_gradient_rows(by_product, cols, to[l].packed_input, by_weight,
+                                 cols * i / tiles, cols * (i + 1) / tiles, rows, depth);
+    }
+}
+
 /* Gradients of networks_forward with keep, whose mask, workspaces and result these are. grad: by the
  * result. by_input: by the last input_cols columns of x, [rows, input_cols], added up over the
  * networks; null if not wanted. by_parameters: of each of the count layers by the weights, [networks,
@@ -639,66 +722,56 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
                        float *const *by_parameters, float *const *scratches, int64_t rows,
                        int64_t threads) {
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
-    place places[networks * count];
-    gradient_place to[networks * count];
+    place all_places[networks * count], *kept = all_places;
+    gradient_place all_gradients[networks * count], *to = all_gradients;
     for (int64_t n = 0; n < networks; n++) {
         find_places(layers + n * count, count, 1, rows, mask ? mask + n * rows * first : 0,
-                    workspaces[n], result + n * rows * last, places + n * count);
+                    workspaces[n], result + n * rows * last, kept + n * count);
         find_gradient_places(layers + n * count, count, rows, threads, scratches[n],
                              to + n * count);
         to[n * count].packed_input = to[0].packed_input; /* x is the same for all */
     }
-    place *kept = places; /* what threads share is no array of variable length */
-    gradient_place *prepared = to;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t t = 0; t < threads; t++) {
-        int64_t begin = rows * t / threads, end = rows * (t + 1) / threads;
-        int64_t tiles = tiles_of(end - begin);
-        for (int64_t n = 0; n < networks; n++) {
-            const float *by_output = grad + n * rows * last;
-            for (int64_t l = (n + 1) * count - 1; l >= n * count; l--) {
-                const layer *it = layers + l;
-                int64_t cols = it->cols, is_first = l == n * count;
-                float *sums = prepared[l].sums + t * 3 * cols;
-                memset(sums, 0, sizeof(float) * (size_t)(3 * cols));
-                const float *by_product =
-                    layer_backward(it, kept + l, prepared + l, by_output, sums, begin, end, rows);
-                const float *input = is_first ? x : kept[l - 1].output;
-                int64_t input_row = is_first ? x_row : layers[l - 1].cols;
-                if (by_parameters && !(is_first && n)) /* the first network has packed x */
-                    pack_columns(input + begin * input_row, input_row, end - begin, 0, it->depth,
-                                 prepared[l].packed_input + begin * PANEL, rows);
-                if (is_first && !by_input) break;
-                float *by_x = is_first ? by_input : prepared[l - 1].by_product;
-                int64_t width = is_first ? input_cols : it->depth;
-                for (int64_t i = 0; i < tiles; i++)
-                    product_rows(by_product, cols, 1, it->packed_back, cols,
-                                 is_first && n ? by_x : 0, width, by_x,
-                                 begin + (end - begin) * i / tiles,
-                                 begin + (end - begin) * (i + 1) / tiles, cols, width);
-                by_output = by_x;
-            }
-        }
-    }
-    if (!by_parameters) return;
-    /* Every row's part is there: now the sums over rows. */
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        for (int64_t l = 0; l < networks * count; l++) {
-            const layer *it = layers + l;
-            int64_t cols = it->cols, tiles = tiles_of(cols), n = l / count;
-            int64_t is_last = l % count == count - 1;
-            const float *by_product =
-                is_last && !it->gain ? grad + n * rows * last : prepared[l].by_product;
-            float *by_weight = by_parameters[l % count] + n * cols * it->depth;
-            float *by_vectors = by_parameters[l % count] + networks * cols * it->depth + n * cols;
-            for (int64_t v = 0; v < 3; v++)
-                add_up(prepared[l].sums + v * cols, by_vectors + v * networks * cols,
-                       cols * t / threads, cols * (t + 1) / threads, 3 * cols, threads);
-            for (int64_t i = tiles * t / threads; i < tiles * (t + 1) / threads; i++)
-                weight_gradient_rows(by_product, cols, prepared[l].packed_input, by_weight,
-                                     cols * i / tiles, cols * (i + 1) / tiles, rows, it->depth);
+        for (int64_t l = 0; l < networks * count; l += count) {
+            clear_sums(layers + l, to + l, count, t);
+            layers_backward(layers + l, kept + l, to + l, count, x, x_row,
+                            grad + l / count * rows * last, by_input, input_cols, l > 0,
+                            by_parameters != 0, by_parameters && !l, t, rows * t / threads,
+                            rows * (t + 1) / threads, rows);
         }
+    if (!by_parameters) return;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++)
+        for (int64_t n = 0; n < networks; n++)
+            parameter_gradients(layers + n * count, to + n * count, count,
+                                grad + n * rows * last, n, networks, by_parameters, rows, t,
+                                threads);
+}
+
+/* Gradients of rollout_forward with keep, whose inputs, workspace and latents these are. by_latents:
+ * by z_0..z_steps as far as they do not come from later latents, [1 + steps, rows, Z]; afterwards in
+ * full. by_parameters: see networks_backward. */
+void rollout_backward(const layer *layers, int64_t count, const float *inputs, float *workspace,
+                      float *latents, float *by_latents, float *const *by_parameters,
+                      float *scratch, int64_t steps, int64_t rows, int64_t threads) {
+    int64_t depth = layers[0].depth, z_dim = layers[count - 1].cols, all = steps * rows;
+    place all_places[count], *kept = all_places;
+    gradient_place all_gradients[count], *to = all_gradients;
+    find_places(layers, count, 1, all, 0, workspace, latents, kept);
+    find_gradient_places(layers, count, all, threads, scratch, to);
+    const float *by_next = by_latents + rows * z_dim; /* a step's input is row for row its output's */
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++) {
+        clear_sums(layers, to, count, t);
+        for (int64_t h = steps - 1; h >= 0; h--)
+            layers_backward(layers, kept, to, count, inputs, depth, by_next, by_latents, z_dim, 1, 1,
+                            1, t, h * rows + rows * t / threads,
+                            h * rows + rows * (t + 1) / threads, all);
+    }
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++)
+        parameter_gradients(layers, to, count, by_next, 0, 1, by_parameters, all, t, threads);
 }
 
 static inline float row_max(const float *restrict x, int64_t cols) {

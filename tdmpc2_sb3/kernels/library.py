@@ -91,6 +91,12 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         *(POINTER, POINTER, POINTER, INTEGER),
         *(POINTER, POINTER, INTEGER, INTEGER),
     ),
+    "rollout_forward": (
+        *(POINTER, INTEGER),
+        *(POINTER,) * 4,
+        *(INTEGER, POINTER, INTEGER, INTEGER, INTEGER),
+    ),
+    "rollout_backward": (*(POINTER, INTEGER), *(POINTER,) * 6, *(INTEGER,) * 3),
     "norm_forward": (*(POINTER,) * 6, *(INTEGER,) * 2, REAL, *(INTEGER,) * 3),
     "norm_backward": (*(POINTER,) * 10, *(INTEGER,) * 5),
     "two_hot_inverse_forward": (*(POINTER,) * 3, *(INTEGER,) * 3),

@@ -170,7 +170,8 @@ class _ByTorch(_Evaluation):
         return None, gradients[::-1]
 
 
-def _addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
+def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
+    """Where the arrays stand, as an array itself."""
     return (POINTER * len(arrays))(*[each.data_ptr() for each in arrays])
 
 
@@ -202,7 +203,7 @@ class _ByKernels(_Evaluation):
             x,
             x.stride(0),
             self.mask,
-            _addresses(self._workspaces),
+            addresses(self._workspaces),
             keep,
             self._result,
             rows,
@@ -220,12 +221,7 @@ class _ByKernels(_Evaluation):
         by_input = None
         if input_from is not None:
             by_input = x.new_empty(rows, x.shape[1] - input_from)
-        by_parameters: list[th.Tensor] = []
-        if needs_parameters:
-            sizes = [layer.weight.shape[-2:] for layer in self.layers]
-            by_parameters = [
-                x.new_empty(self.count * cols * (inputs + 3)) for cols, inputs in sizes
-            ]
+        by_parameters = room_for_gradients(self.layers, self.count) if needs_parameters else []
         call(
             "networks_backward",
             layers,
@@ -234,32 +230,50 @@ class _ByKernels(_Evaluation):
             x,
             x.stride(0),
             self.mask,
-            _addresses(self._workspaces),
+            addresses(self._workspaces),
             self._result,
             grad,
             by_input,
             0 if by_input is None else by_input.shape[1],
-            _addresses(by_parameters) if needs_parameters else None,
-            _addresses(scratches),
+            addresses(by_parameters) if needs_parameters else None,
+            addresses(scratches),
             rows,
             self._threads,
         )
-        cut = zip(by_parameters, self.layers, strict=True) if needs_parameters else ()
-        return by_input, [self._cut(each, *layer.weight.shape[-2:]) for each, layer in cut]
+        if not needs_parameters:
+            return by_input, []
+        return by_input, cut_gradients(by_parameters, self.layers, self.count, self.members is None)
 
-    def _cut(self, gradients: th.Tensor, cols: int, depth: int) -> _Gradients:
-        """Those by one layer's weight, then those by gain, shift and bias."""
-        leading = () if self.members is None else (self.count,)
+
+def room_for_gradients(layers: Sequence[Layer], count: int) -> list[th.Tensor]:
+    """An array a layer, as :func:`cut_gradients` cuts it."""
+    sizes = [layer.weight.shape[-2:] for layer in layers]
+    like = layers[0].weight
+    return [like.new_empty(count * cols * (depth + 3)) for cols, depth in sizes]
+
+
+def cut_gradients(
+    arrays: Sequence[th.Tensor], layers: Sequence[Layer], count: int, of_one: bool
+) -> list[_Gradients]:
+    """Gradients by each layer's weight, then those by gain, shift and bias.
+
+    :param arrays: as kernels.c writes them
+    :param count: Q'
+    :param of_one: whether there is no axis [Q']
+    """
+    leading = () if of_one else (count,)
+    result = []
+    for array, layer in zip(arrays, layers, strict=True):
+        cols, depth = layer.weight.shape[-2:]
         weight_steps = (cols * depth, depth, 1)[-2 - len(leading) :]
         vector_steps = (cols, 1)[-1 - len(leading) :]
-        begin, size = self.count * cols * depth, self.count * cols
-        return _Gradients(
-            gradients.as_strided((*leading, cols, depth), weight_steps, 0),
-            *[
-                gradients.as_strided((*leading, cols), vector_steps, begin + i * size)
-                for i in range(3)
-            ],
+        begin, size = count * cols * depth, count * cols
+        weight = array.as_strided((*leading, cols, depth), weight_steps, 0)
+        gain, shift, bias = (
+            array.as_strided((*leading, cols), vector_steps, begin + i * size) for i in range(3)
         )
+        result.append(_Gradients(weight, gain, shift, bias))
+    return result
 
 
 def _evaluation(

@@ -253,6 +253,41 @@ def test_several_layers_are_one_after_the_other(threads):
     )
 
 
+@pytest.mark.parametrize(("rows", "latent_dim", "width"), [(9, 8, 24), (70, 40, 30), (128, 64, 96)])
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_a_rollout_is_its_steps(threads, rows, latent_dim, width, with_norm):
+    """Gradients by every latent included."""
+    if not products_are_ours():
+        pytest.skip("torch's own products are used on this processor")
+    sizes = [(width, latent_dim + 3), (latent_dim, width)]
+    parameters = [
+        randn(*shape, seed=position)
+        for position, (out, inputs) in enumerate(sizes)
+        for shape in ((out, inputs), (out,), (out,), (out,))
+    ][: None if with_norm else -2]
+    z, actions = randn(2, rows, latent_dim, seed=8), randn(4, 2, rows, 3, seed=9)
+    norms = [MISH, Norm(Activation.SIMNORM, 4, EPS) if with_norm else None]
+    wanted = [each.requires_grad_(True) for each in (z, *parameters)]
+
+    def fast(z, *parameters):
+        layers = [Layer(*parameters[4 * i : 4 * i + 4], norm=norm) for i, norm in enumerate(norms)]
+        assert kernels.rolls_out(z, actions, layers)
+        return kernels.rollout(z, actions, layers)
+
+    def plain(z, weight, bias, gain, shift, weight_2, bias_2, *affine):
+        latents = []
+        for action in actions.double():
+            h = F.linear(th.cat([z, action], -1), weight, bias)
+            h = F.mish(F.layer_norm(h, (width,), gain, shift, EPS))
+            z = F.linear(h, weight_2, bias_2)
+            if with_norm:
+                z = activate(F.layer_norm(z, (latent_dim,), *affine, EPS), Activation.SIMNORM, 4)
+            latents.append(z)
+        return th.stack(latents)
+
+    compare(fast, plain, wanted)
+
+
 def test_importing_leaves_triton_alone():
     """Its library crashes a process that has loaded a software renderer's before."""
     program = "import sys, tdmpc2_sb3, dmc_gym_plugin, tdmpc2_sb3.zoo; print(*sys.modules)"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import stat
 import subprocess
 import sys
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +22,7 @@ from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
 from tdmpc2_sb3.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
 from tdmpc2_sb3.kernels import Activation, Layer, Norm, library
+from tdmpc2_sb3.kernels.arguments import arguments_of
 from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
 from tdmpc2_sb3.kernels.products import operation_counter
 
@@ -200,6 +203,47 @@ def test_weights_are_laid_out_anew_once_they_may_have_changed():
             again = kernels.networks(x, None, layers)
         th.testing.assert_close(once, x @ weight.t(), rtol=1e-5, atol=1e-5)
         assert th.equal(once, again)
+
+
+def test_a_parameter_may_be_put_elsewhere():
+    """What was made for a network is not used for its weight's new place or layout."""
+    x, weight = randn(30, 12), th.nn.Parameter(randn(20, 12, seed=1))
+    layers = [Layer(weight, None)]
+    with th.no_grad():
+        kernels.networks(x, None, layers)
+        for new in (randn(20, 12, seed=2), randn(20, 24, seed=3)[:, ::2], randn(24, 12, seed=4)):
+            weight.data = new
+            result = kernels.networks(x, None, layers)
+            th.testing.assert_close(result, x @ new.t(), rtol=1e-5, atol=1e-5)
+
+
+def test_members_asked_for_in_turn_are_laid_out_each():
+    """While weights are held and after they have changed, forwards and backwards."""
+    x, weight = randn(30, 12).requires_grad_(True), randn(4, 20, 12, seed=1)
+    for _ in range(2):
+        with kernels.weights_held():
+            for members in ((0, 1), (1, 2), (2, 0), (3, 3)):
+                result = kernels.networks(x, None, [Layer(weight, None)], members=members)
+                expected = x @ weight[list(members)].transpose(1, 2)
+                th.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+                (grad,) = th.autograd.grad(result.sum(), x)
+                (expected_grad,) = th.autograd.grad(expected.sum(), x)
+                th.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+        weight.neg_()
+
+
+def test_a_network_is_not_kept_alive():
+    if not products_are_ours():
+        pytest.skip("torch's own products are used on this processor")
+    layers = [Layer(th.nn.Parameter(randn(20, 12)), None)]
+    with kernels.weights_held():
+        kernels.networks(randn(30, 12), None, layers).sum().backward()
+    assert arguments_of(layers) is arguments_of(layers)  # made once
+    made = weakref.ref(arguments_of(layers))
+    weight = weakref.ref(layers.pop().weight)
+    gc.collect()
+    assert weight() is None
+    assert made() is None
 
 
 def test_what_one_thread_holds_is_not_another_ones():

@@ -213,10 +213,11 @@ class NormedLinear(nn.Module):
 
     def as_layer(self) -> Layer:
         """The layer as the CPU kernels take it."""
-        norm = Norm(Activation.MISH, eps=self.ln.eps)
-        if isinstance(self.activation, SimNorm):
-            norm = Norm(Activation.SIMNORM, self.activation.simnorm_dim, self.ln.eps)
-        return Layer(self.weight, self.bias, self.ln.weight, self.ln.bias, norm)
+        ln, activation = self.ln, self.activation
+        norm = Norm(Activation.MISH, eps=ln.eps)
+        if isinstance(activation, SimNorm):
+            norm = Norm(Activation.SIMNORM, activation.simnorm_dim, ln.eps)
+        return Layer(self.weight, self.bias, ln.weight, ln.bias, norm)
 
 
 def broadcast_linear(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:

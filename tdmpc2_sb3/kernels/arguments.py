@@ -55,6 +55,7 @@ class _HeldLayers(list[Layer]):
     def __init__(self, layers: Sequence[Layer]):
         super().__init__(layers)
         self.widest = widest(layers)
+        self.can_be_read = can_be_read(layers)
         self.arguments: NetworkArguments | None = None
 
 
@@ -76,6 +77,8 @@ def held_layers(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]
 
 def can_be_read(layers: Sequence[Layer]) -> bool:
     """Whether the numbers of a row stand side by side."""
+    if isinstance(layers, _HeldLayers):
+        return layers.can_be_read
     return all(each is None or each.stride(-1) == 1 for layer in layers for each in layer[:4])
 
 
@@ -88,7 +91,7 @@ class NetworkArguments:
     def __init__(self, layers: Sequence[Layer], signature: object):
         first = layers[0].weight
         self.signature = signature
-        self.depth = len(layers)  # layers
+        self.num_layers = len(layers)
         self.num_networks = len(first) if first.dim() == 3 else 1
         self._input_dim = first.shape[-1]
         sizes = [layer.weight.shape[-2:] for layer in layers]
@@ -96,7 +99,7 @@ class NetworkArguments:
         forward = [panels(depth, cols) for cols, depth in sizes]
         back = [panels(cols, depth) for cols, depth in sizes]
         self._packed = first.new_empty(self.num_networks * (sum(forward) + sum(back)))
-        self._all = (LayerArgument * (self.num_networks * self.depth))()
+        self._all = (LayerArgument * (self.num_networks * self.num_layers))()
         self._chosen: dict[tuple[int, ...], ctypes.Array[LayerArgument]] = {
             tuple(range(self.num_networks)): self._all
         }
@@ -110,7 +113,7 @@ class NetworkArguments:
                 address = packed_back + 4 * back[position]
                 cols, depth = sizes[position]
                 activation, simplex, eps = (0, 1, 0.0) if layer.norm is None else layer.norm
-                self._all[network * self.depth + position] = LayerArgument(
+                self._all[network * self.num_layers + position] = LayerArgument(
                     _address(layer.weight, network, 3),
                     packed,
                     packed_back,
@@ -130,7 +133,7 @@ class NetworkArguments:
         if stale:
             for member in stale:
                 self._forward_at[member] = now
-            count = len(stale) * self.depth
+            count = len(stale) * self.num_layers
             call("lay_out", self.of(stale), count, self._threads(len(stale)))
         return self.of(members)
 
@@ -148,16 +151,16 @@ class NetworkArguments:
             for member in stale:
                 self._back_at[member] = mark
             chosen, threads = self.of(stale), self._threads(len(stale))
-            call("lay_out_back", chosen, self.depth, len(stale), mark[1], threads)
+            call("lay_out_back", chosen, self.num_layers, len(stale), mark[1], threads)
         return self.of(members)
 
     def of(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
         """Layers of the Q' networks as they stand."""
         if members not in self._chosen:
             layers = [
-                self._all[member * self.depth + position]
+                self._all[member * self.num_layers + position]
                 for member in members
-                for position in range(self.depth)
+                for position in range(self.num_layers)
             ]
             self._chosen[members] = (LayerArgument * len(layers))(*layers)
         return self._chosen[members]

@@ -38,7 +38,7 @@ def usable(x: th.Tensor) -> bool:
     """Whether the kernels can work on this tensor here and now."""
     return (
         x.dtype is th.float32
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not th.compiler.is_compiling()
         and library() is not None
     )

@@ -207,6 +207,20 @@ int64_t panel_width(void) {
 #endif
 }
 
+/* memcpy of fewer numbers than a panel is wide, without a call. */
+static inline void copy_few(float *restrict to, const float *restrict from, int64_t count) {
+#define COPY(SIZE)                                \
+    if (count & SIZE) {                           \
+        memcpy(to, from, sizeof(float) * (SIZE)); \
+        to += SIZE, from += SIZE;                 \
+    }
+#if PANEL > 16
+    COPY(16)
+#endif
+    COPY(8) COPY(4) COPY(2) COPY(1)
+#undef COPY
+}
+
 /* Panels that are laid out together, so that whole stretches of a row are read at a time. */
 #define PANEL_GROUP 4
 
@@ -225,7 +239,7 @@ static void pack_columns(const float *restrict b, int64_t b_row, int64_t depth, 
         if (cols < PANEL) memset(panel, 0, sizeof(float) * (size_t)(depth * PANEL));
         for (int64_t k = 0; k < depth; k++)
             if (cols == PANEL) memcpy(panel + k * PANEL, b + k * b_row + begin, sizeof(float) * PANEL);
-            else memcpy(panel + k * PANEL, b + k * b_row + begin, sizeof(float) * (size_t)cols);
+            else copy_few(panel + k * PANEL, b + k * b_row + begin, cols);
     }
 }
 
@@ -278,11 +292,11 @@ static inline __attribute__((always_inline)) void tile_of(
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; i++) {
         vector first[2] = {{0}};
-        if (start && cols >= PANEL) { /* no call for a copy of unknown size */
+        if (start && cols >= PANEL) {
             first[0] = *(const loose_vector *)(start + i * start_row);
             first[1] = *(const loose_vector *)(start + i * start_row + LANES);
         } else if (start) {
-            memcpy(first, start + i * start_row, sizeof(float) * (size_t)cols);
+            copy_few((float *)first, start + i * start_row, cols);
         }
         sum[i][0] = first[0];
         sum[i][1] = first[1];
@@ -306,7 +320,7 @@ static inline __attribute__((always_inline)) void tile_of(
     } else {
 #pragma GCC unroll 16
         for (int64_t i = 0; i < rows; i++)
-            memcpy(c + i * c_row, sum[i], sizeof(float) * (size_t)cols);
+            copy_few(c + i * c_row, (const float *)sum[i], cols);
     }
 }
 
@@ -498,7 +512,7 @@ static void find_places(const layer *layers, int64_t count, int64_t keep, int64_
         p->output = l == count - 1 ? result : workspace + kept;
         p->product = kept ? workspace : p->output;
         p->statistics = kept ? workspace + whole_lines(rows * it->cols) : 0;
-        workspace += kept + (l == count - 1 ? 0 : whole_lines(rows * it->cols));
+        if (l < count - 1) workspace += kept + whole_lines(rows * it->cols);
     }
 }
 

@@ -188,17 +188,17 @@ class _ByKernels(_Evaluation):
         self._threads = product_threads(self.rows * self.count * arguments.multiply_adds)
 
     def forward(self, keep: bool) -> th.Tensor:
-        x, rows, depth = self.x, self.rows, self._arguments.depth
+        x, rows, num_layers = self.x, self.rows, self._arguments.num_layers
         layers = self._arguments.forward(self._chosen)
         # One a network: glibc returns to the system at once what is larger than 32 MiB, and that of
         # all networks of an ensemble may be.
-        size = call("workspace_size", layers, depth, keep, rows)
+        size = call("workspace_size", layers, num_layers, keep, rows)
         self._workspaces = [x.new_empty(size) for _ in range(self.count if keep else 1)]
         self._result = x.new_empty(self.count, rows, self.layers[-1].weight.shape[-2])
         call(
             "networks_forward",
             layers,
-            depth,
+            num_layers,
             self.count,
             x,
             x.stride(0),
@@ -214,9 +214,9 @@ class _ByKernels(_Evaluation):
     def backward(
         self, grad: th.Tensor, input_from: int | None, needs_parameters: bool
     ) -> tuple[th.Tensor | None, list[_Gradients]]:
-        x, rows, depth = self.x, self.rows, self._arguments.depth
+        x, rows, num_layers = self.x, self.rows, self._arguments.num_layers
         layers = self._arguments.backward(self._chosen, input_from)
-        size = call("scratch_size", layers, depth, rows, self._threads)
+        size = call("scratch_size", layers, num_layers, rows, self._threads)
         scratches = [x.new_empty(size) for _ in range(self.count)]
         by_input = None
         if input_from is not None:
@@ -225,7 +225,7 @@ class _ByKernels(_Evaluation):
         call(
             "networks_backward",
             layers,
-            depth,
+            num_layers,
             self.count,
             x,
             x.stride(0),

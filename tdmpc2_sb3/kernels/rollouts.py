@@ -45,16 +45,16 @@ class _Steps:
 
         :param keep: whether :meth:`backward` follows
         """
-        start, depth = self.start, self.arguments.depth
+        start, num_layers = self.start, self.arguments.num_layers
         layers = self.arguments.forward((0,))
         rows = self.steps * self.rows
         self.inputs = start.new_empty(rows, self.layers[0].weight.shape[1])
-        self.workspace = start.new_empty(call("workspace_size", layers, depth, keep, rows))
+        self.workspace = start.new_empty(call("workspace_size", layers, num_layers, keep, rows))
         self.latents = start.new_empty(self.steps, *start.shape)
         call(
             "rollout_forward",
             layers,
-            depth,
+            num_layers,
             start,
             self.actions,
             self.inputs,
@@ -72,17 +72,17 @@ class _Steps:
         :param grad: by z_1..z_H, [H, ..., Z]
         :return: by z_0, [..., Z]; by the layers' parameters as kernels.c writes them
         """
-        depth, rows = self.arguments.depth, self.steps * self.rows
+        num_layers, rows = self.arguments.num_layers, self.steps * self.rows
         layers = self.arguments.backward((0,), 0)
         by_latents = grad.new_empty(self.steps + 1, *self.start.shape)
         by_latents[0] = 0.0
         by_latents[1:] = grad
         by_parameters = room_for_gradients(self.layers, 1)
-        size = call("scratch_size", layers, depth, rows, self.threads)
+        size = call("scratch_size", layers, num_layers, rows, self.threads)
         call(
             "rollout_backward",
             layers,
-            depth,
+            num_layers,
             self.inputs,
             self.workspace,
             self.latents,

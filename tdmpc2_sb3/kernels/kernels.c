@@ -89,6 +89,52 @@ static inline float mish_slope_f(float h) {
     return w * inverse + h * 4.0f * u * (u + 1.0f) * inverse * inverse;
 }
 
+#if LANES >= 8
+#if LANES == 16
+#define LESSER(A, B) ((vector)_mm512_min_ps((__m512)(A), (__m512)(B)))
+#define GREATER(A, B) ((vector)_mm512_max_ps((__m512)(A), (__m512)(B)))
+#else
+#define LESSER(A, B) ((vector)_mm256_min_ps((__m256)(A), (__m256)(B)))
+#define GREATER(A, B) ((vector)_mm256_max_ps((__m256)(A), (__m256)(B)))
+#endif
+#define CHAINS 4 /* vectors side by side: the steps of one wait for each other */
+#define EACH _Pragma("GCC unroll 8") for (int64_t v = 0; v < CHAINS; v++)
+
+typedef int32_t whole_vector __attribute__((vector_size(4 * LANES)));
+
+/* mish_exp_f of CHAINS vectors. */
+static inline __attribute__((always_inline)) void mish_exp_chains(const vector *h, vector *u) {
+    const float magic = 12582912.0f;
+    vector x[CHAINS], shifted[CHAINS], n[CHAINS], p[CHAINS];
+    EACH x[v] = LESSER(h[v], (vector){0} + MISH_CLAMP);
+    EACH x[v] = GREATER(x[v], (vector){0} - 87.0f);
+    EACH shifted[v] = x[v] * 1.44269504f + magic;
+    EACH n[v] = shifted[v] - magic;
+    EACH x[v] = x[v] - n[v] * 0.693359375f;
+    EACH x[v] = x[v] + n[v] * 2.12194440e-4f;
+    EACH p[v] = x[v] * 1.9875691500e-4f + 1.3981999507e-3f;
+    EACH p[v] = p[v] * x[v] + 8.3334519073e-3f;
+    EACH p[v] = p[v] * x[v] + 4.1665795894e-2f;
+    EACH p[v] = p[v] * x[v] + 1.6666665459e-1f;
+    EACH p[v] = p[v] * x[v] + 5.0000001201e-1f;
+    EACH p[v] = p[v] * x[v] * x[v] + x[v] + 1.0f;
+    EACH shifted[v] = (vector)(((whole_vector)shifted[v] - 0x4B400000 + 127) << 23);
+    EACH u[v] = p[v] * shifted[v];
+}
+
+/* y = mish((x - mean) * rstd * gain + shift) for CHAINS vectors. */
+static inline void norm_mish_chains(const float *x, float mean, float rstd, const float *gain,
+                                    const float *shift, float *y) {
+    vector h[CHAINS], u[CHAINS];
+#define AT(ARRAY) (*(const loose_vector *)((ARRAY) + v * LANES))
+    EACH h[v] = (AT(x) - mean) * rstd * AT(gain) + AT(shift);
+    mish_exp_chains(h, u);
+    EACH u[v] = u[v] * (u[v] + 2.0f);
+    EACH u[v] = u[v] / (u[v] + 2.0f);
+    EACH *(loose_vector *)(y + v * LANES) = h[v] * u[v];
+}
+#endif
+
 static inline void simnorm_groups(float *restrict y, int64_t cols, int64_t simplex) {
     for (int64_t j = 0; j < cols; j += simplex) {
         float top = y[j];
@@ -105,11 +151,6 @@ static inline void simnorm_groups(float *restrict y, int64_t cols, int64_t simpl
     }
 }
 
-static void simnorm_row(float *y, int64_t cols, int64_t simplex) {
-    if (simplex == 8) simnorm_groups(y, cols, 8); /* the paper's size: unrolled */
-    else simnorm_groups(y, cols, simplex);
-}
-
 static inline void simnorm_grad_groups(const float *grad, const float *restrict y, float *out,
                                        int64_t cols, int64_t simplex) {
     for (int64_t j = 0; j < cols; j += simplex) { /* d softmax: y (g - sum g y) */
@@ -119,11 +160,55 @@ static inline void simnorm_grad_groups(const float *grad, const float *restrict 
     }
 }
 
+#ifdef __AVX__
+/* The numbers of a register combined, in every lane. */
+#define ACROSS(COMBINE, X)                                       \
+    X = COMBINE(X, _mm256_permute2f128_ps(X, X, 1));             \
+    X = COMBINE(X, _mm256_shuffle_ps(X, X, 0x4E));               \
+    X = COMBINE(X, _mm256_shuffle_ps(X, X, 0xB1))
+
+/* The two above for groups of 8, the paper's size: a register each. */
+static void simnorm_eights(float *y, int64_t cols) {
+    for (int64_t j = 0; j < cols; j += 8) {
+        __m256 group = _mm256_loadu_ps(y + j), top = group;
+        ACROSS(_mm256_max_ps, top);
+        _mm256_storeu_ps(y + j, group - top);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < cols; j++) y[j] = exp_f(y[j]);
+    for (int64_t j = 0; j < cols; j += 8) {
+        __m256 group = _mm256_loadu_ps(y + j), sum = group;
+        ACROSS(_mm256_add_ps, sum);
+        _mm256_storeu_ps(y + j, group / sum);
+    }
+}
+
+static void simnorm_grad_eights(const float *grad, const float *y, float *out, int64_t cols) {
+    for (int64_t j = 0; j < cols; j += 8) {
+        __m256 by_group = _mm256_loadu_ps(grad + j), group = _mm256_loadu_ps(y + j);
+        __m256 dot = by_group * group;
+        ACROSS(_mm256_add_ps, dot);
+        _mm256_storeu_ps(out + j, group * (by_group - dot));
+    }
+}
+#else
+static void simnorm_eights(float *y, int64_t cols) { simnorm_groups(y, cols, 8); }
+
+static void simnorm_grad_eights(const float *grad, const float *y, float *out, int64_t cols) {
+    simnorm_grad_groups(grad, y, out, cols, 8);
+}
+#endif
+
 /* Sums in four registers, whose additions need not wait for each other; rest is added to them. */
 static inline float added_up(const vector *sums, float rest) {
     vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    for (int64_t l = 0; l < LANES; l++) rest += all[l];
-    return rest;
+    float parts[LANES];
+    memcpy(parts, &all, sizeof parts);
+#pragma GCC unroll 4
+    for (int64_t half = LANES / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int64_t l = 0; l < half; l++) parts[l] += parts[half + l];
+    return rest + parts[0];
 }
 
 static inline float sum_of(const float *x, int64_t cols) {
@@ -150,30 +235,65 @@ static inline float squares_of(const float *x, float mean, int64_t cols) {
     return added_up(sums, rest);
 }
 
-/* One row of norm_forward. statistics may be null: of the mean, and of the reciprocal deviation
- * rows floats further. */
-static inline void norm_row(const float *xi, const float *mi, const float *gain, const float *shift,
-                            float *yi, float *statistics, int64_t rows, int64_t cols, float eps,
-                            int64_t activation, int64_t simplex) {
-    if (mi) {
+/* Mean and reciprocal deviation of a row. */
+typedef struct {
+    float mean, rstd;
+} moments;
+
+/* Those of x * mask, written into y if there is a mask. */
+static inline moments row_moments(const float *x, const float *mask, float *y, int64_t cols,
+                                  float eps) {
+    if (mask) {
 #pragma omp simd
-        for (int64_t j = 0; j < cols; j++) yi[j] = xi[j] * mi[j];
-        xi = yi;
+        for (int64_t j = 0; j < cols; j++) y[j] = x[j] * mask[j];
+        x = y;
     }
-    float mean = sum_of(xi, cols) / (float)cols;
-    float rstd = 1.0f / sqrtf(squares_of(xi, mean, cols) / (float)cols + eps);
-    if (statistics) {
-        statistics[0] = mean;
-        statistics[rows] = rstd;
-    }
+    float mean = sum_of(x, cols) / (float)cols;
+    return (moments){mean, 1.0f / sqrtf(squares_of(x, mean, cols) / (float)cols + eps)};
+}
+
+/* y = activation(LayerNorm(x)) of a row with these moments. */
+static inline void activate_row(const float *x, moments of, const float *gain, const float *shift,
+                                float *y, int64_t cols, int64_t activation, int64_t simplex) {
+    float mean = of.mean, rstd = of.rstd;
     if (activation == ACTIVATION_MISH) {
+        int64_t begin = 0;
+#if LANES >= 8
+        for (; begin + CHAINS * LANES <= cols; begin += CHAINS * LANES)
+            norm_mish_chains(x + begin, mean, rstd, gain + begin, shift + begin, y + begin);
+#endif
 #pragma omp simd
-        for (int64_t j = 0; j < cols; j++)
-            yi[j] = mish_f((xi[j] - mean) * rstd * gain[j] + shift[j]);
-    } else {
+        for (int64_t j = begin; j < cols; j++)
+            y[j] = mish_f((x[j] - mean) * rstd * gain[j] + shift[j]);
+        return;
+    }
 #pragma omp simd
-        for (int64_t j = 0; j < cols; j++) yi[j] = (xi[j] - mean) * rstd * gain[j] + shift[j];
-        if (activation == ACTIVATION_SIMNORM) simnorm_row(yi, cols, simplex);
+    for (int64_t j = 0; j < cols; j++) y[j] = (x[j] - mean) * rstd * gain[j] + shift[j];
+    if (activation == ACTIVATION_SIMNORM && simplex == 8) simnorm_eights(y, cols);
+    else if (activation == ACTIVATION_SIMNORM) simnorm_groups(y, cols, simplex);
+}
+
+/* Rows that are normed together: the moments of one need not wait for the activations of another. */
+#define NORM_ROWS 16
+
+/* Rows begin..end of norm_forward. */
+static inline void norm_rows(const float *x, const float *mask, const float *gain,
+                             const float *shift, float *y, float *statistics, int64_t begin,
+                             int64_t end, int64_t rows, int64_t cols, float eps,
+                             int64_t activation, int64_t simplex) {
+    moments of[NORM_ROWS];
+    for (; begin < end; begin += NORM_ROWS) {
+        int64_t count = end - begin < NORM_ROWS ? end - begin : NORM_ROWS, at = begin * cols;
+        for (int64_t i = 0; i < count; i++)
+            of[i] = row_moments(x + at + i * cols, mask ? mask + at + i * cols : 0,
+                                y + at + i * cols, cols, eps);
+        for (int64_t i = 0; statistics && i < count; i++) {
+            statistics[begin + i] = of[i].mean;
+            statistics[rows + begin + i] = of[i].rstd;
+        }
+        for (int64_t i = 0; i < count; i++)
+            activate_row((mask ? y : x) + at + i * cols, of[i], gain, shift, y + at + i * cols,
+                         cols, activation, simplex);
     }
 }
 
@@ -183,9 +303,9 @@ void norm_forward(const float *x, const float *mask, const float *gain, const fl
                   float *y, float *statistics, int64_t rows, int64_t cols, float eps,
                   int64_t activation, int64_t simplex, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < rows; i++)
-        norm_row(x + i * cols, mask ? mask + i * cols : 0, gain, shift, y + i * cols,
-                 statistics ? statistics + i : 0, rows, cols, eps, activation, simplex);
+    for (int64_t t = 0; t < threads; t++)
+        norm_rows(x, mask, gain, shift, y, statistics, rows * t / threads, rows * (t + 1) / threads,
+                  rows, cols, eps, activation, simplex);
 }
 
 /* Matrix products: a [rows, depth] by b [depth, cols].
@@ -372,7 +492,7 @@ static void norm_backward_rows(const float *grad, const float *x, const float *m
         float *out = grad_x + i * cols;
         float mean = statistics[i], rstd = statistics[rows + i], s1 = 0.0f, s2 = 0.0f;
         if (activation == ACTIVATION_SIMNORM) {
-            if (simplex == 8) simnorm_grad_groups(di, y + i * cols, out, cols, 8);
+            if (simplex == 8) simnorm_grad_eights(di, y + i * cols, out, cols);
             else simnorm_grad_groups(di, y + i * cols, out, cols, simplex);
             di = out;
         }
@@ -572,10 +692,9 @@ static void layer_forward(const layer *it, const place *to, const float *x, int6
             product_rows(a, a_dim, 1, it->packed + x_dim * PANEL, it->depth,
                          shared ? shared : to->product, shared ? 0 : cols, to->product, from,
                          until, a_dim, cols);
-        for (int64_t i = from; it->gain && i < until; i++)
-            norm_row(to->product + i * cols, to->mask ? to->mask + i * cols : 0, it->gain,
-                     it->shift, to->output + i * cols, to->statistics ? to->statistics + i : 0,
-                     rows, cols, it->eps, it->activation, it->simplex);
+        if (it->gain)
+            norm_rows(to->product, to->mask, it->gain, it->shift, to->output, to->statistics, from,
+                      until, rows, cols, it->eps, it->activation, it->simplex);
     }
 }
 
@@ -1225,9 +1344,8 @@ static void state_space_step(const dynamics *d, const state_space_memory *m, con
         const state_space_layer *it = d->stack + l;
         int64_t modes = it->modes, all = it->products.cols, hidden = it->readout.cols;
         float *states = m->states + l * BLOCK_ROWS * 2 * modes;
-        for (int64_t i = 0; i < count; i++)
-            norm_row(m->stream + i * width, 0, it->gain, it->shift, m->normed + i * width, 0,
-                     count, width, it->eps, ACTIVATION_NONE, 1);
+        norm_rows(m->stream, 0, it->gain, it->shift, m->normed, 0, 0, count, count, width, it->eps,
+                  ACTIVATION_NONE, 1);
         layer_rows(&it->products, m->normed, width, 0, 0, count, m->products);
         if (it->selection.cols) {
             int64_t rank = it->selection.depth; /* W_1 v are the last columns */

@@ -133,6 +133,31 @@ static inline void norm_mish_chains(const float *x, float mean, float rstd, cons
     EACH u[v] = u[v] / (u[v] + 2.0f);
     EACH *(loose_vector *)(y + v * LANES) = h[v] * u[v];
 }
+
+/* Gradients of CHAINS vectors of norm_forward with Mish, grad those by its output: added to dgain and
+ * dshift; into out those by hat, the normed x * mask, whose sums are added to s1 and those of their
+ * products with hat to s2. */
+static inline void norm_mish_back_chains(const float *grad, const float *x, const float *mask,
+                                         float mean, float rstd, const float *gain,
+                                         const float *shift, float *dgain, float *dshift,
+                                         float *out, vector *s1, vector *s2) {
+    vector hat[CHAINS], h[CHAINS], u[CHAINS], w[CHAINS], d[CHAINS];
+    EACH hat[v] = AT(x);
+    if (mask) EACH hat[v] *= AT(mask);
+    EACH hat[v] = (hat[v] - mean) * rstd;
+    EACH h[v] = hat[v] * AT(gain) + AT(shift);
+    mish_exp_chains(h, u);
+    EACH w[v] = u[v] * (u[v] + 2.0f);
+    EACH d[v] = 1.0f / (w[v] + 2.0f);
+    EACH h[v] = w[v] * d[v] + h[v] * 4.0f * u[v] * (u[v] + 1.0f) * d[v] * d[v]; /* the slope */
+    EACH d[v] = AT(grad) * h[v];
+    EACH *(loose_vector *)(dgain + v * LANES) += d[v] * hat[v];
+    EACH *(loose_vector *)(dshift + v * LANES) += d[v];
+    EACH d[v] *= AT(gain);
+    EACH *(loose_vector *)(out + v * LANES) = d[v];
+    EACH s1[v] += d[v];
+    EACH s2[v] += d[v] * hat[v];
+}
 #endif
 
 static inline void simnorm_groups(float *restrict y, int64_t cols, int64_t simplex) {
@@ -491,13 +516,14 @@ static void norm_backward_rows(const float *grad, const float *x, const float *m
         const float *mi = mask ? mask + i * cols : 0;
         float *out = grad_x + i * cols;
         float mean = statistics[i], rstd = statistics[rows + i], s1 = 0.0f, s2 = 0.0f;
+        int64_t done = 0; /* columns */
         if (activation == ACTIVATION_SIMNORM) {
             if (simplex == 8) simnorm_grad_eights(di, y + i * cols, out, cols);
             else simnorm_grad_groups(di, y + i * cols, out, cols, simplex);
             di = out;
         }
 #define PASS(INPUT, SLOPE)                                                                        \
-    _Pragma("omp simd reduction(+ : s1, s2)") for (int64_t j = 0; j < cols; j++) {                \
+    _Pragma("omp simd reduction(+ : s1, s2)") for (int64_t j = done; j < cols; j++) {             \
         float hat = ((INPUT)-mean) * rstd;                                                        \
         float h = hat * gain[j] + shift[j];                                                       \
         (void)h;                                                                                  \
@@ -510,6 +536,16 @@ static void norm_backward_rows(const float *grad, const float *x, const float *m
         out[j] = d;                                                                               \
     }
         if (activation == ACTIVATION_MISH) {
+#if LANES >= 8
+            vector sums1[4] = {{0}}, sums2[4] = {{0}};
+            _Static_assert(CHAINS <= 4, "added_up adds four");
+            for (; done + CHAINS * LANES <= cols; done += CHAINS * LANES)
+                norm_mish_back_chains(di + done, xi + done, mi ? mi + done : 0, mean, rstd,
+                                      gain + done, shift + done, dgain + done, dshift + done,
+                                      out + done, sums1, sums2);
+            s1 = added_up(sums1, 0.0f);
+            s2 = added_up(sums2, 0.0f);
+#endif
             if (mi) {
                 PASS(xi[j] * mi[j], mish_slope_f(h))
             } else {

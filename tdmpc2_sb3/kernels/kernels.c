@@ -55,7 +55,7 @@ static inline float exp_within(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    bits32 scale = {.i = (shifted.i - 0x4B400000 + 127) << 23};
+    bits32 scale = {.u = (shifted.u - 0x4B400000u + 127u) << 23};
     return p * scale.f;
 }
 
@@ -100,7 +100,7 @@ static inline float mish_slope_f(float h) {
 #define CHAINS 4 /* vectors side by side: the steps of one wait for each other */
 #define EACH _Pragma("GCC unroll 8") for (int64_t v = 0; v < CHAINS; v++)
 
-typedef int32_t whole_vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t whole_vector __attribute__((vector_size(4 * LANES)));
 
 /* mish_exp_f of CHAINS vectors. */
 static inline __attribute__((always_inline)) void mish_exp_chains(const vector *h, vector *u) {
@@ -118,7 +118,7 @@ static inline __attribute__((always_inline)) void mish_exp_chains(const vector *
     EACH p[v] = p[v] * x[v] + 1.6666665459e-1f;
     EACH p[v] = p[v] * x[v] + 5.0000001201e-1f;
     EACH p[v] = p[v] * x[v] * x[v] + x[v] + 1.0f;
-    EACH shifted[v] = (vector)(((whole_vector)shifted[v] - 0x4B400000 + 127) << 23);
+    EACH shifted[v] = (vector)(((whole_vector)shifted[v] - 0x4B400000u + 127u) << 23);
     EACH u[v] = p[v] * shifted[v];
 }
 

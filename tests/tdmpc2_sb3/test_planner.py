@@ -146,6 +146,8 @@ def test_kernels_plan_as_torch_does_in_double_precision(
     model = make_model(roughen, episodic, dynamics)
     config = CONFIG._replace(num_samples=150, num_pi_trajs=num_pi_trajs)
     noise = sample_plan_noise(model, config, num_envs, generator(1), shared=num_envs > 1)
+    # Gumbel noise goes by rank, which rounding changes for two elites of nearly the same value.
+    noise = noise._replace(gumbel=th.zeros_like(noise.gumbel))
     latents = model.encode(th.randn(num_envs, OBS_DIM, generator=generator(2))).detach()
     initial = th.rand(num_envs, 3, ACTION_DIM, generator=generator(3)) - 0.5
     assert _planning_networks(model) is not None

@@ -57,8 +57,11 @@ class StateEncoder(nn.Module):
         self.net = MLP(in_features, hidden, latent_dim, SimNorm(simnorm_dim))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        # Integers and double precision become what the weights are.
-        return self.net(x.to(self.net[0].bias.dtype))  # type: ignore[no-any-return, arg-type, union-attr]
+        return self.net(self.cast(x))  # type: ignore[no-any-return]
+
+    def cast(self, x: th.Tensor) -> th.Tensor:
+        """Integers and double precision as what the weights are."""
+        return x.to(self.net[0].bias.dtype)  # type: ignore[arg-type, union-attr]
 
 
 class PixelEncoder(nn.Module):
@@ -163,17 +166,23 @@ class Encoder(nn.Module):
         :param offsets: of the images' random shift, [images, prod(...), 2]; centred if None
         :return: z, [..., Z]
         """
-        entries = observation if isinstance(observation, dict) else {"observation": observation}
-        latents = []
-        if self.vector_keys:
-            # A vector may have any shape: what the batch axes are is known from its space alone,
-            # so the caller flattens it (see WorldModel.encode).
-            vectors = [entries[key] for key in self.vector_keys]
-            latents.append(self.state(vectors[0] if len(vectors) == 1 else th.cat(vectors, -1)))
+        latents = [self.state(self.vectors(observation))] if self.vector_keys else []
         for index, key in enumerate(self.image_keys):
+            image = observation[key] if isinstance(observation, dict) else observation
             offset = None if offsets is None else offsets[index]
-            latents.append(self.pixels[key](entries[key], offset))
+            latents.append(self.pixels[key](image, offset))
         return latents[0] if len(latents) == 1 else th.stack(latents).mean(0)
+
+    def vectors(self, observation: Observation) -> th.Tensor:
+        """What the state encoder reads, [..., O].
+
+        A vector may have any shape: what the batch axes are is known from its space alone, so the
+        caller flattens it (see :meth:`WorldModel.encode`).
+        """
+        if isinstance(observation, th.Tensor):
+            return observation
+        vectors = [observation[key] for key in self.vector_keys]
+        return vectors[0] if len(vectors) == 1 else th.cat(vectors, -1)
 
     def sample_offsets(self, num_rows: int, generator: th.Generator) -> th.Tensor | None:
         """Random shifts for ``num_rows`` observations, [images, rows, 2]; None without images."""

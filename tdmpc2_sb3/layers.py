@@ -288,7 +288,8 @@ class MLP(nn.Sequential):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """[..., in] to [..., out]."""
-        return self._from(0, x, None) if self._can_fuse(x) else super().forward(x)
+        fuse = kernels.usable(x) and self.has_kernels()
+        return self._from(0, x, None) if fuse else super().forward(x)
 
     def forward_pair(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
         """The network on the concatenation of two inputs whose batch axes may broadcast.
@@ -297,12 +298,12 @@ class MLP(nn.Sequential):
         :param a: [..., A]
         """
         if z.shape[:-1] == a.shape[:-1]:
-            if self._can_fuse(a):
+            if kernels.usable(a) and self.has_kernels():
                 return self._from(0, z, a)
             return super().forward(th.cat([z, a], dim=-1))  # type: ignore[no-any-return]
         first, *rest = self
         x = first.forward_pair(z, a)  # type: ignore[operator]
-        if self._can_fuse(x):
+        if kernels.usable(x) and self.has_kernels():
             return self._from(1, x, None)
         for layer in rest:
             x = layer(x)
@@ -319,9 +320,9 @@ class MLP(nn.Sequential):
 
         return kernels.held_layers((self, start), make)
 
-    def _can_fuse(self, x: th.Tensor) -> bool:
-        normed = (each for each in self if isinstance(each, NormedLinear))
-        return kernels.usable(x) and all(each.has_kernel() for each in normed)
+    def has_kernels(self) -> bool:
+        """Whether the CPU kernels have every activation."""
+        return all(each.has_kernel() for each in self if isinstance(each, NormedLinear))
 
     def _from(self, start: int, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
         """All layers from that one on, by the CPU kernels."""

@@ -115,7 +115,8 @@ def sample_update_noise(
     )
 
 
-def _at(observations: Observation, index: int | slice) -> Observation:
+def observations_at(observations: Observation, index: int | slice) -> Observation:
+    """Those of one step, or of some, of observations with a leading axis of steps."""
     if isinstance(observations, dict):
         return {key: value[index] for key, value in observations.items()}
     return observations[index]
@@ -145,10 +146,23 @@ def td_targets(
     lambda G_t+1) with G_T = V(z_T): rewards reach earlier values in fewer updates, but those after
     the first stem from the actions that were taken, not from the policy prior's.
     """
-    used = slice(-1, None) if config.td_lambda == 1.0 else slice(None)
+    used = bootstrapped_steps(config)
     latents = next_latents[used]
     actions = model.policy_action(latents, noise.next_action[used])
     values = model.target_q_values(latents, actions, noise.target_heads).amin(0)
+    return lambda_returns(values, batch, config)
+
+
+def bootstrapped_steps(config: LossConfig) -> slice:
+    """The steps whose next latents' values :func:`lambda_returns` reads."""
+    return slice(-1, None) if config.td_lambda == 1.0 else slice(None)
+
+
+def lambda_returns(values: th.Tensor, batch: SequenceBatch, config: LossConfig) -> th.Tensor:
+    """The targets of :func:`td_targets`, [T, B].
+
+    :param values: V(z') of :func:`bootstrapped_steps`, [1 or T, B]
+    """
     discounts = config.gamma * (1.0 - batch.terminations)
     if config.td_lambda == 0.0:
         return batch.rewards + discounts * values
@@ -184,11 +198,13 @@ def model_losses(
     """
     classifies_encoded = model.episodic and config.encoded_terminations
     with th.set_grad_enabled(classifies_encoded and th.is_grad_enabled()):
-        encoded = model.encode(_at(batch.observations, slice(1, None)), noise.next_offsets)
+        encoded = model.encode(
+            observations_at(batch.observations, slice(1, None)), noise.next_offsets
+        )
     next_latents = encoded.detach()
     targets = td_targets(model, next_latents, batch, noise, config)
 
-    latent = model.encode(_at(batch.observations, 0), noise.first_offsets)  # z_0 [B, Z]
+    latent = model.encode(observations_at(batch.observations, 0), noise.first_offsets)  # z_0 [B, Z]
     predicted = model.dynamics.rollout(model.dynamics.initial_state(latent), batch.actions)
     states = th.cat([latent.unsqueeze(0), predicted[:-1]])  # z_0..z_{T-1} [T, B, Z]
 

@@ -7,7 +7,8 @@ import math
 import torch as th
 
 from tdmpc2_sb3.compilation import compiled
-from tdmpc2_sb3.kernels import weights_held
+from tdmpc2_sb3.direct_gradients import DirectGradients, has_direct_gradients
+from tdmpc2_sb3.kernels import usable, weights_held
 from tdmpc2_sb3.losses import (
     LossConfig,
     ModelLosses,
@@ -61,6 +62,9 @@ class UpdateStep:
 
         self._model_losses = compiled(model_losses, compile, model_backward)
         self._policy_loss = compiled(policy_loss, compile, policy_backward)
+        self._direct: DirectGradients | None = None
+        if compile is not True and has_direct_gradients(model):
+            self._direct = DirectGradients(model, config)
 
     def __call__(
         self, batch: SequenceBatch, noise: UpdateNoise, with_policy: bool = True
@@ -73,32 +77,44 @@ class UpdateStep:
         :raises RuntimeError: if a loss or gradient is not finite; nothing has changed then
         """
         policy, model = self.policy, self.policy.world_model
+        direct = self._direct if usable(batch.rewards) and usable(model.bins) else None
         with weights_held():
-            losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
-        grad_norm = self._step(policy.model_optimizer, policy.model_parameters, losses.total)
+            if direct is not None:
+                losses, gradients = direct.model_losses(batch, noise, self.model_weights)
+            else:
+                losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
+                gradients = _gradients(policy.model_parameters)
+        grad_norm = self._step(
+            policy.model_optimizer, policy.model_parameters, gradients, losses.total
+        )
         statistics = self._model_statistics(losses, grad_norm)
         if with_policy:
-            statistics.update(self._policy_step(losses.latents, batch, noise))
+            statistics.update(self._policy_step(losses.latents, batch, noise, direct))
         with th.no_grad():
             th._foreach_lerp_(self._target, self._online, self.tau)
         return statistics
 
     def _policy_step(
-        self, latents: th.Tensor, batch: SequenceBatch, noise: UpdateNoise
+        self,
+        latents: th.Tensor,
+        batch: SequenceBatch,
+        noise: UpdateNoise,
+        direct: DirectGradients | None,
     ) -> dict[str, th.Tensor]:
         policy, model = self.policy, self.policy.world_model
+        alive = alive_states(batch)
+        settings = (self.policy_weights, self.tau, alive)
         with weights_held():
-            prior = self._policy_loss(
-                model,
-                latents,
-                policy.scale,
-                noise,
-                self.config,
-                self.policy_weights,
-                self.tau,
-                alive_states(batch),
-            )
-        grad_norm = self._step(policy.prior_optimizer, policy.prior_parameters, prior.total)
+            if direct is not None:
+                prior, gradients = direct.policy_loss(latents, policy.scale, noise, *settings)
+            else:
+                prior = self._policy_loss(
+                    model, latents, policy.scale, noise, self.config, *settings
+                )
+                gradients = _gradients(policy.prior_parameters)
+        grad_norm = self._step(
+            policy.prior_optimizer, policy.prior_parameters, gradients, prior.total
+        )
         with th.no_grad():
             policy.scale.copy_(prior.scale)
         return {
@@ -110,9 +126,15 @@ class UpdateStep:
         }
 
     def _step(
-        self, optimizer: th.optim.Optimizer, parameters: list[th.nn.Parameter], loss: th.Tensor
+        self,
+        optimizer: th.optim.Optimizer,
+        parameters: list[th.nn.Parameter],
+        gradients: list[th.Tensor],
+        loss: th.Tensor,
     ) -> th.Tensor:
-        gradients = [each.grad for each in parameters if each.grad is not None]
+        """
+        :param gradients: arrays that hold the parameters' gradients, each number once
+        """
         norm = th.nn.utils.get_total_norm(gradients)
         # One transfer from the device; most gradients are short enough as they are.
         loss_value, length = th.stack([loss.detach(), norm]).tolist()
@@ -139,3 +161,7 @@ class UpdateStep:
         if self.policy.world_model.episodic:
             statistics["train/termination_loss"] = losses.termination
         return statistics
+
+
+def _gradients(parameters: list[th.nn.Parameter]) -> list[th.Tensor]:
+    return [each.grad for each in parameters if each.grad is not None]

@@ -11,19 +11,30 @@ Callers ask :func:`usable` and keep a plain torch path, which a compiler, other 
 precision take too.
 """
 
-from tdmpc2_sb3.kernels.arguments import Layer, held_layers
+from tdmpc2_sb3.kernels.arguments import KeptLayers, Layer, held_layers
 from tdmpc2_sb3.kernels.functions import (
     Activation,
     Norm,
+    PolicyDraw,
     gelu_sum,
     layer_norm,
     selective_scan,
+    squared_loss,
     two_hot_cross_entropy,
     two_hot_inverse,
+    two_hot_inverse_backward,
+    two_hot_loss,
     usable,
 )
 from tdmpc2_sb3.kernels.library import SWITCH, library
-from tdmpc2_sb3.kernels.networks import networks
+from tdmpc2_sb3.kernels.networks import (
+    Evaluation,
+    GradientRoom,
+    Gradients,
+    by_parameter,
+    evaluation,
+    networks,
+)
 from tdmpc2_sb3.kernels.planning import (
     PlanningNetworks,
     Sequences,
@@ -32,17 +43,25 @@ from tdmpc2_sb3.kernels.planning import (
     plans,
 )
 from tdmpc2_sb3.kernels.products import weights_held
-from tdmpc2_sb3.kernels.rollouts import rollout, rolls_out
+from tdmpc2_sb3.kernels.rollouts import Rollout, rollout, rolls_out
 
 __all__ = [
     "SWITCH",
     "Activation",
+    "Evaluation",
+    "GradientRoom",
+    "Gradients",
+    "KeptLayers",
     "Layer",
     "Norm",
     "PlanningNetworks",
+    "PolicyDraw",
+    "Rollout",
     "Sequences",
     "StateSpace",
     "StateSpaceLayer",
+    "by_parameter",
+    "evaluation",
     "gelu_sum",
     "held_layers",
     "layer_norm",
@@ -52,8 +71,11 @@ __all__ = [
     "rollout",
     "rolls_out",
     "selective_scan",
+    "squared_loss",
     "two_hot_cross_entropy",
     "two_hot_inverse",
+    "two_hot_inverse_backward",
+    "two_hot_loss",
     "usable",
     "weights_held",
 ]

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tdmpc2_sb3.kernels.functions import Norm
 from tdmpc2_sb3.kernels.library import LayerArgument, call
-from tdmpc2_sb3.kernels.products import held, hold, panels
+from tdmpc2_sb3.kernels.products import held, hold, multiplies, panels
 
 LAY_OUT_PARALLEL_FROM = 2**15  # numbers; waking a second thread costs more than fewer would save
 
@@ -49,19 +49,28 @@ class Layer(NamedTuple):
         return Layer(self.weight.detach(), bias, gain, shift, self.norm)
 
 
-class _HeldLayers(list[Layer]):
-    """Layers whose weights are held, with what is asked of them more than once."""
+class KeptLayers(list[Layer]):
+    """Layers of parameters that stay the same objects, with what is asked of them more than once.
+
+    Where their numbers stand is looked up once while weights are held.
+    """
 
     def __init__(self, layers: Sequence[Layer]):
         super().__init__(layers)
         self.widest = widest(layers)
-        self.can_be_read = can_be_read(layers)
-        self.arguments: NetworkArguments | None = None
+        self._looked_up: tuple[object, NetworkArguments] | None = None
+
+    def look_up(self) -> NetworkArguments:
+        """Their arguments."""
+        now = hold()
+        if now is None or self._looked_up is None or self._looked_up[0] is not now:
+            self._looked_up = now, _find(self)
+        return self._looked_up[1]
 
 
 def widest(layers: Sequence[Layer]) -> int:
     """The largest size of a weight."""
-    if isinstance(layers, _HeldLayers):
+    if isinstance(layers, KeptLayers):
         return layers.widest
     return max(size for layer in layers for size in layer.weight.shape[-2:])
 
@@ -72,13 +81,20 @@ def held_layers(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]
     :param key: that tells the network from all others
     :param make: makes them
     """
-    return make() if hold() is None else held(key, lambda: _HeldLayers(make()))
+    return make() if hold() is None else held(key, lambda: KeptLayers(make()))
 
 
-def can_be_read(layers: Sequence[Layer]) -> bool:
+def multiplied_here(rows: int, layers: Sequence[Layer]) -> bool:
+    """Whether ``kernels.c`` is to take that many rows through the layers, rather than torch."""
+    if not multiplies(rows, widest(layers)):
+        return False
+    if isinstance(layers, KeptLayers):
+        return layers.look_up().can_be_read
+    return _can_be_read(layers)
+
+
+def _can_be_read(layers: Sequence[Layer]) -> bool:
     """Whether the numbers of a row stand side by side."""
-    if isinstance(layers, _HeldLayers):
-        return layers.can_be_read
     return all(each is None or each.stride(-1) == 1 for layer in layers for each in layer[:4])
 
 
@@ -91,6 +107,7 @@ class NetworkArguments:
     def __init__(self, layers: Sequence[Layer], signature: object):
         first = layers[0].weight
         self.signature = signature
+        self.can_be_read = _can_be_read(layers)
         self.num_layers = len(layers)
         self.num_networks = len(first) if first.dim() == 3 else 1
         self._input_dim = first.shape[-1]
@@ -194,11 +211,7 @@ _thread = _Thread()
 
 def arguments_of(layers: Sequence[Layer]) -> NetworkArguments:
     """The arguments of a network's layers, made unless they are there."""
-    if not isinstance(layers, _HeldLayers):
-        return _find(layers)
-    if layers.arguments is None:
-        layers.arguments = _find(layers)
-    return layers.arguments
+    return layers.look_up() if isinstance(layers, KeptLayers) else _find(layers)
 
 
 def _find(layers: Sequence[Layer]) -> NetworkArguments:

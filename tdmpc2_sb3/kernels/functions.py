@@ -16,6 +16,7 @@ import torch as th
 from tdmpc2_sb3.kernels.library import call, library
 
 PARALLEL_FROM = 32768  # elements; waking a second thread costs more than fewer would save
+_COST_OF_SQUASHING = 32  # elements' worth: two tanh, an exponential and a logarithm
 
 
 class Activation(enum.IntEnum):
@@ -166,20 +167,29 @@ class _TwoHotInverse(th.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor, None]:
-        logits, bins = ctx.saved_tensors
-        grad, grad_logits = grads[0].contiguous(), th.empty_like(logits)
-        if grad.numel():
-            call(
-                "two_hot_inverse_backward",
-                grad,
-                logits,
-                bins,
-                grad_logits,
-                grad.numel(),
-                logits.shape[-1],
-                _threads(logits.numel()),
-            )
-        return grad_logits, None
+        return two_hot_inverse_backward(grads[0], *ctx.saved_tensors), None
+
+
+def two_hot_inverse_backward(grad: th.Tensor, logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
+    """Gradients of :func:`two_hot_inverse` by its logits.
+
+    :param grad: by its result, [...]
+    :param logits: contiguous, [..., K]
+    :param bins: [K]
+    """
+    grad, grad_logits = grad.contiguous(), th.empty_like(logits)
+    if grad.numel():
+        call(
+            "two_hot_inverse_backward",
+            grad,
+            logits,
+            bins,
+            grad_logits,
+            grad.numel(),
+            logits.shape[-1],
+            _threads(logits.numel()),
+        )
+    return grad_logits
 
 
 def _two_hot_inverse_forward(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
@@ -255,6 +265,124 @@ def two_hot_cross_entropy(logits: th.Tensor, position: th.Tensor) -> th.Tensor:
     return _TwoHotCrossEntropy.apply(  # type: ignore[no-any-return]
         logits.contiguous(), position.contiguous()
     )
+
+
+def two_hot_loss(
+    logits: th.Tensor,
+    x: th.Tensor,
+    weights: th.Tensor,
+    bins: th.Tensor,
+    scale: float,
+    loss: th.Tensor,
+) -> th.Tensor:
+    """Gradients by the logits of a weighted sum of their cross-entropies with two-hot scalars.
+
+    :param logits: contiguous, [..., K]
+    :param x: scalars, whose axes are the last ones of ``...``
+    :param weights: of the scalars, contiguous
+    :param bins: evenly spaced bin centres in symlog space, [K]
+    :param scale: of the gradients
+    :param loss: where the sum is written, []
+    :return: [..., K]
+    """
+    grad_logits = th.empty_like(logits)
+    num_bins = logits.shape[-1]
+    call(
+        "two_hot_loss",
+        logits,
+        x.contiguous(),
+        weights,
+        bins,
+        loss,
+        grad_logits,
+        logits.numel() // num_bins,
+        x.numel(),
+        num_bins,
+        scale,
+        _threads(logits.numel()),
+    )
+    return grad_logits
+
+
+def squared_loss(
+    x: th.Tensor,
+    target: th.Tensor,
+    weights: th.Tensor,
+    scale: float,
+    loss: th.Tensor,
+    grad: th.Tensor,
+) -> None:
+    """Writes a weighted sum of rows' mean squared distances, and its gradients by x.
+
+    :param x: contiguous, [..., D]
+    :param target: contiguous, [..., D]
+    :param weights: contiguous, [...]
+    :param scale: of the gradients
+    :param loss: the sum, []
+    :param grad: contiguous, [..., D]
+    """
+    call(
+        "squared_loss",
+        x,
+        target,
+        weights,
+        loss,
+        grad,
+        weights.numel(),
+        x.shape[-1],
+        scale,
+        _threads(x.numel()),
+    )
+
+
+class PolicyDraw:
+    """A draw of the policy prior, differentiated by hand; see :meth:`WorldModel.policy`.
+
+    :param moments: outputs of the policy network, contiguous, [B, 2 A]
+    :param noise: standard normal, contiguous, [B, A]
+    :param actions: where the actions are written, [B, A]; rows may lie apart
+    """
+
+    def __init__(self, moments: th.Tensor, noise: th.Tensor, actions: th.Tensor):
+        self._noise = noise
+        self._sizes = rows, action_dim = actions.shape
+        self._kept = noise.new_empty(3, rows, action_dim)
+        self.log_prob, self.scaled_entropy = noise.new_empty(2, rows)  # [B] each
+        call(
+            "policy_sample_forward",
+            moments,
+            noise,
+            actions,
+            self.log_prob,
+            self.scaled_entropy,
+            self._kept,
+            rows,
+            action_dim,
+            actions.stride(0),
+            _threads(_COST_OF_SQUASHING * noise.numel()),
+        )
+
+    def backward(self, by_actions: th.Tensor, by_entropy: th.Tensor) -> th.Tensor:
+        """Gradients by the moments, [B, 2 A].
+
+        :param by_actions: contiguous, [B, A]
+        :param by_entropy: by the scaled entropy, contiguous, [B]
+        """
+        rows, action_dim = self._sizes
+        by_moments = by_actions.new_empty(rows, 2 * action_dim)
+        call(
+            "policy_sample_backward",
+            self._noise,
+            self.log_prob,
+            self._kept,
+            by_actions,
+            by_entropy,
+            by_moments,
+            rows,
+            action_dim,
+            _threads(by_actions.numel()),
+        )
+        return by_moments
 
 
 class _GeluSum(th.autograd.Function):

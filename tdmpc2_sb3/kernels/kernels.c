@@ -881,13 +881,14 @@ static void parameter_gradients(const layer *net, const gradient_place *to, int6
 }
 
 /* Gradients of networks_forward with keep, whose mask, workspaces and result these are. grad: by the
- * result. by_input: by the last input_cols columns of x, [rows, input_cols], added up over the
- * networks; null if not wanted. by_parameters: of each of the count layers by the weights, [networks,
+ * result. by_input: by input_cols columns of x, those with which packed_back of the first layers
+ * begins, [rows, input_cols], added up over the networks, and to what stands there if adds; null if
+ * not wanted. by_parameters: of each of the count layers by the weights, [networks,
  * cols, depth], and behind those by gains, shifts and biases, [3, networks, cols]; null if not wanted.
  * scratches: one a network. */
 void networks_backward(const layer *layers, int64_t count, int64_t networks, const float *x,
                        int64_t x_row, const float *mask, float *const *workspaces, float *result,
-                       const float *grad, float *by_input, int64_t input_cols,
+                       const float *grad, float *by_input, int64_t input_cols, int64_t adds,
                        float *const *by_parameters, float *const *scratches, int64_t rows,
                        int64_t threads) {
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
@@ -905,7 +906,7 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
         for (int64_t l = 0; l < networks * count; l += count) {
             clear_sums(layers + l, to + l, count, t);
             layers_backward(layers + l, kept + l, to + l, count, x, x_row,
-                            grad + l / count * rows * last, by_input, input_cols, l > 0,
+                            grad + l / count * rows * last, by_input, input_cols, adds || l,
                             by_parameters != 0, by_parameters && !l, t, rows * t / threads,
                             rows * (t + 1) / threads, rows);
         }
@@ -1035,6 +1036,77 @@ void two_hot_cross_entropy_backward(const float *grad, const float *logits,
         gi[low] -= g * (1.0f - share);
         gi[low + 1] -= g * share;
     }
+}
+
+/* Loss and gradients at once, where what follows the loss is known.
+ *
+ * Losses are sums over rows of a weight times what the row loses; each thread adds up its rows. */
+#define FOR_EACH_SHARE                                                                            \
+    _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")            \
+    for (int64_t t = 0; t < threads; t++)                                                         \
+        for (int64_t i = rows * t / threads; i < rows * (t + 1) / threads; i++)
+
+static float sum_of_shares(const double *shares, int64_t threads) {
+    double sum = 0.0;
+    for (int64_t t = 0; t < threads; t++) sum += shares[t];
+    return (float)sum;
+}
+
+/* two_hot_cross_entropy with scalars, [target_rows], which like their weights repeat; loss: its
+ * weighted sum; grad_logits: scale times its gradients, [rows, cols]. */
+void two_hot_loss(const float *logits, const float *scalars, const float *weights,
+                  const float *bins, float *loss, float *grad_logits, int64_t rows,
+                  int64_t target_rows, int64_t cols, float scale, int64_t threads) {
+    double shares[threads];
+    memset(shares, 0, sizeof shares);
+    float last = (float)(cols - 1), bins_a_unit = last / (bins[cols - 1] - bins[0]);
+    FOR_EACH_SHARE {
+        const float *li = logits + i * cols;
+        float *gi = grad_logits + i * cols;
+        float x = scalars[i % target_rows], weight = weights[i % target_rows];
+        float p = (copysignf(log1pf(fabsf(x)), x) - bins[0]) * bins_a_unit;
+        p = p < 0.0f ? 0.0f : p > last ? last : p; /* NaN stays */
+        float top = row_max(li, cols), sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < cols; j++) {
+            gi[j] = exp_f(li[j] - top);
+            sum += gi[j];
+        }
+        float g = scale * weight, factor = g / sum;
+#pragma omp simd
+        for (int64_t j = 0; j < cols; j++) gi[j] *= factor;
+        if (!(p >= 0.0f)) {
+            shares[t] += p;
+            continue;
+        }
+        int64_t low = (int64_t)p;
+        if (low > cols - 2) low = cols - 2;
+        float share = p - (float)low;
+        gi[low] -= g * (1.0f - share);
+        gi[low + 1] -= g * share;
+        shares[t] +=
+            weight * (top + logf(sum) - (1.0f - share) * li[low] - share * li[low + 1]);
+    }
+    *loss = sum_of_shares(shares, threads);
+}
+
+/* Mean squares of the rows' distances; loss: their sum, weighted by weights, [rows]; grad: scale
+ * times its gradients by x. */
+void squared_loss(const float *x, const float *target, const float *weights, float *loss,
+                  float *grad, int64_t rows, int64_t cols, float scale, int64_t threads) {
+    double shares[threads];
+    memset(shares, 0, sizeof shares);
+    FOR_EACH_SHARE {
+        float weight = weights[i] / (float)cols, factor = 2.0f * scale * weight, squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t j = i * cols; j < (i + 1) * cols; j++) {
+            float distance = x[j] - target[j];
+            squares += distance * distance;
+            grad[j] = factor * distance;
+        }
+        shares[t] += weight * squares;
+    }
+    *loss = sum_of_shares(shares, threads);
 }
 
 /* GELU in its tanh approximation of a + b: x sigmoid(2 c (x + 0.044715 x^3)), c = sqrt(2 / pi). */
@@ -1229,6 +1301,69 @@ void selective_scan_backward(const float *grad, const float *selection, const fl
     }
 }
 
+#define LOG_STD_MIN (-10.0f)
+#define LOG_STD_RANGE 12.0f /* up to 2 */
+#define SQUASH_EPSILON 1e-6f
+#define ENTROPY_EPSILON 1e-8f
+#define LOG_SQRT_2_PI 0.91893853f
+
+/* Draws of the policy prior from its outputs, [rows, 2 A], and standard normal noise, [rows, A]:
+ * actions whose rows are action_row apart, their log-probabilities and the scaled entropies, [rows].
+ * kept: for the gradients, tanh(s), the deviations and the actions, [3, rows, A]. */
+void policy_sample_forward(const float *moments, const float *noise, float *actions,
+                           float *log_prob, float *entropy, float *kept, int64_t rows,
+                           int64_t action_dim, int64_t action_row, int64_t threads) {
+    int64_t all = rows * action_dim;
+    FOR_EACH_SHARE {
+        const float *mean = moments + 2 * i * action_dim, *s = mean + action_dim;
+        float gaussian = 0.0f, squashed = 0.0f;
+        for (int64_t j = 0; j < action_dim; j++) {
+            int64_t at = i * action_dim + j;
+            float tanh_s = tanhf(s[j]), log_std = LOG_STD_MIN + 0.5f * LOG_STD_RANGE * (tanh_s + 1.0f);
+            float std = expf(log_std), action = tanhf(mean[j] + noise[at] * std);
+            float room = 1.0f - action * action;
+            gaussian -= 0.5f * noise[at] * noise[at] + log_std + LOG_SQRT_2_PI;
+            squashed += logf((room < 0.0f ? 0.0f : room) + SQUASH_EPSILON);
+            actions[i * action_row + j] = action;
+            kept[at] = tanh_s;
+            kept[all + at] = std;
+            kept[2 * all + at] = action;
+        }
+        float p = gaussian - squashed;
+        log_prob[i] = p;
+        entropy[i] = -p * (gaussian * (float)action_dim / (p + ENTROPY_EPSILON));
+    }
+}
+
+/* Gradients of policy_sample_forward by moments, from those by the actions, [rows, A], and by the
+ * entropies, [rows]; log_prob and kept are what it wrote. */
+void policy_sample_backward(const float *noise, const float *log_prob, const float *kept,
+                            const float *by_actions, const float *by_entropy, float *by_moments,
+                            int64_t rows, int64_t action_dim, int64_t threads) {
+    int64_t all = rows * action_dim;
+    FOR_EACH_SHARE {
+        float *by_mean = by_moments + 2 * i * action_dim, *by_s = by_mean + action_dim;
+        float p = log_prob[i], gaussian = 0.0f;
+        for (int64_t j = i * action_dim; j < (i + 1) * action_dim; j++)
+            gaussian -= 0.5f * noise[j] * noise[j] + LOG_SQRT_2_PI + LOG_STD_MIN +
+                        0.5f * LOG_STD_RANGE * (kept[j] + 1.0f);
+        /* of -A p g / (p + epsilon), p = g - what squashing takes */
+        float scale = -(float)action_dim * by_entropy[i] / (p + ENTROPY_EPSILON);
+        float by_p = scale * gaussian * ENTROPY_EPSILON / (p + ENTROPY_EPSILON);
+        float by_gaussian = scale * p + by_p;
+        for (int64_t j = 0; j < action_dim; j++) {
+            int64_t at = i * action_dim + j;
+            float tanh_s = kept[at], std = kept[all + at], action = kept[2 * all + at];
+            float room = 1.0f - action * action;
+            float by_action = by_actions[at];
+            if (room > 0.0f) by_action += by_p * 2.0f * action / (room + SQUASH_EPSILON);
+            by_mean[j] = by_action * room;
+            by_s[j] = (by_mean[j] * noise[at] * std - by_gaussian) * 0.5f * LOG_STD_RANGE *
+                      (1.0f - tanh_s * tanh_s);
+        }
+    }
+}
+
 /* Planning by sampled action sequences, in calls that take each sequence through whole networks.
  *
  * E environments have N sequences each, of which a call takes those from first to last. Steps come
@@ -1296,9 +1431,6 @@ static const float *network_rows(network net, const float *x, int64_t x_dim, int
     }
     return x;
 }
-
-#define LOG_STD_MIN (-10.0f)
-#define LOG_STD_RANGE 12.0f /* up to 2 */
 
 /* Squashed draws of the policy prior, [count, A], from its outputs and standard normal noise. */
 static void policy_rows(const float *moments, const float *noise, float *actions, int64_t count,

@@ -88,7 +88,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "networks_backward": (
         *(POINTER, INTEGER, INTEGER),
         *(POINTER, INTEGER, POINTER, POINTER),
-        *(POINTER, POINTER, POINTER, INTEGER),
+        *(POINTER, POINTER, POINTER, INTEGER, INTEGER),
         *(POINTER, POINTER, INTEGER, INTEGER),
     ),
     "rollout_forward": (
@@ -103,6 +103,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "two_hot_inverse_backward": (*(POINTER,) * 4, *(INTEGER,) * 3),
     "two_hot_cross_entropy_forward": (*(POINTER,) * 4, *(INTEGER,) * 4),
     "two_hot_cross_entropy_backward": (*(POINTER,) * 5, *(INTEGER,) * 4),
+    "two_hot_loss": (*(POINTER,) * 6, *(INTEGER,) * 3, REAL, INTEGER),
+    "squared_loss": (*(POINTER,) * 5, *(INTEGER,) * 2, REAL, INTEGER),
+    "policy_sample_forward": (*(POINTER,) * 6, *(INTEGER,) * 4),
+    "policy_sample_backward": (*(POINTER,) * 6, *(INTEGER,) * 3),
     "gelu_sum_forward": (*(POINTER,) * 3, *(INTEGER,) * 4),
     "gelu_sum_backward": (*(POINTER,) * 4, *(INTEGER,) * 4),
     "selective_scan_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),

@@ -10,27 +10,72 @@ Shapes: ``...`` any leading axes, B rows, Q networks of an ensemble, Q' of them 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
 
-from tdmpc2_sb3.kernels.arguments import Layer, NetworkArguments, arguments_of, can_be_read, widest
+from tdmpc2_sb3.kernels.arguments import (
+    Layer,
+    NetworkArguments,
+    arguments_of,
+    multiplied_here,
+)
 from tdmpc2_sb3.kernels.functions import norm_backward, norm_forward, records_gradients
 from tdmpc2_sb3.kernels.library import POINTER, call
-from tdmpc2_sb3.kernels.products import multiplies, product_threads
+from tdmpc2_sb3.kernels.products import product_threads
 
 
-class _Gradients(NamedTuple):
+class Gradients(NamedTuple):
     """Gradients by the parameters of one layer, each with an axis [Q'] in front if it is of Q."""
 
     weight: th.Tensor  # [out, in]
+    bias: th.Tensor  # [out]
     gain: th.Tensor  # [out]
     shift: th.Tensor  # [out]
-    bias: th.Tensor  # [out]
 
 
-class _Evaluation:
+class GradientRoom:
+    """Where ``kernels.c`` writes the gradients by the parameters of one network, or of Q'.
+
+    :param layers: of one network, or of Q
+    :param count: Q'
+    :param of_one: whether the gradients have no axis [Q']
+    """
+
+    def __init__(self, layers: Sequence[Layer], count: int, of_one: bool):
+        sizes = [layer.weight.shape[-2:] for layer in layers]
+        lengths = [count * cols * (depth + 3) for cols, depth in sizes]
+        self.whole = layers[0].weight.new_empty(sum(lengths))  # zeros where there is no norm
+        arrays = self.whole.split(lengths)
+        self.addresses = addresses(arrays)
+        self.gradients: list[Gradients] = []
+        for array, (cols, depth) in zip(arrays, sizes, strict=True):
+            weights, gains, shifts, biases = array.split(
+                [count * cols * depth, count * cols, count * cols, count * cols]
+            )
+            if of_one:
+                vectors = [biases, gains, shifts]
+                self.gradients.append(Gradients(weights.view(cols, depth), *vectors))
+            else:
+                vectors = [each.view(count, cols) for each in (biases, gains, shifts)]
+                self.gradients.append(Gradients(weights.view(count, cols, depth), *vectors))
+
+
+def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
+    """Where the arrays stand, as an array itself."""
+    return (POINTER * len(arrays))(*[each.data_ptr() for each in arrays])
+
+
+def by_parameter(
+    layers: Sequence[Layer], gradients: Sequence[Gradients]
+) -> Iterator[tuple[th.Tensor | None, th.Tensor]]:
+    """The parameters of all layers in turn, each with its gradient; None where there is none."""
+    for layer, of_layer in zip(layers, gradients, strict=True):
+        yield from zip(layer[:4], of_layer, strict=True)
+
+
+class Evaluation:
     """The chosen networks on rows x: their outputs, and what the gradients need.
 
     :param x: [B, in]
@@ -65,12 +110,19 @@ class _Evaluation:
         raise NotImplementedError
 
     def backward(
-        self, grad: th.Tensor, input_from: int | None, needs_parameters: bool
-    ) -> tuple[th.Tensor | None, list[_Gradients]]:
+        self,
+        grad: th.Tensor,
+        columns: slice | None,
+        needs_parameters: bool,
+        room: GradientRoom | None = None,
+        added_to: th.Tensor | None = None,
+    ) -> tuple[th.Tensor | None, list[Gradients]]:
         """
         :param grad: by the outputs, [Q', B, out], contiguous
-        :param input_from: the input's column from which on its gradient is wanted; None for none
+        :param columns: of the input, by which gradients are wanted; None for none
         :param needs_parameters: whether gradients by the parameters are wanted
+        :param room: where those may be written, made anew if None
+        :param added_to: what the gradients by the input are added to, [B, columns], contiguous
         :return: by those columns of x, summed over the networks; by each layer's parameters
         """
         raise NotImplementedError
@@ -90,7 +142,7 @@ class _Kept(NamedTuple):
     y: th.Tensor  # output, [B, out]
 
 
-class _ByTorch(_Evaluation):
+class _ByTorch(Evaluation):
     """torch's products, and kernels for the norms."""
 
     kept: list[list[_Kept]]
@@ -126,17 +178,24 @@ class _ByTorch(_Evaluation):
         return kept
 
     def backward(
-        self, grad: th.Tensor, input_from: int | None, needs_parameters: bool
-    ) -> tuple[th.Tensor | None, list[_Gradients]]:
+        self,
+        grad: th.Tensor,
+        columns: slice | None,
+        needs_parameters: bool,
+        room: GradientRoom | None = None,
+        added_to: th.Tensor | None = None,
+    ) -> tuple[th.Tensor | None, list[Gradients]]:
         results = [
-            self._backward_one(grad[i], network, i, input_from, needs_parameters)
+            self._backward_one(grad[i], network, i, columns, needs_parameters)
             for i, network in enumerate(self._networks())
         ]
         parts = [part for part, _ in results if part is not None]
         by_input = _stacked(parts).sum(0) if parts else None
+        if added_to is not None and by_input is not None:
+            by_input = added_to.add_(by_input)
         by_layer = zip(*(gradients for _, gradients in results), strict=True)
         return by_input, [
-            same[0] if self.members is None else _Gradients(*map(_stacked, zip(*same, strict=True)))
+            same[0] if self.members is None else Gradients(*map(_stacked, zip(*same, strict=True)))
             for same in by_layer
         ]
 
@@ -145,14 +204,14 @@ class _ByTorch(_Evaluation):
         grad: th.Tensor,
         network: Sequence[Layer],
         index: int,
-        input_from: int | None,
+        columns: slice | None,
         needs_parameters: bool,
-    ) -> tuple[th.Tensor | None, list[_Gradients]]:
-        gradients: list[_Gradients] = []
+    ) -> tuple[th.Tensor | None, list[Gradients]]:
+        gradients: list[Gradients] = []
         for position in reversed(range(len(network))):
             weight, _, gain, shift, norm = network[position]
             x, product, statistics, y = self.kept[index][position]
-            vectors = grad.new_zeros(3, len(weight))
+            vectors = grad.new_zeros(3, len(weight))  # by gain, shift and bias
             if norm is not None:
                 assert gain is not None
                 assert shift is not None
@@ -162,20 +221,16 @@ class _ByTorch(_Evaluation):
             elif needs_parameters:
                 vectors[2] = grad.sum(0)
             if needs_parameters:
-                gradients.append(_Gradients(grad.t() @ x, *vectors))
+                by_gain, by_shift, by_bias = vectors
+                gradients.append(Gradients(grad.t() @ x, by_bias, by_gain, by_shift))
             if position:
                 grad = grad @ weight
-            elif input_from is not None:
-                return grad @ weight[:, input_from:], gradients[::-1]
+            elif columns is not None:
+                return grad @ weight[:, columns], gradients[::-1]
         return None, gradients[::-1]
 
 
-def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
-    """Where the arrays stand, as an array itself."""
-    return (POINTER * len(arrays))(*[each.data_ptr() for each in arrays])
-
-
-class _ByKernels(_Evaluation):
+class _ByKernels(Evaluation):
     """One call of ``kernels.c`` each for outputs and gradients."""
 
     _workspaces: list[th.Tensor]
@@ -212,16 +267,23 @@ class _ByKernels(_Evaluation):
         return self._result
 
     def backward(
-        self, grad: th.Tensor, input_from: int | None, needs_parameters: bool
-    ) -> tuple[th.Tensor | None, list[_Gradients]]:
+        self,
+        grad: th.Tensor,
+        columns: slice | None,
+        needs_parameters: bool,
+        room: GradientRoom | None = None,
+        added_to: th.Tensor | None = None,
+    ) -> tuple[th.Tensor | None, list[Gradients]]:
         x, rows, num_layers = self.x, self.rows, self._arguments.num_layers
-        layers = self._arguments.backward(self._chosen, input_from)
+        begin, end, _ = (0, 0, 1) if columns is None else columns.indices(x.shape[1])
+        layers = self._arguments.backward(self._chosen, None if columns is None else begin)
         size = call("scratch_size", layers, num_layers, rows, self._threads)
         scratches = [x.new_empty(size) for _ in range(self.count)]
-        by_input = None
-        if input_from is not None:
-            by_input = x.new_empty(rows, x.shape[1] - input_from)
-        by_parameters = room_for_gradients(self.layers, self.count) if needs_parameters else []
+        by_input = added_to
+        if by_input is None and columns is not None:
+            by_input = x.new_empty(rows, end - begin)
+        if needs_parameters and room is None:
+            room = GradientRoom(self.layers, self.count, self.members is None)
         call(
             "networks_backward",
             layers,
@@ -234,62 +296,39 @@ class _ByKernels(_Evaluation):
             self._result,
             grad,
             by_input,
-            0 if by_input is None else by_input.shape[1],
-            addresses(by_parameters) if needs_parameters else None,
+            end - begin,
+            added_to is not None,
+            room.addresses if room is not None and needs_parameters else None,
             addresses(scratches),
             rows,
             self._threads,
         )
-        if not needs_parameters:
-            return by_input, []
-        return by_input, cut_gradients(by_parameters, self.layers, self.count, self.members is None)
+        return by_input, room.gradients if room is not None and needs_parameters else []
 
 
-def room_for_gradients(layers: Sequence[Layer], count: int) -> list[th.Tensor]:
-    """An array a layer, as :func:`cut_gradients` cuts it."""
-    sizes = [layer.weight.shape[-2:] for layer in layers]
-    like = layers[0].weight
-    return [like.new_empty(count * cols * (depth + 3)) for cols, depth in sizes]
-
-
-def cut_gradients(
-    arrays: Sequence[th.Tensor], layers: Sequence[Layer], count: int, of_one: bool
-) -> list[_Gradients]:
-    """Gradients by each layer's weight, then those by gain, shift and bias.
-
-    :param arrays: as kernels.c writes them
-    :param count: Q'
-    :param of_one: whether there is no axis [Q']
-    """
-    leading = () if of_one else (count,)
-    result = []
-    for array, layer in zip(arrays, layers, strict=True):
-        cols, depth = layer.weight.shape[-2:]
-        weight_steps = (cols * depth, depth, 1)[-2 - len(leading) :]
-        vector_steps = (cols, 1)[-1 - len(leading) :]
-        begin, size = count * cols * depth, count * cols
-        weight = array.as_strided((*leading, cols, depth), weight_steps, 0)
-        gain, shift, bias = (
-            array.as_strided((*leading, cols), vector_steps, begin + i * size) for i in range(3)
-        )
-        result.append(_Gradients(weight, gain, shift, bias))
-    return result
-
-
-def _evaluation(
-    z: th.Tensor,
-    a: th.Tensor | None,
+def evaluation(
+    x: th.Tensor,
     layers: Sequence[Layer],
-    mask: th.Tensor | None,
-    members: tuple[int, ...] | None,
-) -> _Evaluation:
-    x = z if a is None else th.cat([z, a], dim=-1)
+    mask: th.Tensor | None = None,
+    members: tuple[int, ...] | None = None,
+) -> Evaluation:
+    """Layers in turn on x, to be evaluated and differentiated by hand.
+
+    :param x: [..., in]
+    :param layers: of one network, or of Q where members are given
+    :param mask: see :func:`networks`
+    :param members: see :func:`networks`
+    """
     rows = x.reshape(-1, x.shape[-1])
-    if not multiplies(len(rows), widest(layers)) or not can_be_read(layers):
+    if not multiplied_here(len(rows), layers):
         return _ByTorch(rows, layers, mask, members)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     mask = mask if mask is None else mask.contiguous()
     return _ByKernels(arguments_of(layers), rows, layers, mask, members)
+
+
+def _joined(z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
+    return z if a is None else th.cat([z, a], dim=-1)
 
 
 def _shaped(result: th.Tensor, z: th.Tensor, members: tuple[int, ...] | None) -> th.Tensor:
@@ -311,24 +350,25 @@ class _Networks(th.autograd.Function):
         layers: Sequence[Layer],
         *parameters: th.Tensor | None,  # of the layers, for autograd to see
     ) -> th.Tensor:
-        evaluation = _evaluation(z, a, layers, mask, members)
-        ctx.evaluation = evaluation
+        evaluated = evaluation(_joined(z, a), layers, mask, members)
+        ctx.evaluation = evaluated
         ctx.shapes = z.shape, None if a is None else a.shape
         # Inputs are kept by the evaluation; here they are for the check that nobody changed them.
         ctx.save_for_backward(z, a, mask, *parameters)
-        return _shaped(evaluation.forward(keep=True), z, members)
+        return _shaped(evaluated.forward(keep=True), z, members)
 
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018
-        evaluation: _Evaluation = ctx.evaluation
+        evaluated: Evaluation = ctx.evaluation
         z_shape, a_shape = ctx.shapes
-        layers, members = evaluation.layers, evaluation.members
+        layers, members = evaluated.layers, evaluated.members
         need_z, need_a, *_ = ctx.needs_input_grad
         needs_parameters = any(ctx.needs_input_grad[_FIRST:])
-        input_from = 0 if need_z else z_shape[-1] if need_a else None
-        grad = grads[0].reshape(evaluation.count, -1, grads[0].shape[-1]).contiguous()
-        by_input, gradients = evaluation.backward(grad, input_from, needs_parameters)
+        begin, end = 0 if need_z else z_shape[-1], None if need_a else z_shape[-1]
+        columns = slice(begin, end) if need_z or need_a else None
+        grad = grads[0].reshape(evaluated.count, -1, grads[0].shape[-1]).contiguous()
+        by_input, gradients = evaluated.backward(grad, columns, needs_parameters)
         grad_z = grad_a = None
         if by_input is not None:
             if need_z:
@@ -339,8 +379,7 @@ class _Networks(th.autograd.Function):
         if needs_parameters:
             by_parameters = [
                 None if parameter is None else _by_network(part, parameter, members)
-                for layer, (weight, gain, shift, bias) in zip(layers, gradients, strict=True)
-                for parameter, part in zip(layer[:4], (weight, bias, gain, shift), strict=True)
+                for parameter, part in by_parameter(layers, gradients)
             ]
         return grad_z, grad_a, None, None, None, *by_parameters
 
@@ -381,4 +420,4 @@ def networks(
         parameters = [each for layer in own for each in layer[:4]]
         if records_gradients(z, a, *parameters):
             return _Networks.apply(z, a, mask, members, layers, *parameters)  # type: ignore[no-any-return]
-    return _shaped(_evaluation(z, a, layers, mask, members).forward(keep=False), z, members)
+    return _shaped(evaluation(_joined(z, a), layers, mask, members).forward(keep=False), z, members)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch as th
 
-from tdmpc2_sb3.kernels.arguments import Layer, arguments_of, can_be_read, widest
+from tdmpc2_sb3.kernels.arguments import Layer, arguments_of, multiplied_here
 from tdmpc2_sb3.kernels.library import (
     DynamicsArgument,
     LayerArgument,
@@ -25,7 +25,7 @@ from tdmpc2_sb3.kernels.library import (
     call,
     library,
 )
-from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, product_threads
+from tdmpc2_sb3.kernels.products import MIN_ROWS, product_threads
 
 
 class StateSpaceLayer(NamedTuple):
@@ -81,8 +81,7 @@ class PlanningNetworks(NamedTuple):
 
 def plans(networks: PlanningNetworks) -> bool:
     """Whether ``kernels.c`` multiplies networks of these sizes."""
-    layers = networks.layers()
-    return multiplies(MIN_ROWS, widest(layers)) and can_be_read(layers)
+    return multiplied_here(MIN_ROWS, networks.layers())
 
 
 class _Network:

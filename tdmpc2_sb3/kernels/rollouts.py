@@ -13,11 +13,16 @@ from typing import Any
 
 import torch as th
 
-from tdmpc2_sb3.kernels.arguments import Layer, NetworkArguments, arguments_of, can_be_read, widest
+from tdmpc2_sb3.kernels.arguments import (
+    Layer,
+    NetworkArguments,
+    arguments_of,
+    multiplied_here,
+)
 from tdmpc2_sb3.kernels.functions import records_gradients
 from tdmpc2_sb3.kernels.library import call
-from tdmpc2_sb3.kernels.networks import addresses, cut_gradients, room_for_gradients
-from tdmpc2_sb3.kernels.products import multiplies, product_threads
+from tdmpc2_sb3.kernels.networks import GradientRoom, by_parameter
+from tdmpc2_sb3.kernels.products import product_threads
 
 
 def rolls_out(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> bool:
@@ -25,13 +30,15 @@ def rolls_out(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> bool
     return (
         z.shape[:-1] == actions.shape[1:-1]
         and not records_gradients(actions)
-        and multiplies(z.numel() // z.shape[-1], widest(layers))
-        and can_be_read(layers)
+        and multiplied_here(z.numel() // z.shape[-1], layers)
     )
 
 
-class _Steps:
-    """Latents under the actions, and what the gradients need."""
+class Rollout:
+    """z_{h+1} = network(concat(z_h, a_h)), and what the gradients need.
+
+    For inputs that :func:`rolls_out` agrees to, see :func:`rollout`.
+    """
 
     def __init__(self, z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]):
         self.start, self.actions, self.layers = z.contiguous(), actions.contiguous(), layers
@@ -45,6 +52,7 @@ class _Steps:
 
         :param keep: whether :meth:`backward` follows
         """
+        # Inputs are the rows (z_h, a_h), [H B, Z + A].
         start, num_layers = self.start, self.arguments.num_layers
         layers = self.arguments.forward((0,))
         rows = self.steps * self.rows
@@ -67,17 +75,14 @@ class _Steps:
         )
         return self.latents
 
-    def backward(self, grad: th.Tensor) -> tuple[th.Tensor, list[th.Tensor]]:
+    def backward(self, by_latents: th.Tensor, room: GradientRoom) -> None:
         """
-        :param grad: by z_1..z_H, [H, ..., Z]
-        :return: by z_0, [..., Z]; by the layers' parameters as kernels.c writes them
+        :param by_latents: gradients by z_0..z_H as far as they do not come from later latents,
+            [1 + H, ..., Z]; afterwards in full
+        :param room: where those by the parameters are written
         """
         num_layers, rows = self.arguments.num_layers, self.steps * self.rows
         layers = self.arguments.backward((0,), 0)
-        by_latents = grad.new_empty(self.steps + 1, *self.start.shape)
-        by_latents[0] = 0.0
-        by_latents[1:] = grad
-        by_parameters = room_for_gradients(self.layers, 1)
         size = call("scratch_size", layers, num_layers, rows, self.threads)
         call(
             "rollout_backward",
@@ -87,13 +92,12 @@ class _Steps:
             self.workspace,
             self.latents,
             by_latents,
-            addresses(by_parameters),
-            grad.new_empty(size),
+            room.addresses,
+            by_latents.new_empty(size),
             self.steps,
             self.rows,
             self.threads,
         )
-        return by_latents[0], by_parameters
 
 
 class _Rollout(th.autograd.Function):
@@ -105,24 +109,25 @@ class _Rollout(th.autograd.Function):
         layers: Sequence[Layer],
         *parameters: th.Tensor | None,  # of the layers, for autograd to see
     ) -> th.Tensor:
-        ctx.steps = _Steps(z, actions, layers)
+        ctx.rollout = Rollout(z, actions, layers)
         # For the check that nobody changed them.
         ctx.save_for_backward(z, actions, *parameters)
-        return ctx.steps.forward(keep=True)  # type: ignore[no-any-return]
+        return ctx.rollout.forward(keep=True)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018
-        steps: _Steps = ctx.steps
-        by_start, arrays = steps.backward(grads[0])
+        steps: Rollout = ctx.rollout
+        by_latents = grads[0].new_empty(steps.steps + 1, *steps.start.shape)
+        by_latents[0] = 0.0
+        by_latents[1:] = grads[0]
+        room = GradientRoom(steps.layers, 1, of_one=True)
+        steps.backward(by_latents, room)
         by_parameters = [
             None if parameter is None else part
-            for layer, (weight, gain, shift, bias) in zip(
-                steps.layers, cut_gradients(arrays, steps.layers, 1, of_one=True), strict=True
-            )
-            for parameter, part in zip(layer[:4], (weight, bias, gain, shift), strict=True)
+            for parameter, part in by_parameter(steps.layers, room.gradients)
         ]
-        return by_start, None, None, *by_parameters
+        return by_latents[0], None, None, *by_parameters
 
 
 def rollout(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> th.Tensor:
@@ -136,4 +141,4 @@ def rollout(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> th.Ten
     parameters = [each for layer in layers for each in layer[:4]]
     if records_gradients(z, *parameters):
         return _Rollout.apply(z, actions, layers, *parameters)  # type: ignore[no-any-return]
-    return _Steps(z, actions, layers).forward(keep=False)
+    return Rollout(z, actions, layers).forward(keep=False)

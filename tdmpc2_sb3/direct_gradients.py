@@ -1,0 +1,469 @@
+"""The losses of :mod:`tdmpc2_sb3.losses` with their gradients, by hand and by the CPU kernels.
+
+For small networks autograd's graph, with a node for each small operation between the networks,
+takes as long as the networks do. Here the chain rule is written out: each loss comes with its
+gradient from one kernel, and each network takes it on in another. What has no kernels of its own,
+state-space dynamics or an encoder of images, stays with autograd, one graph for the part alone.
+
+Shapes: T training horizon, B batch, A action, Z latent, K bins, Q heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.dynamics import LatentDynamics
+from tdmpc2_sb3.dynamics.mlp import MLPDynamics
+from tdmpc2_sb3.encoders import Encoder, Observation, StateEncoder, flatten_vectors
+from tdmpc2_sb3.kernels import Layer
+from tdmpc2_sb3.layers import MLP, QEnsemble
+from tdmpc2_sb3.losses import (
+    LossConfig,
+    ModelLosses,
+    PolicyLosses,
+    UpdateNoise,
+    bootstrapped_steps,
+    lambda_returns,
+    observations_at,
+    updated_scale,
+)
+from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.world_model import WorldModel
+
+Written: TypeAlias = list[th.Tensor]  # arrays of gradients, each number once
+
+
+class _Network:
+    """A network, or Q, whose parameters' gradients are written to the same place each time.
+
+    :param layers: of one network or of Q
+    :param num_networks: Q; None if they are of one
+    """
+
+    def __init__(self, layers: Sequence[Layer], num_networks: int | None = None):
+        self.layers = kernels.KeptLayers(layers)
+        self._members = None if num_networks is None else tuple(range(num_networks))
+        self._room = kernels.GradientRoom(layers, num_networks or 1, num_networks is None)
+
+    def evaluate(self, x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+        """Outputs of rows x, [Q, B, out], with Q = 1 for one network."""
+        self._evaluation = kernels.evaluation(x, self.layers, mask, self._members)
+        return self._evaluation.forward(keep=True)
+
+    def backward(self, grad: th.Tensor, by_latents: th.Tensor | None = None) -> Written:
+        """Gives the parameters their gradients.
+
+        :param grad: by the outputs, contiguous, [Q, B, out]
+        :param by_latents: what the gradients by the latent part of x are added to, [B, Z]
+        """
+        columns = None if by_latents is None else slice(0, by_latents.shape[-1])
+        _, gradients = self._evaluation.backward(grad, columns, True, self._room, by_latents)
+        written = _assign(self.layers, gradients)
+        return [self._room.whole] if gradients is self._room.gradients else written
+
+
+def _outputs(
+    x: th.Tensor, layers: Sequence[Layer], members: tuple[int, ...] | None = None
+) -> th.Tensor:
+    """Of rows x, without gradients, [Q', B, out]."""
+    return kernels.evaluation(x, layers, None, members).forward(keep=False)
+
+
+def _assign(layers: Sequence[Layer], gradients: Sequence[kernels.Gradients]) -> Written:
+    written = []
+    for parameter, gradient in kernels.by_parameter(layers, gradients):
+        if parameter is not None:
+            parameter.grad = gradient
+            written.append(gradient)
+    return written
+
+
+class _Traced:
+    """A part whose gradients autograd takes.
+
+    :param module: whose parameters get them
+    """
+
+    def __init__(self, module: nn.Module):
+        self._parameters = list(module.parameters())
+
+    def evaluate(self, function: Callable[..., th.Tensor], *inputs: object) -> th.Tensor:
+        """What the function makes of its inputs and the module, contiguous."""
+        with th.enable_grad():
+            self._result = function(*inputs)
+        return self._result.detach().contiguous()
+
+    def backward(self, grad: th.Tensor) -> Written:
+        """Adds to the gradients of whatever the part was made from.
+
+        :param grad: by the result
+        """
+        self._result.backward(grad)
+        return [each.grad for each in self._parameters if each.grad is not None]
+
+
+class _KernelRollout:
+    """Latents that MLP dynamics predict.
+
+    :param layers: of the dynamics
+    """
+
+    def __init__(self, layers: Sequence[Layer]):
+        self._layers = kernels.KeptLayers(layers)
+        self._room = kernels.GradientRoom(layers, 1, of_one=True)
+
+    def takes(self, latent: th.Tensor, actions: th.Tensor) -> bool:
+        """Whether the kernels multiply matrices of these sizes here."""
+        return kernels.rolls_out(latent, actions, self._layers)
+
+    def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param latent: z_0, [B, Z]
+        :param actions: [T, B, A]
+        :return: z_1..z_T, [T, B, Z], and what they were predicted from, [T B, Z + A]
+        """
+        self._rollout = kernels.Rollout(latent, actions, self._layers)
+        predicted = self._rollout.forward(keep=True)
+        return predicted, self._rollout.inputs
+
+    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
+        """Gives the parameters their gradients.
+
+        :param by_latents: gradients by z_0..z_T as far as they do not come from later latents,
+            [1 + T, B, Z]; written to
+        :return: by z_0 in full, [B, Z]; those of the parameters
+        """
+        self._rollout.backward(by_latents, self._room)
+        _assign(self._layers, self._room.gradients)
+        return by_latents[0], [self._room.whole]
+
+
+class _TracedRollout:
+    """The same for dynamics of any kind.
+
+    :param dynamics: that predict
+    """
+
+    def __init__(self, dynamics: LatentDynamics):
+        self._dynamics = dynamics
+        self._traced = _Traced(dynamics)
+
+    def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """See :meth:`_KernelRollout.evaluate`."""
+        self._start = latent.detach().requires_grad_()
+        predicted = self._traced.evaluate(self._predict, self._start, actions)
+        states = th.cat([latent.unsqueeze(0), predicted[:-1]])  # z_0..z_{T-1}
+        return predicted, th.cat([states, actions], dim=-1).flatten(0, 1)
+
+    def _predict(self, start: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return self._dynamics.rollout(self._dynamics.initial_state(start), actions)
+
+    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
+        """See :meth:`_KernelRollout.backward`."""
+        written = self._traced.backward(by_latents[1:])
+        assert self._start.grad is not None
+        return by_latents[0] + self._start.grad, written
+
+
+class _KernelEncoder:
+    """Latents of vectors.
+
+    :param model: whose encoder reads vectors alone
+    """
+
+    def __init__(self, model: WorldModel):
+        self._model = model
+        self._network = _Network(model.encoder.state.net.as_layers())
+
+    def _rows(self, observations: Observation) -> th.Tensor:
+        encoder = self._model.encoder
+        vectors = encoder.vectors(flatten_vectors(observations, self._model.observation_space))
+        return encoder.state.cast(vectors)
+
+    def evaluate(self, first: Observation, following: Observation) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param first: observations, whose latents have gradients
+        :param following: observations, whose latents have none
+        :return: z_0, [B, Z], and the latents of the following, [T, B, Z]
+        """
+        rows = self._rows(following)
+        encoded = _outputs(rows, self._network.layers)
+        latent = self._network.evaluate(self._rows(first))[0]
+        return latent, encoded.view(*rows.shape[:-1], -1)
+
+    def backward(self, by_latent: th.Tensor) -> Written:
+        """Gives the parameters their gradients.
+
+        :param by_latent: by z_0, [B, Z]
+        """
+        return self._network.backward(by_latent.unsqueeze(0))
+
+
+def has_direct_gradients(model: WorldModel) -> bool:
+    """Whether :class:`DirectGradients` knows every part: a subclass may have changed any."""
+    networks = [model.reward_net, model.policy_net]
+    if model.termination_net is not None:
+        networks.append(model.termination_net)
+    return (
+        type(model) is WorldModel
+        and type(model.encoder) is Encoder
+        and type(model.q_ensemble) is QEnsemble
+        and all(type(each) is MLP and each.has_kernels() for each in networks)
+    )
+
+
+def _encodes_by_kernels(encoder: Encoder) -> bool:
+    return (
+        not encoder.image_keys
+        and type(encoder.state) is StateEncoder
+        and type(encoder.state.net) is MLP
+        and encoder.state.net.has_kernels()
+    )
+
+
+class DirectGradients:
+    """Losses that come with their gradients, of a model that :func:`has_direct_gradients` takes.
+
+    The parameters' gradients are views of arrays that the next losses write anew.
+
+    :param model: whose parameters get them
+    :param config: coefficients of the losses
+    """
+
+    def __init__(self, model: WorldModel, config: LossConfig):
+        self._model = model
+        self._config = config
+        self._reward = _Network(model.reward_net.as_layers())
+        self._q = _Network(model.q_ensemble.as_layers(), model.q_ensemble.num_q)
+        self._target_q = kernels.KeptLayers(model.target_q_ensemble.as_layers())
+        self._policy = _Network(model.policy_net.as_layers())
+        self._termination: _Network | None = None
+        if model.termination_net is not None:
+            self._termination = _Network(model.termination_net.as_layers())
+        self._classifies_encoded = model.episodic and config.encoded_terminations
+        self._encoder: _KernelEncoder | None = None
+        # The latents of next observations have gradients too where the termination head learns
+        # from them; autograd adds those up.
+        if _encodes_by_kernels(model.encoder) and not self._classifies_encoded:
+            self._encoder = _KernelEncoder(model)
+        self._first_encoder, self._next_encoder = _Traced(model.encoder), _Traced(model.encoder)
+        self._rollout: _KernelRollout | None = None
+        if type(model.dynamics) is MLPDynamics and model.dynamics.net.has_kernels():
+            self._rollout = _KernelRollout(model.dynamics.net.as_layers())
+        self._traced_rollout = _TracedRollout(model.dynamics)
+
+    @th.no_grad()
+    def model_losses(
+        self, batch: SequenceBatch, noise: UpdateNoise, weights: th.Tensor
+    ) -> tuple[ModelLosses, Written]:
+        """See :func:`tdmpc2_sb3.losses.model_losses`.
+
+        :param batch: float32 sub-sequences on a CPU
+        :param noise: of :func:`sample_update_noise`
+        :param weights: of :func:`step_weights`, [T]
+        :return: the losses; the gradients that the parameters have now
+        """
+        model, config = self._model, self._config
+        num_steps, num_rows = batch.rewards.shape
+        latent, next_latents = self._encode(batch, noise)  # z_0 [B, Z], [T, B, Z]
+        used = bootstrapped_steps(config)
+        values = self._bootstrap(next_latents[used], noise.next_action[used], noise.target_heads)
+        targets = lambda_returns(values, batch, config)
+
+        rollout: _KernelRollout | _TracedRollout = self._traced_rollout
+        if self._rollout is not None and self._rollout.takes(latent, batch.actions):
+            rollout = self._rollout
+        predicted, pairs = rollout.evaluate(latent, batch.actions)
+
+        losses = latent.new_zeros(4)
+        consistency, reward, value, termination = losses
+        by_latents = latent.new_empty(num_steps + 1, *latent.shape)  # z_0..z_T
+        by_latents[0] = 0.0
+        by_states = by_latents[:-1].view(-1, latent.shape[-1])  # z_0..z_{T-1} [T B, Z]
+        row_weights = _row_weights(weights, num_rows, batch.valid)
+        kernels.squared_loss(
+            predicted,
+            next_latents,
+            row_weights,
+            config.consistency_coef,
+            consistency,
+            by_latents[1:],
+        )
+
+        logits = self._reward.evaluate(pairs)  # [1, T B, K]
+        by_logits = kernels.two_hot_loss(
+            logits, batch.rewards, row_weights, model.bins, config.reward_coef, reward
+        )
+        written = self._reward.backward(by_logits, by_states)
+
+        logits = self._q.evaluate(pairs, noise.q_dropout)  # [Q, T B, K]
+        by_logits = kernels.two_hot_loss(
+            logits, targets, row_weights / len(logits), model.bins, config.value_coef, value
+        )
+        written += self._q.backward(by_logits, by_states)
+
+        by_next: th.Tensor | None = None
+        if self._termination is not None:
+            by_next, of_termination = self._termination_loss(
+                self._termination, batch, predicted, next_latents, termination, by_latents
+            )
+            written += of_termination
+
+        by_latent, of_dynamics = rollout.backward(by_latents)
+        written += of_dynamics
+        if self._encoder is not None:
+            written += self._encoder.backward(by_latent)
+        else:
+            of_encoder = self._first_encoder.backward(by_latent)
+            written += of_encoder if by_next is None else self._next_encoder.backward(by_next)
+        coefficients = (
+            config.consistency_coef,
+            config.reward_coef,
+            config.value_coef,
+            config.termination_coef,
+        )
+        total = losses @ losses.new_tensor(coefficients)
+        latents = th.cat([latent.unsqueeze(0), predicted])
+        return ModelLosses(total, consistency, reward, value, termination, latents), written
+
+    def _encode(self, batch: SequenceBatch, noise: UpdateNoise) -> tuple[th.Tensor, th.Tensor]:
+        """z_0, [B, Z], and the latents of the next observations, [T, B, Z]."""
+        model = self._model
+        first = observations_at(batch.observations, 0)
+        following = observations_at(batch.observations, slice(1, None))
+        if self._encoder is not None:
+            return self._encoder.evaluate(first, following)
+        latent = self._first_encoder.evaluate(model.encode, first, noise.first_offsets)
+        if self._classifies_encoded:
+            encode = self._next_encoder.evaluate
+            return latent, encode(model.encode, following, noise.next_offsets)
+        return latent, model.encode(following, noise.next_offsets).contiguous()
+
+    def _bootstrap(self, latents: th.Tensor, noise: th.Tensor, heads: th.Tensor) -> th.Tensor:
+        """The lesser of two target Q heads at the latents and actions of the policy prior.
+
+        :param latents: [..., B, Z]
+        :param noise: standard normal, [..., B, A]
+        :param heads: [2]
+        :return: [..., B]
+        """
+        pairs, _ = self._draw(latents, noise, _outputs(latents, self._policy.layers)[0])
+        logits = _outputs(pairs, self._target_q, tuple(heads.tolist()))
+        values = kernels.two_hot_inverse(logits, self._model.bins).amin(0)
+        return values.view(latents.shape[:-1])
+
+    def _draw(
+        self, latents: th.Tensor, noise: th.Tensor, moments: th.Tensor
+    ) -> tuple[th.Tensor, kernels.PolicyDraw]:
+        """Latents beside the policy prior's actions, rows of [Z + A], and its draw.
+
+        :param latents: [..., Z]
+        :param noise: standard normal, [..., A]
+        :param moments: the policy network's outputs, [B, 2 A]
+        """
+        latent_dim, action_dim = latents.shape[-1], noise.shape[-1]
+        pairs = latents.new_empty(len(moments), latent_dim + action_dim)
+        pairs[:, :latent_dim] = latents.reshape(-1, latent_dim)
+        draw = kernels.PolicyDraw(moments, noise.reshape(-1, action_dim), pairs[:, latent_dim:])
+        return pairs, draw
+
+    def _termination_loss(
+        self,
+        head: _Network,
+        batch: SequenceBatch,
+        predicted: th.Tensor,
+        encoded: th.Tensor,
+        loss: th.Tensor,
+        by_latents: th.Tensor,
+    ) -> tuple[th.Tensor | None, Written]:
+        """Cross-entropy of the termination head on z_1..z_T and, if it learns from those, on the
+        encoded next observations.
+
+        :param head: that classifies
+        :param predicted: z_1..z_T, [T, B, Z]
+        :param encoded: the same shape
+        :param loss: written to, []
+        :param by_latents: gradients by z_0..z_T, added to, [1 + T, B, Z]
+        :return: gradients by ``encoded`` if the head learns from it; those of the head
+        """
+        classified = predicted
+        if self._classifies_encoded:
+            classified = th.stack([predicted, encoded])
+        rows = classified.view(-1, classified.shape[-1])
+        logits = head.evaluate(rows).view(-1, *batch.rewards.shape)  # [2 or 1, T, B]
+        ended = batch.terminations.expand_as(logits)
+        losses = F.binary_cross_entropy_with_logits(logits, ended, reduction="none")
+        by_logits = (logits.sigmoid() - ended) * (self._config.termination_coef / logits.numel())
+        if batch.valid is not None:
+            losses, by_logits = losses * batch.valid, by_logits * batch.valid
+        loss.copy_(losses.mean())
+        by_rows = th.zeros_like(rows)
+        written = head.backward(by_logits.reshape(1, -1, 1), by_rows)
+        by_classified = by_rows.view(-1, *predicted.shape)
+        by_latents[1:] += by_classified[0]
+        return by_classified[1] if self._classifies_encoded else None, written
+
+    @th.no_grad()
+    def policy_loss(
+        self,
+        latents: th.Tensor,
+        scale: th.Tensor,
+        noise: UpdateNoise,
+        weights: th.Tensor,
+        tau: float,
+        alive: th.Tensor | None = None,
+    ) -> tuple[PolicyLosses, Written]:
+        """See :func:`tdmpc2_sb3.losses.policy_loss`.
+
+        :param latents: z_0..z_T, [T + 1, B, Z]
+        :param scale: S before its update, []
+        :param noise: of :func:`sample_update_noise`
+        :param weights: of :func:`step_weights`, [T + 1]
+        :param tau: rate at which S moves
+        :param alive: of :func:`alive_states`, [T + 1, B]; None if all states count
+        :return: the loss; the gradients that the policy's parameters have now
+        """
+        model, config = self._model, self._config
+        num_steps, num_rows, latent_dim = latents.shape
+        pairs, draw = self._draw(latents, noise.policy_action, self._policy.evaluate(latents)[0])
+        heads = tuple(noise.policy_heads.tolist())
+        q_networks = kernels.evaluation(pairs, self._q.layers, noise.policy_dropout, heads)
+        logits = q_networks.forward(keep=True)  # [2, (T + 1) B, K]
+        q = kernels.two_hot_inverse(logits, model.bins).mean(0).view(num_steps, num_rows)
+        new_scale = updated_scale(scale, q[0], tau)
+
+        row_weights = _row_weights(weights, num_rows, alive)
+        scaled_entropy = draw.scaled_entropy.view(num_steps, num_rows)
+        objective = config.entropy_coef * scaled_entropy + q / new_scale
+        total = -(row_weights * objective).sum()
+
+        by_q = (row_weights / (-len(logits) * new_scale)).view(-1)
+        by_logits = kernels.two_hot_inverse_backward(
+            by_q.expand(len(logits), -1), logits, model.bins
+        )
+        by_actions, _ = q_networks.backward(by_logits, slice(latent_dim, None), False)
+        assert by_actions is not None
+        by_entropy = (row_weights * -config.entropy_coef).view(-1)
+        by_moments = draw.backward(by_actions, by_entropy)
+        written = self._policy.backward(by_moments.unsqueeze(0))
+        losses = PolicyLosses(total, -draw.log_prob.mean(), draw.scaled_entropy.mean(), new_scale)
+        return losses, written
+
+
+def _row_weights(weights: th.Tensor, num_rows: int, counted: th.Tensor | None) -> th.Tensor:
+    """What each row counts in a loss that averages over the batch, [steps, B].
+
+    :param weights: of the steps, [steps]
+    :param num_rows: B
+    :param counted: 1 where a row counts, else 0, [steps, B]; None if all do
+    """
+    shares = (weights / num_rows).unsqueeze(1)
+    if counted is None:
+        return shares.expand(-1, num_rows).contiguous()
+    return shares * counted

@@ -1,0 +1,317 @@
+"""Gradients by hand against those that autograd takes of the losses in double precision.
+
+Encoders of images compute in single precision alone, so with images autograd does all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+
+from tdmpc2_sb3 import update as update_module
+from tdmpc2_sb3.direct_gradients import DirectGradients, has_direct_gradients
+from tdmpc2_sb3.dynamics.mlp import MLPDynamics
+from tdmpc2_sb3.kernels import PolicyDraw, library, weights_held
+from tdmpc2_sb3.kernels.products import operation_counter
+from tdmpc2_sb3.layers import MLP
+from tdmpc2_sb3.losses import (
+    LossConfig,
+    alive_states,
+    model_losses,
+    policy_loss,
+    sample_update_noise,
+    step_weights,
+)
+from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.world_model import Architecture, WorldModel
+
+ACTION_DIM, TAU, TOLERANCE = 3, 0.02, 2e-5
+VECTOR = spaces.Box(-np.inf, np.inf, (5,), np.float32)
+IMAGE = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+SPACES = {
+    "vector": VECTOR,
+    "matrix": spaces.Box(-np.inf, np.inf, (5, 2), np.float32),
+    "vectors": spaces.Dict({"one": VECTOR, "other": VECTOR}),
+    "image and vector": spaces.Dict({"seen": IMAGE, "felt": VECTOR}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_built():
+    if library() is None:
+        pytest.skip("no C compiler here: autograd is used, which the other tests cover")
+
+
+def make_model(roughen, space="vector", dynamics="mlp", episodic=False, num_q=4, dropout=0.1):
+    th.manual_seed(0)
+    sizes = Architecture(16, 12, 24, num_q=num_q, dropout=dropout, num_bins=21)
+    model = WorldModel(SPACES[space], ACTION_DIM, sizes, dynamics, episodic=episodic)
+    roughen(model)
+    roughen(model.q_ensemble.layers[-1], 1.0)
+    roughen(model.target_q_ensemble, 0.05, seed=8)
+    return model
+
+
+def make_observations(space, leading, generator):
+    if isinstance(space, spaces.Dict):
+        return {key: make_observations(each, leading, generator) for key, each in space.items()}
+    if space.dtype == np.uint8:
+        return th.randint(0, 256, (*leading, *space.shape), generator=generator, dtype=th.uint8)
+    return th.randn(*leading, *space.shape, generator=generator)
+
+
+def make_batch(space, steps, rows, past_terminations):
+    generator = th.Generator().manual_seed(1)
+    terminations = (th.rand(steps, rows, generator=generator) < 0.3).float()
+    valid = None
+    if past_terminations:
+        valid = th.ones(steps, rows)
+        for t in range(1, steps):
+            valid[t] = valid[t - 1] * (1 - terminations[t - 1])
+        terminations = terminations * valid
+    return SequenceBatch(
+        make_observations(SPACES[space], (steps + 1, rows), generator),
+        th.randn(steps, rows, ACTION_DIM, generator=generator).clamp(-1, 1),
+        3 * th.randn(steps, rows, generator=generator),
+        terminations,
+        valid,
+    )
+
+
+def in_double(values):
+    """Tensors of a tuple or dictionary, those that are floats in double precision."""
+    if isinstance(values, dict):
+        return {key: in_double(each) for key, each in values.items()}
+    if isinstance(values, tuple):
+        return type(values)(*map(in_double, values))
+    if isinstance(values, th.Tensor) and values.is_floating_point():
+        return values.double()
+    return values
+
+
+def assert_close(ours, theirs, what):
+    difference = float((ours.double() - theirs.double()).abs().max())
+    assert difference <= TOLERANCE * max(1e-3, float(theirs.abs().max())), (what, difference)
+
+
+def assert_same_losses(ours, theirs):
+    for name in type(theirs)._fields:
+        assert_close(getattr(ours, name).detach(), getattr(theirs, name).detach(), name)
+
+
+def assert_same_gradients(model, exact, written, names):
+    expected = dict(exact.named_parameters())
+    found = dict(model.named_parameters())
+    for name, parameter in found.items():
+        if not name.startswith(names):
+            assert parameter.grad is None, name
+        else:
+            assert_close(parameter.grad, expected[name].grad, name)
+    squares = sum(float(each.double().square().sum()) for each in written)
+    wanted = sum(float(expected[n].grad.square().sum()) for n in found if n.startswith(names))
+    assert squares == pytest.approx(wanted, rel=1e-4)
+
+
+CASES = {
+    "reference": {},
+    "one step": {"steps": 1},
+    "long": {"steps": 6},
+    "lambda 1": {"config": {"td_lambda": 1.0}},
+    "lambda between": {"config": {"td_lambda": 0.6, "entropy_coef": 0.3}},
+    "one row": {"rows": 1},
+    "many rows": {"rows": 130},
+    "no dropout": {"dropout": 0.0},
+    "one Q head": {"num_q": 1},
+    "two Q heads": {"num_q": 2},
+    "matrix": {"space": "matrix"},
+    "vectors": {"space": "vectors"},
+    "images": {"space": "image and vector"},
+    "state space": {"dynamics": "ssm"},
+    "episodic": {"episodic": True},
+    "past terminations": {"episodic": True, "past_terminations": True},
+    "encoded terminations": {
+        "episodic": True,
+        "past_terminations": True,
+        "config": {"encoded_terminations": True, "termination_coef": 0.7},
+    },
+    "all at once": {
+        "episodic": True,
+        "past_terminations": True,
+        "space": "image and vector",
+        "dynamics": "ssm",
+        "config": {"encoded_terminations": True, "td_lambda": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients(case, threads, roughen):
+    compare(case, roughen, by_torch=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_where_torch_multiplies(case, roughen):
+    compare(case, roughen, by_torch=True)
+
+
+def compare(case, roughen, by_torch):
+    """By torch: as on a processor on which it multiplies the matrices."""
+    settings = {"steps": 3, "rows": 9, "space": "vector", **CASES[case]}
+    config = LossConfig(gamma=0.97, **settings.pop("config", {}))
+    steps, rows, space = (settings.pop(name) for name in ("steps", "rows", "space"))
+    past_terminations = settings.pop("past_terminations", False)
+    model = make_model(roughen, space, **settings)
+    batch = make_batch(space, steps, rows, past_terminations)
+    noise = sample_update_noise(model, steps, rows, th.Generator().manual_seed(3))
+    weights = step_weights(steps, steps, 0.5, True)
+    exact, exact_batch, exact_noise = copy.deepcopy(model), batch, noise
+    dtype = th.float32 if model.encoder.image_keys else th.float64
+    if dtype is th.float64:
+        exact, exact_batch, exact_noise = exact.double(), in_double(batch), in_double(noise)
+        exact.bins = model.bins.double()
+    assert has_direct_gradients(model)
+    direct = DirectGradients(model, config)
+    policy_weights, scale = step_weights(steps + 1, steps, 0.5, True), th.tensor(1.7)
+
+    for _ in range(2):  # the second time over the first one's gradients
+        for each in (*model.parameters(), *exact.parameters()):
+            each.grad = None
+        expected = model_losses(exact, exact_batch, exact_noise, config, weights.to(dtype))
+        expected.total.backward()
+        with operation_counter() if by_torch else contextlib.nullcontext(), weights_held():
+            losses, written = direct.model_losses(batch, noise, weights)
+        assert_same_losses(losses, expected)
+        names = ("encoder", "dynamics", "reward_net", "q_ensemble", "termination_net")
+        assert_same_gradients(model, exact, written, names)
+
+        for each in (*model.parameters(), *exact.parameters()):
+            each.grad = None
+        alive = alive_states(batch)
+        prior = policy_loss(
+            exact,
+            expected.latents,
+            scale.to(dtype),
+            exact_noise,
+            config,
+            policy_weights.to(dtype),
+            TAU,
+            None if alive is None else alive.to(dtype),
+        )
+        prior.total.backward()
+        with operation_counter() if by_torch else contextlib.nullcontext(), weights_held():
+            ours, written = direct.policy_loss(
+                expected.latents.float(), scale, noise, policy_weights, TAU, alive
+            )
+        assert_same_losses(ours, prior)
+        for name, each in exact.named_parameters():
+            if not name.startswith("policy_net"):
+                each.grad = None
+        assert_same_gradients(model, exact, written, ("policy_net",))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 20.0])
+def test_gradients_of_the_policys_draw(spread, threads, roughen):
+    """At 20 most actions lie at their bounds, where the squashed density's slope is cut off."""
+    rows = 700
+    generator = th.Generator().manual_seed(5)
+    moments = spread * th.randn(rows, 2 * ACTION_DIM, generator=generator)
+    noise = th.randn(rows, ACTION_DIM, generator=generator)
+    by_actions = th.randn(rows, ACTION_DIM, generator=generator)
+    by_entropy = th.randn(rows, generator=generator)
+    room = th.zeros(rows, ACTION_DIM + 2)
+    draw = PolicyDraw(moments, noise, room[:, 2:])
+    by_moments = draw.backward(by_actions, by_entropy)
+
+    model = make_model(roughen)
+    leaf = moments.requires_grad_()
+    model.policy_net = _Constant(leaf)  # type: ignore[assignment]
+    sample = model.policy(th.zeros(rows, 16), noise)  # single precision: where a is 1 matters
+    total = (sample.action * by_actions).sum() + (sample.scaled_entropy * by_entropy).sum()
+    total.backward()
+    assert th.equal(room[:, :2], th.zeros(rows, 2))
+    th.testing.assert_close(room[:, 2:], sample.action, rtol=1e-5, atol=1e-6)
+    th.testing.assert_close(draw.log_prob, sample.log_prob, rtol=1e-4, atol=1e-4)
+    th.testing.assert_close(draw.scaled_entropy, sample.scaled_entropy, rtol=1e-3, atol=1e-3)
+    th.testing.assert_close(by_moments, leaf.grad, rtol=1e-3, atol=1e-4)
+
+
+class _Constant(th.nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, _):
+        return self.outputs
+
+
+def test_whoever_changed_a_part_keeps_autograd(roughen):
+    class OtherModel(WorldModel):
+        pass
+
+    class OtherMLP(MLP):
+        pass
+
+    model = make_model(roughen)
+    assert has_direct_gradients(model)
+    other = copy.deepcopy(model)
+    other.__class__ = OtherModel
+    assert not has_direct_gradients(other)
+    for name in ("reward_net", "policy_net"):
+        other = copy.deepcopy(model)
+        getattr(other, name).__class__ = OtherMLP
+        assert not has_direct_gradients(other)
+    other = copy.deepcopy(model)
+    other.reward_net[0].activation = th.nn.Tanh()
+    assert not has_direct_gradients(other)
+
+
+def test_other_dynamics_are_rolled_out_by_themselves(roughen):
+    """A subclass of the MLP's dynamics has its own gradients, not the MLP's."""
+
+    class Halved(MLPDynamics):
+        def step(self, state, action):
+            latent, _ = super().step(state, 0.5 * action)
+            return latent, (latent,)
+
+    model = make_model(roughen)
+    model.dynamics.__class__ = Halved
+    exact = copy.deepcopy(model).double()
+    exact.bins = model.bins.double()
+    batch = make_batch("vector", 3, 9, False)
+    noise = sample_update_noise(model, 3, 9, th.Generator().manual_seed(3))
+    weights = step_weights(3, 3, 0.5, True)
+    expected = model_losses(
+        exact, in_double(batch), in_double(noise), LossConfig(), weights.double()
+    )
+    expected.total.backward()
+    with weights_held():
+        losses, written = DirectGradients(model, LossConfig()).model_losses(batch, noise, weights)
+    assert_same_losses(losses, expected)
+    names = ("encoder", "dynamics", "reward_net", "q_ensemble")
+    assert_same_gradients(model, exact, written, names)
+
+
+def test_a_gradient_step_takes_the_direct_way(make_agent, monkeypatch):
+    """Unless it is to be compiled; parameters that were put elsewhere are found."""
+    calls = []
+    original = DirectGradients.model_losses
+
+    def counted(self, *args):
+        calls.append(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(update_module.DirectGradients, "model_losses", counted)
+    agent = make_agent()
+    agent.learn(40)
+    assert len(calls) == agent._n_updates
+    for parameter in agent.policy.parameters():
+        parameter.data = parameter.data.clone()
+    before = copy.deepcopy(agent.policy.world_model.state_dict())
+    agent.train(1, 8)
+    for name, value in agent.policy.world_model.state_dict().items():
+        assert not th.equal(value, before[name]), name

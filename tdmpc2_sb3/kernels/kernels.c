@@ -816,9 +816,13 @@ static void weight_gradient_rows(const float *by_product, int64_t cols, const fl
     int64_t width = end - begin;
     for (int64_t from = 0; from < rows; from += GATHERED_ROWS) {
         int64_t count = rows - from < GATHERED_ROWS ? rows - from : GATHERED_ROWS;
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t j = 0; j < width; j++)
-                gathered[i * width + j] = by_product[(from + i) * cols + begin + j];
+        const float *in = by_product + from * cols + begin;
+        if (width == TILE_ROWS) /* of a known width: copied without a call */
+            for (int64_t i = 0; i < count; i++)
+                memcpy(gathered + i * TILE_ROWS, in + i * cols, sizeof(float) * TILE_ROWS);
+        else
+            for (int64_t i = 0; i < count; i++)
+                copy_few(gathered + i * width, in + i * cols, width);
         product_rows(gathered, 1, width, packed_input + from * PANEL, rows, from ? c : 0, depth, c,
                      0, width, count, depth);
     }

@@ -50,6 +50,7 @@ class _Network:
         self.layers = kernels.KeptLayers(layers)
         self._members = None if num_networks is None else tuple(range(num_networks))
         self._room = kernels.GradientRoom(layers, num_networks or 1, num_networks is None)
+        self._evaluation: kernels.Evaluation | None = None  # until its gradients are taken
 
     def evaluate(self, x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
         """Outputs of rows x, [Q, B, out], with Q = 1 for one network."""
@@ -62,8 +63,10 @@ class _Network:
         :param grad: by the outputs, contiguous, [Q, B, out]
         :param by_latents: what the gradients by the latent part of x are added to, [B, Z]
         """
+        evaluation, self._evaluation = self._evaluation, None
+        assert evaluation is not None, "evaluate first"
         columns = None if by_latents is None else slice(0, by_latents.shape[-1])
-        _, gradients = self._evaluation.backward(grad, columns, True, self._room, by_latents)
+        _, gradients = evaluation.backward(grad, columns, True, self._room, by_latents)
         written = _assign(self.layers, gradients)
         return [self._room.whole] if gradients is self._room.gradients else written
 
@@ -92,6 +95,7 @@ class _Traced:
 
     def __init__(self, module: nn.Module):
         self._parameters = list(module.parameters())
+        self._result: th.Tensor | None = None  # until its gradients are taken
 
     def evaluate(self, function: Callable[..., th.Tensor], *inputs: object) -> th.Tensor:
         """What the function makes of its inputs and the module, contiguous."""
@@ -104,7 +108,9 @@ class _Traced:
 
         :param grad: by the result
         """
-        self._result.backward(grad)
+        result, self._result = self._result, None
+        assert result is not None, "evaluate first"
+        result.backward(grad)
         return [each.grad for each in self._parameters if each.grad is not None]
 
 
@@ -117,6 +123,7 @@ class _KernelRollout:
     def __init__(self, layers: Sequence[Layer]):
         self._layers = kernels.KeptLayers(layers)
         self._room = kernels.GradientRoom(layers, 1, of_one=True)
+        self._rollout: kernels.Rollout | None = None  # until its gradients are taken
 
     def takes(self, latent: th.Tensor, actions: th.Tensor) -> bool:
         """Whether the kernels multiply matrices of these sizes here."""
@@ -139,7 +146,9 @@ class _KernelRollout:
             [1 + T, B, Z]; written to
         :return: by z_0 in full, [B, Z]; those of the parameters
         """
-        self._rollout.backward(by_latents, self._room)
+        rollout, self._rollout = self._rollout, None
+        assert rollout is not None, "evaluate first"
+        rollout.backward(by_latents, self._room)
         _assign(self._layers, self._room.gradients)
         return by_latents[0], [self._room.whole]
 
@@ -153,6 +162,7 @@ class _TracedRollout:
     def __init__(self, dynamics: LatentDynamics):
         self._dynamics = dynamics
         self._traced = _Traced(dynamics)
+        self._start: th.Tensor | None = None  # z_0 of the graph
 
     def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """See :meth:`_KernelRollout.evaluate`."""
@@ -167,8 +177,10 @@ class _TracedRollout:
     def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
         """See :meth:`_KernelRollout.backward`."""
         written = self._traced.backward(by_latents[1:])
-        assert self._start.grad is not None
-        return by_latents[0] + self._start.grad, written
+        start, self._start = self._start, None
+        assert start is not None
+        assert start.grad is not None
+        return by_latents[0] + start.grad, written
 
 
 class _KernelEncoder:

@@ -60,6 +60,9 @@ class KeptLayers(list[Layer]):
         self.widest = widest(layers)
         self._looked_up: tuple[object, NetworkArguments] | None = None
 
+    def __reduce__(self) -> tuple[type[KeptLayers], tuple[list[Layer]]]:
+        return KeptLayers, (list(self),)  # a copy looks its own parameters up
+
     def look_up(self) -> NetworkArguments:
         """Their arguments."""
         now = hold()

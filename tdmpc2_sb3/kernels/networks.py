@@ -47,10 +47,9 @@ class GradientRoom:
         sizes = [layer.weight.shape[-2:] for layer in layers]
         lengths = [count * cols * (depth + 3) for cols, depth in sizes]
         self.whole = layers[0].weight.new_empty(sum(lengths))  # zeros where there is no norm
-        arrays = self.whole.split(lengths)
-        self.addresses = addresses(arrays)
+        self._arrays = self.whole.split(lengths)  # a layer each
         self.gradients: list[Gradients] = []
-        for array, (cols, depth) in zip(arrays, sizes, strict=True):
+        for array, (cols, depth) in zip(self._arrays, sizes, strict=True):
             weights, gains, shifts, biases = array.split(
                 [count * cols * depth, count * cols, count * cols, count * cols]
             )
@@ -60,6 +59,10 @@ class GradientRoom:
             else:
                 vectors = [each.view(count, cols) for each in (biases, gains, shifts)]
                 self.gradients.append(Gradients(weights.view(count, cols, depth), *vectors))
+
+    def addresses(self) -> ctypes.Array[Any]:
+        """Where the gradients of each layer stand."""
+        return addresses(self._arrays)
 
 
 def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
@@ -298,7 +301,7 @@ class _ByKernels(Evaluation):
             by_input,
             end - begin,
             added_to is not None,
-            room.addresses if room is not None and needs_parameters else None,
+            room.addresses() if room is not None and needs_parameters else None,
             addresses(scratches),
             rows,
             self._threads,

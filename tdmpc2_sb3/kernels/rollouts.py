@@ -92,7 +92,7 @@ class Rollout:
             self.workspace,
             self.latents,
             by_latents,
-            room.addresses,
+            room.addresses(),
             by_latents.new_empty(size),
             self.steps,
             self.rows,

@@ -315,3 +315,14 @@ def test_a_gradient_step_takes_the_direct_way(make_agent, monkeypatch):
     agent.train(1, 8)
     for name, value in agent.policy.world_model.state_dict().items():
         assert not th.equal(value, before[name]), name
+
+
+def test_a_copied_agent_learns_by_itself(make_agent):
+    agent = make_agent()
+    agent.learn(30)
+    copied = copy.deepcopy(agent)
+    before = copy.deepcopy(agent.policy.world_model.state_dict())
+    copied.train(1, 8)
+    for name, value in copied.policy.world_model.state_dict().items():
+        assert not th.equal(value, before[name]), name
+        assert th.equal(agent.policy.world_model.state_dict()[name], before[name]), name

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch as th
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.kernels import weights_held
+from tdmpc2_sb3.kernels import Elites, weights_held
 from tdmpc2_sb3.world_model import WorldModel
 
 DEFAULT_ITERATIONS = 6
@@ -149,16 +149,6 @@ def shift_plan(previous_mean: th.Tensor, episode_start: th.Tensor) -> th.Tensor:
     return shifted
 
 
-class _Elites(NamedTuple):
-    """The best action sequences of one iteration, and what they make of the distribution."""
-
-    values: th.Tensor  # the highest first, [E, elites]
-    actions: th.Tensor  # [H, E, elites, A]
-    weights: th.Tensor  # [E, elites]
-    mean: th.Tensor  # [H, E, A]
-    std: th.Tensor  # [H, E, A]
-
-
 class _Trajectories(NamedTuple):
     """Action sequences with the part of their value that needs no further randomness."""
 
@@ -189,14 +179,39 @@ class _Search:
         if config.num_pi_trajs:
             self.prior = self._sum_rewards(*self._policy_rollout(policy_noise))
 
-    def improve(self, actions: th.Tensor, terminal_noise: th.Tensor, heads: th.Tensor) -> _Elites:
+    def run(self, mean: th.Tensor, noise: PlanNoise) -> Elites:
+        """The last iteration's elites.
+
+        :param mean: of the first Gaussian, [H, E, A]
+        :param noise: of the plan
         """
-        :param actions: of the Gaussian samples, [H, E, S, A]
+        std = th.full_like(mean, self.config.max_std)
+        for iteration in range(self.config.num_iterations):
+            elites = self._improve(
+                mean, std, noise.samples[iteration], noise.terminal[iteration],
+                noise.heads[iteration],
+            )  # fmt: skip
+            mean, std = elites.mean, elites.std
+        return elites
+
+    def _improve(
+        self,
+        mean: th.Tensor,
+        std: th.Tensor,
+        samples: th.Tensor,
+        terminal_noise: th.Tensor,
+        heads: th.Tensor,
+    ) -> Elites:
+        """
+        :param mean: of the Gaussian, [H, E, A]
+        :param std: its standard deviation, [H, E, A]
+        :param samples: standard normal, [H, E, S, A]
         :param terminal_noise: of the actions at z_H, [E, N, A]
         :param heads: Q heads, [2]
-        :return: the best of them and of the policy prior's
+        :return: the best of its samples and of the policy prior's sequences
         """
         config = self.config
+        actions = th.addcmul(mean.unsqueeze(2), std.unsqueeze(2), samples).clamp_(-1.0, 1.0)
         latents = self.model.dynamics.rollout(self.start, actions)  # z_1..z_H [H, E, S, Z]
         trajectories = self._sum_rewards(actions, latents)
         if self.prior is not None:
@@ -210,10 +225,10 @@ class _Search:
         scores = th.exp(config.temperature * (elite_values - elite_values[:, :1]))
         weights = scores / scores.sum(1, keepdim=True)  # [E, elites]
         shares = weights[None, :, :, None]  # [1, E, elites, 1]
-        mean = (shares * elite_actions).sum(2)  # [H, E, A]
-        variance = (shares * (elite_actions - mean.unsqueeze(2)).square()).sum(2)
-        std = variance.sqrt().clamp(config.min_std, config.max_std)
-        return _Elites(elite_values, elite_actions, weights, mean, std)
+        new_mean = (shares * elite_actions).sum(2)  # [H, E, A]
+        variance = (shares * (elite_actions - new_mean.unsqueeze(2)).square()).sum(2)
+        new_std = variance.sqrt().clamp(config.min_std, config.max_std)
+        return Elites(elite_values, weights, elite_actions[0], mean, new_mean, new_std)
 
     def _policy_rollout(self, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Rolls the policy prior out from z_0.
@@ -275,40 +290,6 @@ def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
     )
 
 
-class _FastSearch:
-    """The same as :class:`_Search`, by the CPU kernels in a few calls."""
-
-    def __init__(
-        self,
-        model: WorldModel,
-        networks: kernels.PlanningNetworks,
-        latent: th.Tensor,
-        config: PlannerConfig,
-        policy_noise: th.Tensor,
-    ):
-        self.config = config
-        self.sequences = kernels.Sequences(
-            networks, model.bins, latent, config.horizon, config.num_samples, config.gamma
-        )
-        if config.num_pi_trajs:
-            self.sequences.rollout(0, config.num_pi_trajs, policy_noise)
-            self.sequences.sum_rewards(0, config.num_pi_trajs)
-
-    def improve(self, actions: th.Tensor, terminal_noise: th.Tensor, heads: th.Tensor) -> _Elites:
-        """See :meth:`_Search.improve`."""
-        config, sequences = self.config, self.sequences
-        first, last = config.num_pi_trajs, config.num_samples
-        sequences.actions[:, :, first:] = actions
-        sequences.rollout(first, last)
-        sequences.sum_rewards(first, last)
-        values = sequences.values(terminal_noise, tuple(heads.tolist()))
-        elite_values, positions = values.nan_to_num(0.0).topk(config.num_elites, dim=1)
-        refit = sequences.refit(
-            elite_values, positions, config.temperature, config.min_std, config.max_std
-        )
-        return _Elites(elite_values, *refit)
-
-
 def _planning_networks(model: WorldModel) -> kernels.PlanningNetworks | None:
     """The model as the CPU kernels plan with it; None if they cannot.
 
@@ -330,12 +311,27 @@ def _planning_networks(model: WorldModel) -> kernels.PlanningNetworks | None:
 
 
 def _search(
-    model: WorldModel, latent: th.Tensor, config: PlannerConfig, policy_noise: th.Tensor
-) -> _Search | _FastSearch:
+    model: WorldModel, latent: th.Tensor, mean: th.Tensor, noise: PlanNoise, config: PlannerConfig
+) -> Elites:
+    """The last iteration's elites.
+
+    :param mean: of the first Gaussian, [H, E, A]
+    """
     networks = _planning_networks(model) if kernels.usable(latent) else None
     if networks is None:
-        return _Search(model, latent, config, policy_noise)
-    return _FastSearch(model, networks, latent, config, policy_noise)
+        return _Search(model, latent, config, noise.policy).run(mean, noise)
+    return kernels.search(
+        networks,
+        model.bins,
+        latent,
+        mean,
+        kernels.Draws(noise.policy, noise.samples, noise.terminal, noise.heads),
+        config.num_elites,
+        config.gamma,
+        config.temperature,
+        config.min_std,
+        config.max_std,
+    )
 
 
 @th.no_grad()
@@ -357,26 +353,17 @@ def plan(
     :param config: settings
     :param explore: whether noise of the plan's own spread is added to the action
     """
-    mean = initial_mean.transpose(0, 1)  # [H, E, A]
-    std = th.full_like(mean, config.max_std)
-    search = _search(model, latent, config, noise.policy)
-    for iteration in range(config.num_iterations):
-        gaussian = th.addcmul(mean.unsqueeze(2), std.unsqueeze(2), noise.samples[iteration])
-        elites = search.improve(
-            gaussian.clamp_(-1.0, 1.0), noise.terminal[iteration], noise.heads[iteration]
-        )
-        previous_mean, mean, std = mean, elites.mean, elites.std
-
+    elites = _search(model, latent, initial_mean.transpose(0, 1), noise, config)
     chosen = (elites.weights.log() + noise.gumbel).argmax(1)  # one elite by its weight
-    action = elites.actions[0].take_along_dim(chosen[:, None, None], 1).squeeze(1)  # [E, A]
+    action = elites.actions.take_along_dim(chosen[:, None, None], 1).squeeze(1)  # [E, A]
     if explore:
-        action = action + std[0] * noise.exploration
+        action = action + elites.std[0] * noise.exploration
     return Plan(
         action=action.clamp(-1.0, 1.0),
-        mean=mean.transpose(0, 1).contiguous(),
-        std=std.transpose(0, 1).contiguous(),
+        mean=elites.mean.transpose(0, 1).contiguous(),
+        std=elites.std.transpose(0, 1).contiguous(),
         value=(elites.weights * elites.values).sum(1),
         elite_std=elites.values.std(1, correction=0),
         effective_samples=elites.weights.square().sum(1).reciprocal(),
-        mean_change=(mean - previous_mean).square().mean((0, 2)),
+        mean_change=(elites.mean - elites.previous_mean).square().mean((0, 2)),
     )

@@ -36,11 +36,13 @@ from tdmpc2_sb3.kernels.networks import (
     networks,
 )
 from tdmpc2_sb3.kernels.planning import (
+    Draws,
+    Elites,
     PlanningNetworks,
-    Sequences,
     StateSpace,
     StateSpaceLayer,
     plans,
+    search,
 )
 from tdmpc2_sb3.kernels.products import weights_held
 from tdmpc2_sb3.kernels.rollouts import Rollout, rollout, rolls_out
@@ -48,6 +50,8 @@ from tdmpc2_sb3.kernels.rollouts import Rollout, rollout, rolls_out
 __all__ = [
     "SWITCH",
     "Activation",
+    "Draws",
+    "Elites",
     "Evaluation",
     "GradientRoom",
     "Gradients",
@@ -57,7 +61,6 @@ __all__ = [
     "PlanningNetworks",
     "PolicyDraw",
     "Rollout",
-    "Sequences",
     "StateSpace",
     "StateSpaceLayer",
     "by_parameter",
@@ -70,6 +73,7 @@ __all__ = [
     "plans",
     "rollout",
     "rolls_out",
+    "search",
     "selective_scan",
     "squared_loss",
     "two_hot_cross_entropy",

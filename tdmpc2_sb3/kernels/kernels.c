@@ -9,6 +9,7 @@
  *
  * Only simd reductions are allowed to reassociate; NaN and infinity pass through everywhere.
  */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -1368,46 +1369,24 @@ void policy_sample_backward(const float *noise, const float *log_prob, const flo
     }
 }
 
-/* Planning by sampled action sequences, in calls that take each sequence through whole networks.
+/* Planning by sampled action sequences, in one call that takes each sequence through all networks.
  *
- * E environments have N sequences each, of which a call takes those from first to last. Steps come
- * before environments, as in the planner: latents [H, E, N, Z] hold z_1..z_H, actions [H, E, N, A].
- */
-typedef struct {
-    int64_t horizon, envs, samples, first, last, latent_dim, action_dim;
-    int64_t widest; /* numbers of a row of the scratch: of the widest layer */
-    int64_t memory; /* numbers that the dynamics keep a row; 0 for a network */
-} sequences;
-
-/* Sequences that go through the networks together: few enough for their activations to stay in the
- * second cache, and many, lest the weights have to come from afar too often. */
-#define BLOCK_ROWS (20 * TILE_ROWS)
-
-/* Numbers of scratch that a thread needs: two blocks of rows and what the dynamics keep, and the
- * same of a row for z_0. */
-int64_t planning_scratch(int64_t widest, int64_t memory) {
-    return (2 * BLOCK_ROWS + 1) * widest + (BLOCK_ROWS + 1) * memory;
-}
-
+ * E environments have N sequences each, of which the first P are the policy prior's and the others,
+ * S of them, are drawn from a Gaussian that I iterations improve. Steps come before environments, as
+ * in the planner. */
 typedef struct {
     const layer *layers;
     int64_t count;
 } network;
 
-/* A block: count rows of one environment, from row on in arrays [E, N, ...]. */
-typedef struct {
-    int64_t env, row, count;
-} block;
+/* Sequences that go through the networks together: few enough for their activations to stay in the
+ * second cache, and many, lest the weights have to come from afar too often. */
+#define BLOCK_ROWS (20 * TILE_ROWS)
 
-/* The block at or after the position-th of all sequences that are meant, up to end. */
-static block block_at(const sequences *s, int64_t position, int64_t end) {
-    int64_t each = s->last - s->first, env = position / each;
-    int64_t left = (env + 1) * each;
-    left = (left < end ? left : end) - position;
-    int64_t blocks = (left + BLOCK_ROWS - 1) / BLOCK_ROWS; /* of nearly the same size */
-    return (block){env, env * s->samples + s->first + position - env * each,
-                   (left + blocks - 1) / blocks};
-}
+/* A block: count sequences of one environment, from its first on. */
+typedef struct {
+    int64_t env, first, count;
+} block;
 
 /* layer_forward of count rows into y, [count, cols], which is neither x nor a. */
 static void layer_rows(const layer *it, const float *x, int64_t x_dim, const float *shared,
@@ -1448,13 +1427,6 @@ static void policy_rows(const float *moments, const float *noise, float *actions
                 tanhf(row[j] + noise[i * action_dim + j] * expf(log_std));
         }
 }
-
-#define FOR_EACH_BLOCK                                                                            \
-    _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")            \
-    for (int64_t t = 0; t < threads; t++)                                                         \
-        for (int64_t all = s->envs * (s->last - s->first), at = all * t / threads,                \
-                     end = all * (t + 1) / threads;                                               \
-             at < end; at += block_at(s, at, end).count)
 
 /* A layer of the state-space dynamics (tdmpc2_sb3/dynamics/ssm.py tells what they compute). */
 typedef struct {
@@ -1540,139 +1512,284 @@ static void state_space_step(const dynamics *d, const state_space_memory *m, con
     layer_rows(&d->out, m->stream, width, 0, 0, count, next);
 }
 
-/* z_1..z_H of the dynamics from z_0, [E, Z]. Under actions as they are, or, if there is a policy
- * (of more than no layers), under its actions with the noise, [H, E, last - first, A]. */
-void plan_rollout(const sequences *s, const dynamics *d, const layer *policy,
-                  int64_t policy_count, const float *start, const float *noise, float *actions,
-                  float *latents, float *scratch, int64_t threads) {
-    network prior = {policy, policy_count};
-    int64_t z_dim = s->latent_dim, a_dim = s->action_dim, each = s->last - s->first;
-    FOR_EACH_BLOCK {
-        block b = block_at(s, at, end);
-        float *own = scratch + t * planning_scratch(s->widest, s->memory);
-        const float *z = start + b.env * z_dim;
-        state_space_memory memory = {0};
-        if (d->depth)
-            memory = state_space_start(d, z, b.count, own + (2 * BLOCK_ROWS + 1) * s->widest);
-        for (int64_t h = 0; h < s->horizon; h++) {
-            int64_t row = h * s->envs * s->samples + b.row;
-            float *a = actions + row * a_dim, *next = latents + row * z_dim;
-            if (policy_count) {
-                const float *draws = noise + (h * s->envs * each + at) * a_dim;
-                const float *moments =
-                    network_rows(prior, z, z_dim, 0, 0, h ? b.count : 1, 0, own, s->widest);
-                for (int64_t i = 0; i < b.count; i++) /* z_0 is the same for all */
-                    policy_rows(moments + (h ? i : 0) * 2 * a_dim, draws + i * a_dim,
-                                a + i * a_dim, 1, a_dim);
-            }
-            if (d->depth) state_space_step(d, &memory, a, b.count, next);
-            else network_rows(d->net, z, z_dim, h == 0, a, b.count, next, own, s->widest);
-            z = next;
-        }
-    }
+/* What a search reads and where it writes. D environments have noise of their own: E, or 1 where all
+ * share it. */
+typedef struct {
+    int64_t iterations, horizon, envs, samples, prior, elites, noise_envs, latent_dim, action_dim;
+    int64_t widest; /* numbers of a row of the scratch: of the widest layer */
+    int64_t memory; /* numbers that the dynamics keep a row; 0 for a network */
+    int64_t steps_work, prior_work, value_work; /* multiply-adds of a row, see first_of_thread */
+    dynamics dynamics;
+    network reward, policy;
+    network termination; /* of no layers if episodes do not end */
+    network q;           /* all of them, one after the other; count is that of one */
+    const float *bins, *start; /* start: z_0, [E, Z] */
+    const float *policy_noise;   /* standard normal, as are the next two, [H, D, P, A] */
+    const float *sample_noise;   /* [I, H, D, S, A] */
+    const float *terminal_noise; /* of the policy's actions at z_H, [I, D, N, A] */
+    const int64_t *heads;        /* of Q, whose mean counts, [I, 2] */
+    float *actions;              /* [H, E, N, A] */
+    float *prior_latents;        /* z_H of the policy's sequences, [E, P, Z] */
+    float *rewards, *discounts;  /* on the way, and of what follows, [E, N] */
+    float *values;               /* [E, N] */
+    float *means, *stds;         /* of the Gaussians, the first given, [I + 1, H, E, A] */
+    float *elite_values;         /* the highest first, [E, K] */
+    float *weights;              /* [E, K] */
+    float *first_actions;        /* [E, K, A] */
+    int64_t *positions;          /* of the elites among the sequences, [E, K] */
+    int64_t *valued;             /* sequences in all iterations so far, [E] */
+    float *scratch;              /* [threads, planning_scratch] */
+    double gamma;
+    float temperature, min_std, max_std;
+} search;
+
+static inline int64_t networks_scratch(int64_t widest, int64_t memory) {
+    return (2 * BLOCK_ROWS + 1) * widest + (BLOCK_ROWS + 1) * memory;
 }
 
-/* Discounted sums of the rewards on the way, [E, N], and the discount of what follows, [E, N]. With
- * a termination network (of more than no layers) nothing counts after its logit exceeds 0. */
-void plan_rewards(const sequences *s, const layer *reward, int64_t reward_count,
-                  const layer *termination, int64_t termination_count, const float *bins,
-                  const float *start, const float *actions, const float *latents, float *rewards,
-                  float *discounts, double gamma, float *scratch, int64_t threads) {
-    network net = {reward, reward_count}, ends = {termination, termination_count};
-    int64_t z_dim = s->latent_dim, a_dim = s->action_dim, cols = reward[reward_count - 1].cols;
-    FOR_EACH_BLOCK {
-        block b = block_at(s, at, end);
-        float *own = scratch + t * planning_scratch(s->widest, s->memory);
-        const float *z = start + b.env * z_dim;
-        float *total = rewards + b.row, *alive = discounts + b.row;
-        double discount = 1.0;
-        for (int64_t i = 0; i < b.count; i++) {
-            total[i] = 0.0f;
-            alive[i] = 1.0f;
-        }
-        for (int64_t h = 0; h < s->horizon; h++) {
-            int64_t row = h * s->envs * s->samples + b.row;
-            const float *logits = network_rows(net, z, z_dim, h == 0, actions + row * a_dim,
-                                               b.count, 0, own, s->widest);
-            for (int64_t i = 0; i < b.count; i++)
-                total[i] += (float)discount * alive[i] *
-                            two_hot_inverse_row(logits + i * cols, bins, cols);
-            z = latents + row * z_dim;
-            discount *= gamma;
-            if (termination_count) {
-                logits = network_rows(ends, z, z_dim, 0, 0, b.count, 0, own, s->widest);
-                for (int64_t i = 0; i < b.count; i++)
-                    if (logits[i] > 0.0f) alive[i] = 0.0f;
-            }
-        }
-        for (int64_t i = 0; i < b.count; i++) alive[i] *= (float)discount;
-    }
+/* Numbers of scratch that a thread needs: two blocks of rows and what the dynamics keep, and the
+ * same of a row for z_0; latents and last actions of a block. */
+int64_t planning_scratch(const search *s) {
+    return networks_scratch(s->widest, s->memory) +
+           BLOCK_ROWS * (s->horizon * s->latent_dim + s->action_dim);
 }
 
-/* What sequences are worth, [E, N]: their rewards, and discounted the mean of two networks of q,
- * [2, q_count] layers, at z_H, [E, N, Z], and the policy's action there under the noise, [E, N, A].
- * own_actions: scratch, [E, N, A]. */
-void plan_values(const sequences *s, const layer *policy, int64_t policy_count, const layer *q,
-                 int64_t q_count, const float *bins, const float *latents, const float *noise,
-                 const float *rewards, const float *discounts, float *values, float *own_actions,
-                 float *scratch, int64_t threads) {
-    network prior = {policy, policy_count};
-    int64_t z_dim = s->latent_dim, a_dim = s->action_dim, cols = q[q_count - 1].cols;
-    FOR_EACH_BLOCK {
-        block b = block_at(s, at, end);
-        float *own = scratch + t * planning_scratch(s->widest, s->memory);
-        float *a = own_actions + b.row * a_dim;
-        const float *z = latents + b.row * z_dim;
-        policy_rows(network_rows(prior, z, z_dim, 0, 0, b.count, 0, own, s->widest),
-                    noise + b.row * a_dim, a, b.count, a_dim);
-        for (int64_t n = 0; n < 2; n++) {
-            network net = {q + n * q_count, q_count};
-            const float *logits =
-                network_rows(net, z, z_dim, 0, a, b.count, 0, own, s->widest);
-            for (int64_t i = 0; i < b.count; i++) {
-                float value = 0.5f * two_hot_inverse_row(logits + i * cols, bins, cols);
-                values[b.row + i] = n ? values[b.row + i] + value : value;
-            }
-        }
-        for (int64_t i = b.row; i < b.row + b.count; i++)
-            values[i] = rewards[i] + discounts[i] * values[i];
-    }
+/* Row of an array [H, E, N, ...] where the block starts. */
+static inline int64_t row_at(const search *s, int64_t step, block b) {
+    return (step * s->envs + b.env) * s->samples + b.first;
 }
 
-/* Weights of the elites, [E, K], by their values, [E, K], the highest first; their actions, [H, E,
- * K, A], by their positions among the N, [E, K]; mean and deviation of those, [H, E, A]. */
-void plan_refit(const sequences *s, const float *elite_values, const int64_t *positions,
-                const float *actions, float *weights, float *elite_actions, float *mean,
-                float *std, int64_t elites, float temperature, float min_std, float max_std) {
-    int64_t a_dim = s->action_dim;
-    for (int64_t e = 0; e < s->envs; e++) {
-        const float *value = elite_values + e * elites;
-        float *weight = weights + e * elites, sum = 0.0f;
-        for (int64_t k = 0; k < elites; k++) {
-            weight[k] = expf(temperature * (value[k] - value[0]));
-            sum += weight[k];
-        }
-        for (int64_t k = 0; k < elites; k++) weight[k] /= sum;
-        for (int64_t h = 0; h < s->horizon; h++) {
-            int64_t at = h * s->envs + e;
-            float *m = mean + at * a_dim, *d = std + at * a_dim;
-            float *chosen = elite_actions + at * elites * a_dim;
-            for (int64_t j = 0; j < a_dim; j++) m[j] = d[j] = 0.0f;
-            for (int64_t k = 0; k < elites; k++)
-                for (int64_t j = 0; j < a_dim; j++) {
-                    float a = actions[(at * s->samples + positions[e * elites + k]) * a_dim + j];
-                    chosen[k * a_dim + j] = a;
-                    m[j] += weight[k] * a;
-                }
-            for (int64_t k = 0; k < elites; k++)
-                for (int64_t j = 0; j < a_dim; j++) {
-                    float distance = chosen[k * a_dim + j] - m[j];
-                    d[j] += weight[k] * distance * distance;
-                }
+/* The same of an array [H, D, count, ...], which has numbers of count sequences from from on. */
+static inline int64_t noise_row_at(const search *s, int64_t step, block b, int64_t from,
+                                   int64_t count) {
+    return (step * s->noise_envs + (s->noise_envs > 1 ? b.env : 0)) * count + b.first - from;
+}
+
+/* Actions of Gaussian samples, within their bounds; NaN stays. */
+static void draw_samples(const search *s, int64_t iteration, block b) {
+    int64_t a_dim = s->action_dim, drawn = s->samples - s->prior;
+    for (int64_t h = 0; h < s->horizon; h++) {
+        int64_t at = ((iteration * s->horizon + h) * s->envs + b.env) * a_dim;
+        int64_t from = noise_row_at(s, iteration * s->horizon + h, b, s->prior, drawn);
+        const float *mean = s->means + at, *std = s->stds + at;
+        const float *noise = s->sample_noise + from * a_dim;
+        float *actions = s->actions + row_at(s, h, b) * a_dim;
+        for (int64_t i = 0; i < b.count; i++)
             for (int64_t j = 0; j < a_dim; j++) {
-                float deviation = sqrtf(d[j]);
-                deviation = deviation < min_std ? min_std : deviation;
-                d[j] = deviation > max_std ? max_std : deviation;
+                float a = mean[j] + std[j] * noise[i * a_dim + j];
+                a = a < -1.0f ? -1.0f : a;
+                actions[i * a_dim + j] = a > 1.0f ? 1.0f : a;
+            }
+    }
+}
+
+/* z_1..z_H into latents, [H, BLOCK_ROWS, Z], from z_0: under the policy's actions, which are written,
+ * if the block is of its sequences, else under the actions as they are. */
+static void roll_out(const search *s, block b, float *latents, float *own) {
+    int64_t z_dim = s->latent_dim, a_dim = s->action_dim;
+    const dynamics *d = &s->dynamics;
+    const float *z = s->start + b.env * z_dim;
+    state_space_memory memory = {0};
+    if (d->depth) memory = state_space_start(d, z, b.count, own + networks_scratch(s->widest, 0));
+    for (int64_t h = 0; h < s->horizon; h++) {
+        float *a = s->actions + row_at(s, h, b) * a_dim, *next = latents + h * BLOCK_ROWS * z_dim;
+        if (b.first < s->prior) {
+            const float *noise = s->policy_noise + noise_row_at(s, h, b, 0, s->prior) * a_dim;
+            const float *moments =
+                network_rows(s->policy, z, z_dim, 0, 0, h ? b.count : 1, 0, own, s->widest);
+            for (int64_t i = 0; i < b.count; i++) /* z_0 is the same for all */
+                policy_rows(moments + (h ? i : 0) * 2 * a_dim, noise + i * a_dim, a + i * a_dim,
+                            1, a_dim);
+        }
+        if (d->depth) state_space_step(d, &memory, a, b.count, next);
+        else network_rows(d->net, z, z_dim, h == 0, a, b.count, next, own, s->widest);
+        z = next;
+    }
+}
+
+/* Discounted sums of the rewards on the way, and the discount of what follows. With a termination
+ * network nothing counts after its logit exceeds 0. */
+static void sum_rewards(const search *s, block b, const float *latents, float *own) {
+    int64_t z_dim = s->latent_dim, a_dim = s->action_dim;
+    int64_t cols = s->reward.layers[s->reward.count - 1].cols;
+    const float *z = s->start + b.env * z_dim;
+    float *total = s->rewards + row_at(s, 0, b), *alive = s->discounts + row_at(s, 0, b);
+    double discount = 1.0;
+    for (int64_t i = 0; i < b.count; i++) {
+        total[i] = 0.0f;
+        alive[i] = 1.0f;
+    }
+    for (int64_t h = 0; h < s->horizon; h++) {
+        const float *logits =
+            network_rows(s->reward, z, z_dim, h == 0, s->actions + row_at(s, h, b) * a_dim,
+                         b.count, 0, own, s->widest);
+        for (int64_t i = 0; i < b.count; i++)
+            total[i] += (float)discount * alive[i] *
+                        two_hot_inverse_row(logits + i * cols, s->bins, cols);
+        z = latents + h * BLOCK_ROWS * z_dim;
+        discount *= s->gamma;
+        if (s->termination.count) {
+            logits = network_rows(s->termination, z, z_dim, 0, 0, b.count, 0, own, s->widest);
+            for (int64_t i = 0; i < b.count; i++)
+                if (logits[i] > 0.0f) alive[i] = 0.0f;
+        }
+    }
+    for (int64_t i = 0; i < b.count; i++) alive[i] *= (float)discount;
+}
+
+/* What sequences are worth: their rewards, and discounted the mean of two networks of q at z_H, of
+ * which z has the rows, and the policy's action there. a: scratch, [BLOCK_ROWS, A]. */
+static void sum_values(const search *s, int64_t iteration, block b, const float *z, float *a,
+                       float *own) {
+    int64_t z_dim = s->latent_dim, a_dim = s->action_dim, row = row_at(s, 0, b);
+    const float *noise =
+        s->terminal_noise + noise_row_at(s, iteration, b, 0, s->samples) * a_dim;
+    float *values = s->values + row;
+    policy_rows(network_rows(s->policy, z, z_dim, 0, 0, b.count, 0, own, s->widest), noise, a,
+                b.count, a_dim);
+    for (int64_t n = 0; n < 2; n++) {
+        network net = {s->q.layers + s->heads[2 * iteration + n] * s->q.count, s->q.count};
+        int64_t cols = net.layers[net.count - 1].cols;
+        const float *logits = network_rows(net, z, z_dim, 0, a, b.count, 0, own, s->widest);
+        for (int64_t i = 0; i < b.count; i++) {
+            float value = 0.5f * two_hot_inverse_row(logits + i * cols, s->bins, cols);
+            values[i] = n ? values[i] + value : value;
+        }
+    }
+    for (int64_t i = 0; i < b.count; i++)
+        values[i] = s->rewards[row + i] + s->discounts[row + i] * values[i];
+}
+
+/* Values of a block's sequences. Those of the policy are the same in every iteration: of them only
+ * what follows z_H is drawn anew. */
+static void evaluate(const search *s, int64_t iteration, block b, float *own) {
+    int64_t z_dim = s->latent_dim;
+    float *latents = own + networks_scratch(s->widest, s->memory);
+    float *last = latents + (s->horizon - 1) * BLOCK_ROWS * z_dim;
+    float *last_actions = latents + s->horizon * BLOCK_ROWS * z_dim;
+    block prior = b, drawn = b;
+    prior.count = s->prior - b.first;
+    prior.count = prior.count < 0 ? 0 : prior.count > b.count ? b.count : prior.count;
+    drawn.first += prior.count;
+    drawn.count -= prior.count;
+    if (prior.count) {
+        float *kept = s->prior_latents + (b.env * s->prior + b.first) * z_dim;
+        size_t size = sizeof(float) * (size_t)(prior.count * z_dim);
+        if (iteration == 0) {
+            roll_out(s, prior, latents, own);
+            sum_rewards(s, prior, latents, own);
+            memcpy(kept, last, size);
+        } else {
+            memcpy(last, kept, size);
+        }
+    }
+    if (drawn.count) {
+        latents += prior.count * z_dim;
+        draw_samples(s, iteration, drawn);
+        roll_out(s, drawn, latents, own);
+        sum_rewards(s, drawn, latents, own);
+    }
+    sum_values(s, iteration, b, last, last_actions, own);
+}
+
+/* Where the thread begins among all sequences, so that all have the same work: a sequence's steps,
+ * for one of the policy only in the first iteration and then with the policy itself, and its value. */
+static int64_t first_of_thread(const search *s, int64_t iteration, int64_t thread,
+                               int64_t threads) {
+    int64_t prior = s->value_work + (iteration ? 0 : s->prior_work);
+    int64_t drawn = s->value_work + s->steps_work;
+    int64_t of_prior = s->prior * prior, of_env = of_prior + (s->samples - s->prior) * drawn;
+    int64_t at = s->envs * of_env * thread / threads, rest = at % of_env;
+    return at / of_env * s->samples +
+           (rest < of_prior ? rest / prior : s->prior + (rest - of_prior) / drawn);
+}
+
+/* The block at that position among all sequences, up to end. */
+static block block_at(const search *s, int64_t position, int64_t end) {
+    int64_t env = position / s->samples, left = (env + 1) * s->samples;
+    left = (left < end ? left : end) - position;
+    int64_t blocks = (left + BLOCK_ROWS - 1) / BLOCK_ROWS; /* of nearly the same size */
+    return (block){env, position - env * s->samples, (left + blocks - 1) / blocks};
+}
+
+/* The elites of an environment by their values, the highest first and among equals the first.
+ * NaN counts as 0, and infinities as the largest numbers. */
+static void choose_elites(const search *s, int64_t env) {
+    const float *values = s->values + env * s->samples;
+    float *best = s->elite_values + env * s->elites;
+    int64_t *positions = s->positions + env * s->elites, count = 0;
+    for (int64_t n = 0; n < s->samples; n++) {
+        float value = isnan(values[n]) ? 0.0f : values[n];
+        value = value > FLT_MAX ? FLT_MAX : value < -FLT_MAX ? -FLT_MAX : value;
+        if (count == s->elites && !(value > best[count - 1])) continue;
+        int64_t at = 0;
+        for (int64_t end = count; at < end;) { /* behind those that are not less */
+            int64_t middle = (at + end) / 2;
+            if (best[middle] >= value) at = middle + 1;
+            else end = middle;
+        }
+        if (count < s->elites) count++;
+        memmove(best + at + 1, best + at, sizeof(float) * (size_t)(count - 1 - at));
+        memmove(positions + at + 1, positions + at, sizeof(int64_t) * (size_t)(count - 1 - at));
+        best[at] = value;
+        positions[at] = n;
+    }
+}
+
+/* The next Gaussian of an environment: mean and deviation of its elites, weighted by their values. */
+static void refit(const search *s, int64_t iteration, int64_t env) {
+    int64_t a_dim = s->action_dim, elites = s->elites;
+    const float *value = s->elite_values + env * elites;
+    const int64_t *positions = s->positions + env * elites;
+    float *weight = s->weights + env * elites, sum = 0.0f;
+    for (int64_t k = 0; k < elites; k++) {
+        weight[k] = expf(s->temperature * (value[k] - value[0]));
+        sum += weight[k];
+    }
+    for (int64_t k = 0; k < elites; k++) weight[k] /= sum;
+    for (int64_t h = 0; h < s->horizon; h++) {
+        int64_t at = (((iteration + 1) * s->horizon + h) * s->envs + env) * a_dim;
+        float *m = s->means + at, *d = s->stds + at;
+        const float *actions = s->actions + row_at(s, h, (block){env, 0, 0}) * a_dim;
+        for (int64_t j = 0; j < a_dim; j++) m[j] = d[j] = 0.0f;
+        for (int64_t k = 0; k < elites; k++)
+            for (int64_t j = 0; j < a_dim; j++) m[j] += weight[k] * actions[positions[k] * a_dim + j];
+        for (int64_t k = 0; k < elites; k++)
+            for (int64_t j = 0; j < a_dim; j++) {
+                float distance = actions[positions[k] * a_dim + j] - m[j];
+                d[j] += weight[k] * distance * distance;
+            }
+        for (int64_t j = 0; j < a_dim; j++) {
+            float deviation = sqrtf(d[j]);
+            deviation = deviation < s->min_std ? s->min_std : deviation;
+            d[j] = deviation > s->max_std ? s->max_std : deviation;
+        }
+        for (int64_t k = 0; h == 0 && k < elites; k++)
+            memcpy(s->first_actions + (env * elites + k) * a_dim, actions + positions[k] * a_dim,
+                   sizeof(float) * (size_t)a_dim);
+    }
+}
+
+/* All iterations. Whoever values the last sequence of an environment refits it, so that the threads
+ * wait for each other once in each: on a busy machine every wait costs a slice of the scheduler. */
+void plan_search(const search *s, int64_t threads) {
+    int64_t size = planning_scratch(s);
+    memset(s->valued, 0, sizeof(int64_t) * (size_t)s->envs);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < s->iterations; i++) {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < threads; t++) {
+            int64_t at = first_of_thread(s, i, t, threads);
+            int64_t end = first_of_thread(s, i, t + 1, threads);
+            while (at < end) {
+                block b = block_at(s, at, end);
+                evaluate(s, i, b, s->scratch + t * size);
+                if (__atomic_add_fetch(s->valued + b.env, b.count, __ATOMIC_ACQ_REL) ==
+                    (i + 1) * s->samples) {
+                    choose_elites(s, b.env);
+                    refit(s, i, b.env);
+                }
+                at += b.count;
             }
         }
     }

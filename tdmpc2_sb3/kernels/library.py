@@ -42,13 +42,10 @@ class LayerArgument(ctypes.Structure):
     )
 
 
-class SequencesArgument(ctypes.Structure):
-    """``sequences`` of kernels.c."""
+class NetworkArgument(ctypes.Structure):
+    """``network`` of kernels.c."""
 
-    _fields_ = (
-        *((name, INTEGER) for name in ("horizon", "envs", "samples", "first", "last")),
-        *((name, INTEGER) for name in ("latent_dim", "action_dim", "widest", "memory")),
-    )
+    _fields_ = (("layers", POINTER), ("count", INTEGER))
 
 
 class StateSpaceLayerArgument(ctypes.Structure):
@@ -67,11 +64,31 @@ class DynamicsArgument(ctypes.Structure):
     """``dynamics`` of kernels.c."""
 
     _fields_ = (
-        ("layers", POINTER),
-        ("count", INTEGER),
+        ("net", NetworkArgument),
         *((name, LayerArgument) for name in ("features", "context", "starts", "action", "out")),
         ("stack", POINTER),
         ("depth", INTEGER),
+    )
+
+
+class SearchArgument(ctypes.Structure):
+    """``search`` of kernels.c."""
+
+    _fields_ = (
+        *((name, INTEGER) for name in ("iterations", "horizon", "envs", "samples", "prior")),
+        *((name, INTEGER) for name in ("elites", "noise_envs", "latent_dim", "action_dim")),
+        *((name, INTEGER) for name in ("widest", "memory")),
+        *((name, INTEGER) for name in ("steps_work", "prior_work", "value_work")),
+        ("dynamics", DynamicsArgument),
+        *((name, NetworkArgument) for name in ("reward", "policy", "termination", "q")),
+        *((name, POINTER) for name in ("bins", "start")),
+        *((name, POINTER) for name in ("policy_noise", "sample_noise", "terminal_noise", "heads")),
+        *((name, POINTER) for name in ("actions", "prior_latents")),
+        *((name, POINTER) for name in ("rewards", "discounts", "values", "means", "stds")),
+        *((name, POINTER) for name in ("elite_values", "weights", "first_actions", "positions")),
+        *((name, POINTER) for name in ("valued", "scratch")),
+        ("gamma", DOUBLE),
+        *((name, REAL) for name in ("temperature", "min_std", "max_std")),
     )
 
 
@@ -111,19 +128,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "gelu_sum_backward": (*(POINTER,) * 4, *(INTEGER,) * 4),
     "selective_scan_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),
     "selective_scan_backward": (*(POINTER,) * 14, *(INTEGER,) * 5),
-    "plan_rollout": (*(POINTER,) * 3, INTEGER, *(POINTER,) * 5, INTEGER),
-    "plan_rewards": (
-        *(POINTER, POINTER, INTEGER, POINTER, INTEGER),
-        *(POINTER,) * 6,
-        *(DOUBLE, POINTER, INTEGER),
-    ),
-    "plan_values": (
-        *(POINTER, POINTER, INTEGER, POINTER, INTEGER),
-        *(POINTER,) * 8,
-        INTEGER,
-    ),
-    "plan_refit": (*(POINTER,) * 8, INTEGER, *(REAL,) * 3),
-    "planning_scratch": (INTEGER, INTEGER),
+    "plan_search": (POINTER, INTEGER),
+    "planning_scratch": (POINTER,),
     "panel_width": (),
 }
 SIZES = ("workspace_size", "scratch_size", "planning_scratch", "panel_width")  # what they return

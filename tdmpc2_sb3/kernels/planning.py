@@ -1,16 +1,16 @@
-"""Action sequences of a planner: rolled out, rewarded and valued in one call each.
+"""A planner's search in one call: action sequences drawn, rolled out, valued, and drawn better.
 
 A planner evaluates few rows by many small networks, and what lies between two of them (joining
 inputs, squashing, discounting) would take as long as the networks do. ``kernels.c`` takes each
 sequence through all of them.
 
-Shapes: E environments, N sequences each, H horizon, A action, Z latent, K elites, Q heads.
+Shapes: E environments, I iterations, N sequences of which P are the policy prior's and S = N - P
+Gaussian samples, H horizon, A action, Z latent, K elites.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,10 +20,10 @@ from tdmpc2_sb3.kernels.arguments import Layer, arguments_of, multiplied_here
 from tdmpc2_sb3.kernels.library import (
     DynamicsArgument,
     LayerArgument,
-    SequencesArgument,
+    NetworkArgument,
+    SearchArgument,
     StateSpaceLayerArgument,
     call,
-    library,
 )
 from tdmpc2_sb3.kernels.products import MIN_ROWS, product_threads
 
@@ -84,17 +84,38 @@ def plans(networks: PlanningNetworks) -> bool:
     return multiplied_here(MIN_ROWS, networks.layers())
 
 
+class Draws(NamedTuple):
+    """Random numbers of a search; along E they may be the same ones expanded, if all are."""
+
+    policy: th.Tensor  # standard normal, [H, E, P, A]
+    samples: th.Tensor  # standard normal, [I, H, E, S, A]
+    terminal: th.Tensor  # standard normal, actions at z_H, [I, E, N, A]
+    heads: th.Tensor  # Q heads, whose mean counts, [I, 2]
+
+
+class Elites(NamedTuple):
+    """The best action sequences of an iteration, and what they make of the Gaussian."""
+
+    values: th.Tensor  # the highest first, [E, K]
+    weights: th.Tensor  # [E, K]
+    actions: th.Tensor  # the first of each sequence, [E, K, A]
+    previous_mean: th.Tensor  # of the Gaussian before, [H, E, A]
+    mean: th.Tensor  # [H, E, A]
+    std: th.Tensor  # [H, E, A]
+
+
 class _Network:
-    """A network, or chosen ones of Q, as an argument."""
+    """A network as an argument; of several of the same sizes those that are evaluated."""
 
     def __init__(self, layers: Sequence[Layer] | None, members: tuple[int, ...] = (0,)):
-        self.count = len(layers or ())
-        self.arguments: ctypes.Array[LayerArgument] | None = None
+        self.argument = NetworkArgument()
         self.multiply_adds = 0  # a row
         if layers:
             self._alive = found = arguments_of(layers)
-            self.arguments = found.forward(members)
-            self.multiply_adds = found.multiply_adds * len(members)
+            found.forward(members)
+            every = found.of(tuple(range(found.num_networks)))
+            self.argument = NetworkArgument(ctypes.addressof(every), len(layers))
+            self.multiply_adds = found.multiply_adds
 
 
 class _Dynamics:
@@ -108,15 +129,15 @@ class _Dynamics:
         arguments = found.forward((0,))
         self._alive: list[object] = [dynamics, found, arguments]
         if not isinstance(dynamics, StateSpace):
-            address = ctypes.addressof(arguments)
-            self.argument = (DynamicsArgument * 1)(DynamicsArgument(address, len(arguments)))
+            network = NetworkArgument(ctypes.addressof(arguments), len(layers))
+            self.argument = DynamicsArgument(network)
             return
         single, rest = arguments[:5], iter(arguments[5:])
         stack = [_state_space_argument(layer, rest) for layer in dynamics.stack]
         pointers = (StateSpaceLayerArgument * len(stack))(*stack)
         self._alive.append(pointers)
-        self.argument = (DynamicsArgument * 1)(
-            DynamicsArgument(None, 0, *single, ctypes.addressof(pointers), len(stack))
+        self.argument = DynamicsArgument(
+            NetworkArgument(), *single, ctypes.addressof(pointers), len(stack)
         )
         self.memory = _state_space_memory(dynamics)
 
@@ -154,181 +175,113 @@ def _state_space_memory(dynamics: StateSpace) -> int:
     return max(of_start, 2 * width + len(first.products.weight) + modes + hidden + states)
 
 
-class Refit(NamedTuple):
-    """Elites, and the Gaussian that they make."""
-
-    actions: th.Tensor  # [H, E, K, A]
-    weights: th.Tensor  # [E, K]
-    mean: th.Tensor  # [H, E, A]
-    std: th.Tensor  # [H, E, A]
-
-
-class Sequences:
-    """The action sequences of one plan; weights must be held (``weights_held``) for as long.
-
-    ``actions``, [H, E, N, A], are written by the caller or by :meth:`rollout` under the policy;
-    ``latents``, z_1..z_H, [H, E, N, Z], by :meth:`rollout`.
+def search(
+    networks: PlanningNetworks,
+    bins: th.Tensor,
+    start: th.Tensor,
+    initial_mean: th.Tensor,
+    draws: Draws,
+    num_elites: int,
+    gamma: float,
+    temperature: float,
+    min_std: float,
+    max_std: float,
+) -> Elites:
+    """The last iteration's elites; weights must be held (``weights_held``).
 
     :param networks: that :func:`plans` agrees to
     :param bins: values of the bins of reward and Q
     :param start: z_0, [E, Z]
-    :param horizon: H
-    :param num_sequences: N
+    :param initial_mean: of the first Gaussian, whose deviation is ``max_std``, [H, E, A]
+    :param draws: random numbers
+    :param num_elites: K
     :param gamma: discount a step
+    :param temperature: factor of the values in the exponents of the elites' weights
+    :param min_std: least standard deviation
+    :param max_std: greatest
     """
-
-    def __init__(
-        self,
-        networks: PlanningNetworks,
-        bins: th.Tensor,
-        start: th.Tensor,
-        horizon: int,
-        num_sequences: int,
-        gamma: float,
-    ):
-        num_envs, latent_dim = start.shape
-        self.action_dim = networks.policy[-1].weight.shape[-2] // 2
-        self.sizes = (horizon, num_envs, num_sequences)
-        self.actions = start.new_empty(*self.sizes, self.action_dim)
-        self.latents = start.new_empty(*self.sizes, latent_dim)
-        self._start = start.contiguous()
-        self._bins = bins
-        self._gamma = gamma
-        self._q = networks.q
-        self._reward = _Network(networks.reward)
-        self._policy = _Network(networks.policy)
-        self._dynamics = _Dynamics(networks.dynamics)
-        self._termination = _Network(networks.termination)
-        self._rewards, self._discounts = start.new_empty(2, num_envs, num_sequences)
-        self._widest = max(each.weight.shape[-2] for each in networks.layers())
-        size = _scratch_size(self._widest, self._dynamics.memory)
-        self._scratch = start.new_empty(th.get_num_threads() * size)
-
-    def rollout(self, first: int, last: int, policy_noise: th.Tensor | None = None) -> None:
-        """Latents of the sequences from ``first`` to before ``last``.
-
-        :param policy_noise: if given, their actions are drawn from the policy on the way,
-            standard normal, [H, E, last - first, A]
-        """
-        policy = self._policy if policy_noise is not None else _Network(None)
-        steps = self.sizes[0] * (last - first)
-        call(
-            "plan_rollout",
-            self._argument(first, last),
-            self._dynamics.argument,
-            policy.arguments,
-            policy.count,
-            self._start,
-            None if policy_noise is None else policy_noise.contiguous(),
-            self.actions,
-            self.latents,
-            self._scratch,
-            self._threads(steps, self._dynamics, policy),
+    horizon, num_envs, action_dim = initial_mean.shape
+    num_iterations, _, num_samples, _ = draws.terminal.shape
+    num_prior, latent_dim = draws.policy.shape[2], start.shape[-1]
+    noise_envs = num_envs
+    if draws.policy.stride(1) == draws.samples.stride(2) == draws.terminal.stride(1) == 0:
+        noise_envs = 1
+        draws = Draws(
+            draws.policy[:, :1], draws.samples[:, :, :1], draws.terminal[:, :1], draws.heads
         )
+    draws = Draws(*(each.contiguous() for each in draws))
+    start = start.contiguous()
 
-    def sum_rewards(self, first: int, last: int) -> None:
-        """Rewards on the way, of the same sequences; :meth:`values` reads them."""
-        steps = self.sizes[0] * (last - first)
-        call(
-            "plan_rewards",
-            self._argument(first, last),
-            self._reward.arguments,
-            self._reward.count,
-            self._termination.arguments,
-            self._termination.count,
-            self._bins,
-            self._start,
-            self.actions,
-            self.latents,
-            self._rewards,
-            self._discounts,
-            self._gamma,
-            self._scratch,
-            self._threads(steps, self._reward, self._termination),
-        )
+    dynamics = _Dynamics(networks.dynamics)
+    reward, policy = _Network(networks.reward), _Network(networks.policy)
+    termination = _Network(networks.termination)
+    q = _Network(networks.q, tuple(sorted(set(draws.heads.flatten().tolist()))))
+    steps = horizon * (dynamics.multiply_adds + reward.multiply_adds + termination.multiply_adds)
+    value = policy.multiply_adds + 2 * q.multiply_adds
 
-    def values(self, noise: th.Tensor, heads: tuple[int, int]) -> th.Tensor:
-        """What all sequences are worth, [E, N].
-
-        :param noise: standard normal, of the policy's actions at z_H, [E, N, A]
-        :param heads: of Q, whose mean counts
-        """
-        q = _Network(self._q, heads)
-        num_sequences = self.sizes[2]
-        values = th.empty_like(self._rewards)
-        call(
-            "plan_values",
-            self._argument(0, num_sequences),
-            self._policy.arguments,
-            self._policy.count,
-            q.arguments,
-            q.count,
-            self._bins,
-            self.latents[-1],
-            noise.contiguous(),
-            self._rewards,
-            self._discounts,
-            values,
-            th.empty_like(self.actions[-1]),
-            self._scratch,
-            self._threads(num_sequences, self._policy, q),
-        )
-        return values
-
-    def refit(
-        self,
-        elite_values: th.Tensor,
-        positions: th.Tensor,
-        temperature: float,
-        min_std: float,
-        max_std: float,
-    ) -> Refit:
-        """The Gaussian that the elites make, weighted by their values.
-
-        :param elite_values: the highest first, [E, K]
-        :param positions: of the elites among the sequences, [E, K]
-        :param temperature: factor of the values in the weights' exponents
-        :param min_std: least standard deviation
-        :param max_std: greatest
-        """
-        horizon, num_envs, num_sequences = self.sizes
-        num_elites = elite_values.shape[1]
-        result = Refit(
-            self.actions.new_empty(horizon, num_envs, num_elites, self.action_dim),
-            th.empty_like(elite_values),
-            *self.actions.new_empty(2, horizon, num_envs, self.action_dim),
-        )
-        call(
-            "plan_refit",
-            self._argument(0, num_sequences),
-            elite_values,
-            positions,
-            self.actions,
-            result.weights,
-            result.actions,
-            result.mean,
-            result.std,
-            num_elites,
-            temperature,
-            min_std,
-            max_std,
-        )
-        return result
-
-    def _argument(self, first: int, last: int) -> ctypes.Array[SequencesArgument]:
-        sizes = (*self.sizes, first, last, self.latents.shape[-1], self.action_dim)
-        argument = SequencesArgument(*sizes, self._widest, self._dynamics.memory)
-        return (SequencesArgument * 1)(argument)
-
-    def _threads(self, rows: int, *networks: _Network | _Dynamics) -> int:
-        """Threads for that many rows an environment."""
-        each = sum(network.multiply_adds for network in networks)
-        return product_threads(self.sizes[1] * rows * each)
-
-
-@functools.cache
-def _scratch_size(widest: int, memory: int) -> int:
-    """Numbers that a thread needs for itself."""
-    loaded = library()
-    assert loaded is not None
-    return int(loaded.planning_scratch(widest, memory))
+    empty = start.new_empty
+    means, stds = empty(2, num_iterations + 1, horizon, num_envs, action_dim)
+    means[0] = initial_mean
+    stds[0] = max_std
+    result = Elites(
+        empty(num_envs, num_elites),
+        empty(num_envs, num_elites),
+        empty(num_envs, num_elites, action_dim),
+        means[-2],
+        means[-1],
+        stds[-1],
+    )
+    actions = empty(horizon, num_envs, num_samples, action_dim)
+    prior_latents = empty(num_envs, num_prior, latent_dim)
+    rewards, discounts, values = empty(3, num_envs, num_samples)
+    positions = empty(num_envs, num_elites, dtype=th.long)
+    valued = empty(num_envs, dtype=th.long)
+    argument = SearchArgument(
+        iterations=num_iterations,
+        horizon=horizon,
+        envs=num_envs,
+        samples=num_samples,
+        prior=num_prior,
+        elites=num_elites,
+        noise_envs=noise_envs,
+        latent_dim=latent_dim,
+        action_dim=action_dim,
+        widest=max(each.weight.shape[-2] for each in networks.layers()),
+        memory=dynamics.memory,
+        steps_work=steps,
+        prior_work=steps + horizon * policy.multiply_adds,
+        value_work=value,
+        dynamics=dynamics.argument,
+        reward=reward.argument,
+        policy=policy.argument,
+        termination=termination.argument,
+        q=q.argument,
+        bins=bins.data_ptr(),
+        start=start.data_ptr(),
+        policy_noise=draws.policy.data_ptr(),
+        sample_noise=draws.samples.data_ptr(),
+        terminal_noise=draws.terminal.data_ptr(),
+        heads=draws.heads.data_ptr(),
+        actions=actions.data_ptr(),
+        prior_latents=prior_latents.data_ptr(),
+        rewards=rewards.data_ptr(),
+        discounts=discounts.data_ptr(),
+        values=values.data_ptr(),
+        means=means.data_ptr(),
+        stds=stds.data_ptr(),
+        elite_values=result.values.data_ptr(),
+        weights=result.weights.data_ptr(),
+        first_actions=result.actions.data_ptr(),
+        positions=positions.data_ptr(),
+        valued=valued.data_ptr(),
+        gamma=gamma,
+        temperature=temperature,
+        min_std=min_std,
+        max_std=max_std,
+    )
+    arguments = (SearchArgument * 1)(argument)
+    threads = product_threads(num_envs * num_samples * (steps + value))
+    scratch = empty(threads * call("planning_scratch", arguments))
+    arguments[0].scratch = scratch.data_ptr()
+    call("plan_search", arguments, threads)
+    return result

@@ -148,14 +148,16 @@ class NetworkArguments:
 
     def forward(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
         """Layers of the Q' networks, one network after the other, laid out to be evaluated."""
+        lay_out((self, members))
+        return self.of(members)
+
+    def take_stale(self, members: tuple[int, ...]) -> tuple[int, ...]:
+        """Which of the networks the caller has to lay out to be evaluated."""
         now = hold()
         stale = _once(m for m in members if now is None or self._forward_at[m] is not now)
-        if stale:
-            for member in stale:
-                self._forward_at[member] = now
-            count = len(stale) * self.num_layers
-            call("lay_out", self.of(stale), count, self._threads(len(stale)))
-        return self.of(members)
+        for member in stale:
+            self._forward_at[member] = now
+        return stale
 
     def backward(
         self, members: tuple[int, ...], input_from: int | None
@@ -170,7 +172,7 @@ class NetworkArguments:
         if stale:
             for member in stale:
                 self._back_at[member] = mark
-            chosen, threads = self.of(stale), self._threads(len(stale))
+            chosen, threads = self.of(stale), _threads(len(stale) * self.multiply_adds)
             call("lay_out_back", chosen, self.num_layers, len(stale), mark[1], threads)
         return self.of(members)
 
@@ -185,9 +187,23 @@ class NetworkArguments:
             self._chosen[members] = (LayerArgument * len(layers))(*layers)
         return self._chosen[members]
 
-    def _threads(self, num_networks: int) -> int:
-        large = num_networks * self.multiply_adds >= LAY_OUT_PARALLEL_FROM
-        return th.get_num_threads() if large else 1
+
+def lay_out(*networks: tuple[NetworkArguments, tuple[int, ...]]) -> None:
+    """Lays members of networks out to be evaluated, in one call, which wakes threads once."""
+    layers: list[LayerArgument] = []
+    numbers = 0
+    for network, members in networks:
+        stale = network.take_stale(members)
+        layers += network.of(stale)
+        numbers += len(stale) * network.multiply_adds
+    if layers:
+        array = (LayerArgument * len(layers))(*layers)
+        call("lay_out", array, len(layers), _threads(numbers))
+
+
+def _threads(numbers: int) -> int:
+    """Threads to lay out that many numbers."""
+    return th.get_num_threads() if numbers >= LAY_OUT_PARALLEL_FROM else 1
 
 
 def _once(members: Iterable[int]) -> tuple[int, ...]:

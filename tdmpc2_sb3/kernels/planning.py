@@ -16,7 +16,13 @@ from typing import NamedTuple
 
 import torch as th
 
-from tdmpc2_sb3.kernels.arguments import Layer, arguments_of, multiplied_here
+from tdmpc2_sb3.kernels.arguments import (
+    Layer,
+    NetworkArguments,
+    arguments_of,
+    lay_out,
+    multiplied_here,
+)
 from tdmpc2_sb3.kernels.library import (
     DynamicsArgument,
     LayerArgument,
@@ -26,6 +32,8 @@ from tdmpc2_sb3.kernels.library import (
     call,
 )
 from tdmpc2_sb3.kernels.products import MIN_ROWS, product_threads
+
+NUM_SINGLE = 5  # layers of state-space dynamics outside their stack
 
 
 class StateSpaceLayer(NamedTuple):
@@ -72,11 +80,15 @@ class PlanningNetworks(NamedTuple):
     q: Sequence[Layer]  # of (z, a), Q networks
     termination: Sequence[Layer] | None  # of z, if episodes end
 
+    def dynamics_layers(self) -> Sequence[Layer]:
+        """All layers of the dynamics."""
+        dynamics = self.dynamics
+        return dynamics.layers() if isinstance(dynamics, StateSpace) else dynamics
+
     def layers(self) -> list[Layer]:
         """All layers."""
-        dynamics = self.dynamics
-        steps = dynamics.layers() if isinstance(dynamics, StateSpace) else dynamics
-        return [*steps, *self.reward, *self.policy, *self.q, *(self.termination or ())]
+        others = (*self.reward, *self.policy, *self.q, *(self.termination or ()))
+        return [*self.dynamics_layers(), *others]
 
 
 def plans(networks: PlanningNetworks) -> bool:
@@ -104,42 +116,33 @@ class Elites(NamedTuple):
     std: th.Tensor  # [H, E, A]
 
 
-class _Network:
-    """A network as an argument; of several of the same sizes those that are evaluated."""
-
-    def __init__(self, layers: Sequence[Layer] | None, members: tuple[int, ...] = (0,)):
-        self.argument = NetworkArgument()
-        self.multiply_adds = 0  # a row
-        if layers:
-            self._alive = found = arguments_of(layers)
-            found.forward(members)
-            every = found.of(tuple(range(found.num_networks)))
-            self.argument = NetworkArgument(ctypes.addressof(every), len(layers))
-            self.multiply_adds = found.multiply_adds
+def _network_argument(found: NetworkArguments) -> NetworkArgument:
+    """A network as an argument, or several of the same sizes."""
+    every = found.of(tuple(range(found.num_networks)))
+    return NetworkArgument(ctypes.addressof(every), found.num_layers)
 
 
-class _Dynamics:
-    """Dynamics as an argument."""
+def _stack_argument(
+    dynamics: Sequence[Layer] | StateSpace, found: NetworkArguments
+) -> ctypes.Array[StateSpaceLayerArgument]:
+    """Layers of a state space; none if the dynamics are a network.
 
-    def __init__(self, dynamics: Sequence[Layer] | StateSpace):
-        self.memory = 0  # numbers kept a row
-        layers = dynamics.layers() if isinstance(dynamics, StateSpace) else dynamics
-        found = arguments_of(layers)
-        self.multiply_adds = found.multiply_adds  # a row and step
-        arguments = found.forward((0,))
-        self._alive: list[object] = [dynamics, found, arguments]
-        if not isinstance(dynamics, StateSpace):
-            network = NetworkArgument(ctypes.addressof(arguments), len(layers))
-            self.argument = DynamicsArgument(network)
-            return
-        single, rest = arguments[:5], iter(arguments[5:])
-        stack = [_state_space_argument(layer, rest) for layer in dynamics.stack]
-        pointers = (StateSpaceLayerArgument * len(stack))(*stack)
-        self._alive.append(pointers)
-        self.argument = DynamicsArgument(
-            NetworkArgument(), *single, ctypes.addressof(pointers), len(stack)
-        )
-        self.memory = _state_space_memory(dynamics)
+    :param found: the dynamics' layers
+    """
+    stack = dynamics.stack if isinstance(dynamics, StateSpace) else ()
+    rest = iter(found.of((0,))[NUM_SINGLE:])
+    layers = [_state_space_argument(layer, rest) for layer in stack]
+    return (StateSpaceLayerArgument * len(layers))(*layers)
+
+
+def _dynamics_argument(
+    found: NetworkArguments, stack: ctypes.Array[StateSpaceLayerArgument]
+) -> DynamicsArgument:
+    """Dynamics as an argument, which points to ``stack``."""
+    if not len(stack):
+        return DynamicsArgument(_network_argument(found))
+    single = found.of((0,))[:NUM_SINGLE]
+    return DynamicsArgument(NetworkArgument(), *single, ctypes.addressof(stack), len(stack))
 
 
 def _state_space_argument(
@@ -163,8 +166,10 @@ def _state_space_argument(
     )
 
 
-def _state_space_memory(dynamics: StateSpace) -> int:
-    """Numbers a row of ``state_space_memory`` in kernels.c."""
+def _memory(dynamics: Sequence[Layer] | StateSpace) -> int:
+    """Numbers a row of ``state_space_memory`` in kernels.c; 0 for a network."""
+    if not isinstance(dynamics, StateSpace):
+        return 0
     first, depth = dynamics.stack[0], len(dynamics.stack)
     width, modes = len(first.gain), len(first.alpha)
     states = 2 * modes * depth
@@ -212,11 +217,17 @@ def search(
     draws = Draws(*(each.contiguous() for each in draws))
     start = start.contiguous()
 
-    dynamics = _Dynamics(networks.dynamics)
-    reward, policy = _Network(networks.reward), _Network(networks.policy)
-    termination = _Network(networks.termination)
-    q = _Network(networks.q, tuple(sorted(set(draws.heads.flatten().tolist()))))
-    steps = horizon * (dynamics.multiply_adds + reward.multiply_adds + termination.multiply_adds)
+    dynamics = arguments_of(networks.dynamics_layers())
+    reward, policy, q = (
+        arguments_of(each) for each in (networks.reward, networks.policy, networks.q)
+    )
+    termination = arguments_of(networks.termination) if networks.termination else None
+    heads = tuple(sorted(set(draws.heads.flatten().tolist())))
+    single = [each for each in (dynamics, reward, policy, termination) if each is not None]
+    lay_out(*((each, (0,)) for each in single), (q, heads))
+    stack = _stack_argument(networks.dynamics, dynamics)
+    step = dynamics.multiply_adds + reward.multiply_adds
+    step += 0 if termination is None else termination.multiply_adds
     value = policy.multiply_adds + 2 * q.multiply_adds
 
     empty = start.new_empty
@@ -247,15 +258,15 @@ def search(
         latent_dim=latent_dim,
         action_dim=action_dim,
         widest=max(each.weight.shape[-2] for each in networks.layers()),
-        memory=dynamics.memory,
-        steps_work=steps,
-        prior_work=steps + horizon * policy.multiply_adds,
+        memory=_memory(networks.dynamics),
+        steps_work=horizon * step,
+        prior_work=horizon * (step + policy.multiply_adds),
         value_work=value,
-        dynamics=dynamics.argument,
-        reward=reward.argument,
-        policy=policy.argument,
-        termination=termination.argument,
-        q=q.argument,
+        dynamics=_dynamics_argument(dynamics, stack),
+        reward=_network_argument(reward),
+        policy=_network_argument(policy),
+        termination=NetworkArgument() if termination is None else _network_argument(termination),
+        q=_network_argument(q),
         bins=bins.data_ptr(),
         start=start.data_ptr(),
         policy_noise=draws.policy.data_ptr(),
@@ -280,7 +291,7 @@ def search(
         max_std=max_std,
     )
     arguments = (SearchArgument * 1)(argument)
-    threads = product_threads(num_envs * num_samples * (steps + value))
+    threads = product_threads(num_envs * num_samples * (horizon * step + value))
     scratch = empty(threads * call("planning_scratch", arguments))
     arguments[0].scratch = scratch.data_ptr()
     call("plan_search", arguments, threads)

@@ -218,7 +218,10 @@ class _Search:
             trajectories = _joined(self.prior, trajectories)
         terminal_values = self._terminal_values(trajectories.last_latent, terminal_noise, heads)
         values = trajectories.rewards + trajectories.discount * terminal_values
-        elite_values, indices = values.nan_to_num(0.0).topk(config.num_elites, dim=1)
+        # Not topk, which leaves open who is taken among equals: sequences that end the episode by
+        # the same action, of which there are many at the bounds.
+        ranked = values.nan_to_num(0.0).sort(dim=1, descending=True, stable=True)
+        elite_values, indices = (each[:, : config.num_elites] for each in ranked)
         elite_actions = trajectories.actions.gather(
             2, indices[None, :, :, None].expand(config.horizon, -1, -1, self.model.action_dim)
         )  # [H, E, elites, A]

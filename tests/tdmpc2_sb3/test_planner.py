@@ -23,6 +23,7 @@ from tdmpc2_sb3.planner import (
 from tdmpc2_sb3.world_model import Architecture, WorldModel
 
 OBS_DIM, ACTION_DIM = 5, 2
+FLOAT32 = np.finfo(np.float32)
 SPACE = spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
 CONFIG = PlannerConfig(3, 64, 12, 8, 4, 0.5, 0.05, 2.0, 0.9)
 
@@ -134,22 +135,15 @@ def test_plans_are_those_of_the_plain_loop(
         assert result.value[env].item() == pytest.approx(value, abs=1e-4)
 
 
-@pytest.mark.parametrize("num_envs", [1, 3])
-@pytest.mark.parametrize("num_pi_trajs", [0, 30])
-@pytest.mark.parametrize("episodic", [False, True])
-@pytest.mark.parametrize("dynamics", ["mlp", "ssm", "time-invariant ssm"])
-def test_kernels_plan_as_torch_does_in_double_precision(
-    roughen, threads, dynamics, episodic, num_pi_trajs, num_envs
-):
+def assert_planned_as_by_torch(model, config, num_envs):
+    """That kernels plan as torch does in double precision, to which it turns the model."""
     if not multiplies(MIN_ROWS, 16):
         pytest.skip("no products by kernels here: torch alone plans, which the other tests cover")
-    model = make_model(roughen, episodic, dynamics)
-    config = CONFIG._replace(num_samples=150, num_pi_trajs=num_pi_trajs)
     noise = sample_plan_noise(model, config, num_envs, generator(1), shared=num_envs > 1)
     # Gumbel noise goes by rank, which rounding changes for two elites of nearly the same value.
     noise = noise._replace(gumbel=th.zeros_like(noise.gumbel))
     latents = model.encode(th.randn(num_envs, OBS_DIM, generator=generator(2))).detach()
-    initial = th.rand(num_envs, 3, ACTION_DIM, generator=generator(3)) - 0.5
+    initial = th.rand(num_envs, config.horizon, ACTION_DIM, generator=generator(3)) - 0.5
     assert _planning_networks(model) is not None
     fast = plan(model, latents, initial, noise, config, True)
     exact_noise = PlanNoise(*(x.double() if x is not None else None for x in noise))
@@ -157,6 +151,80 @@ def test_kernels_plan_as_torch_does_in_double_precision(
     exact = plan(model.double(), latents.double(), initial.double(), exact_noise, config, True)
     for name, value in fast._asdict().items():
         th.testing.assert_close(value.double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("num_pi_trajs", [0, 30])
+@pytest.mark.parametrize("episodic", [False, True])
+@pytest.mark.parametrize("dynamics", ["mlp", "ssm", "time-invariant ssm"])
+def test_kernels_plan_as_torch_does_in_double_precision(
+    roughen, threads, dynamics, episodic, num_pi_trajs, num_envs
+):
+    model = make_model(roughen, episodic, dynamics)
+    config = CONFIG._replace(num_samples=150, num_pi_trajs=num_pi_trajs)
+    assert_planned_as_by_torch(model, config, num_envs)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "num_samples", "num_elites", "num_pi_trajs"),
+    [(1, 1, 1, 0), (3, 150, 1, 30), (3, 150, 2, 149), (2, 150, 149, 3), (4, 150, 150, 3)],
+)
+def test_kernels_choose_any_number_of_elites(
+    roughen, horizon, num_samples, num_elites, num_pi_trajs
+):
+    config = PlannerConfig(horizon, num_samples, num_elites, num_pi_trajs, 2, 0.5, 0.05, 2.0, 0.9)
+    assert_planned_as_by_torch(make_model(roughen, True), config, 2)
+
+
+def kernel_plan(model, config, num_envs, shared=False):
+    """A plan by the kernels and its random numbers."""
+    if not multiplies(MIN_ROWS, 16):
+        pytest.skip("no products by kernels here: torch alone plans, which the other tests cover")
+    assert _planning_networks(model) is not None
+    noise = sample_plan_noise(model, config, num_envs, generator(1), shared)
+    latents = model.encode(th.randn(num_envs, OBS_DIM, generator=generator(2))).detach()
+    initial = th.zeros(num_envs, config.horizon, ACTION_DIM)
+    return plan(model, latents, initial, noise, config, True), noise
+
+
+@pytest.mark.parametrize(
+    ("bins", "worth"), [(200.0, FLOAT32.max), (-200.0, FLOAT32.min), (math.nan, 0.0)]
+)
+def test_kernels_choose_the_first_among_equals(roughen, bins, worth):
+    model = make_model(roughen)
+    model.bins.fill_(bins)  # every value is infinite, or not a number
+    config = CONFIG._replace(num_pi_trajs=0, num_iterations=1, num_elites=1)
+    alone, noise = kernel_plan(model, config, 3)
+    first = (2.0 * noise.samples[0, :, :, 0]).clamp(-1, 1).transpose(0, 1)  # [E, H, A]
+    assert th.equal(alone.mean, first)
+    assert alone.value.tolist() == [worth] * 3
+    several, noise = kernel_plan(model, config._replace(num_elites=5), 3)
+    first = (2.0 * noise.samples[0, :, :, :5]).clamp(-1, 1)
+    th.testing.assert_close(several.mean, first.mean(2).transpose(0, 1))
+    spread = first.std(2, correction=0).clamp(0.05, 2.0).transpose(0, 1)
+    th.testing.assert_close(several.std, spread)
+
+
+@pytest.mark.parametrize("dynamics", ["mlp", "ssm"])
+@pytest.mark.parametrize("num_envs", [1, 5])
+def test_threads_and_shared_noise_do_not_change_a_bit(roughen, dynamics, num_envs):
+    model = make_model(roughen, True, dynamics)
+    config = CONFIG._replace(num_samples=700, num_pi_trajs=300)
+    before = th.get_num_threads()
+    plans = []
+    try:
+        for num_threads in (1, 2, 7):  # as many as have too little to do
+            th.set_num_threads(num_threads)
+            result, noise = kernel_plan(model, config, num_envs, shared=True)
+            plans.append(result)
+    finally:
+        th.set_num_threads(before)
+    own = PlanNoise(*(each if each is None else each.clone() for each in noise))
+    latents = model.encode(th.randn(num_envs, OBS_DIM, generator=generator(2))).detach()
+    plans.append(plan(model, latents, th.zeros(num_envs, 3, ACTION_DIM), own, config, True))
+    for other in plans[1:]:
+        for name, value in plans[0]._asdict().items():
+            assert th.equal(value, getattr(other, name)), name
 
 
 def test_what_the_kernels_do_not_plan_with(roughen):

@@ -220,6 +220,11 @@ class TDMPC2Policy(BasePolicy):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_scale"]
 
+    def set_training_mode(self, mode: bool) -> None:
+        """Sets the mode of all modules, which takes a visit to each, unless they have it."""
+        if any(each.training != mode for each in (self, self.world_model)):
+            super().set_training_mode(mode)
+
     @property
     def generator(self) -> th.Generator:
         """Random stream of predictions that are not deterministic; training has its own."""

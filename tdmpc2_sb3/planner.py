@@ -145,8 +145,7 @@ def shift_plan(previous_mean: th.Tensor, episode_start: th.Tensor) -> th.Tensor:
     """
     shifted = th.zeros_like(previous_mean)
     shifted[:, :-1] = previous_mean[:, 1:]
-    shifted[episode_start] = 0.0
-    return shifted
+    return shifted.masked_fill_(episode_start[:, None, None], 0.0)
 
 
 class _Trajectories(NamedTuple):

@@ -22,6 +22,7 @@ from tdmpc2_sb3.kernels.arguments import (
     arguments_of,
     lay_out,
     multiplied_here,
+    widest,
 )
 from tdmpc2_sb3.kernels.library import (
     DynamicsArgument,
@@ -85,15 +86,15 @@ class PlanningNetworks(NamedTuple):
         dynamics = self.dynamics
         return dynamics.layers() if isinstance(dynamics, StateSpace) else dynamics
 
-    def layers(self) -> list[Layer]:
-        """All layers."""
-        others = (*self.reward, *self.policy, *self.q, *(self.termination or ()))
-        return [*self.dynamics_layers(), *others]
+    def parts(self) -> list[Sequence[Layer]]:
+        """The layers of each."""
+        others = (self.reward, self.policy, self.q, self.termination)
+        return [self.dynamics_layers(), *(each for each in others if each is not None)]
 
 
 def plans(networks: PlanningNetworks) -> bool:
     """Whether ``kernels.c`` multiplies networks of these sizes."""
-    return multiplied_here(MIN_ROWS, networks.layers())
+    return all(multiplied_here(MIN_ROWS, each) for each in networks.parts())
 
 
 class Draws(NamedTuple):
@@ -217,17 +218,12 @@ def search(
     draws = Draws(*(each.contiguous() for each in draws))
     start = start.contiguous()
 
-    dynamics = arguments_of(networks.dynamics_layers())
-    reward, policy, q = (
-        arguments_of(each) for each in (networks.reward, networks.policy, networks.q)
-    )
-    termination = arguments_of(networks.termination) if networks.termination else None
+    parts = networks.parts()
+    dynamics, reward, policy, q, *termination = map(arguments_of, parts)
     heads = tuple(sorted(set(draws.heads.flatten().tolist())))
-    single = [each for each in (dynamics, reward, policy, termination) if each is not None]
-    lay_out(*((each, (0,)) for each in single), (q, heads))
+    lay_out(*((each, (0,)) for each in (dynamics, reward, policy, *termination)), (q, heads))
     stack = _stack_argument(networks.dynamics, dynamics)
-    step = dynamics.multiply_adds + reward.multiply_adds
-    step += 0 if termination is None else termination.multiply_adds
+    step = sum(each.multiply_adds for each in (dynamics, reward, *termination))
     value = policy.multiply_adds + 2 * q.multiply_adds
 
     empty = start.new_empty
@@ -257,7 +253,7 @@ def search(
         noise_envs=noise_envs,
         latent_dim=latent_dim,
         action_dim=action_dim,
-        widest=max(each.weight.shape[-2] for each in networks.layers()),
+        widest=max(map(widest, parts)),
         memory=_memory(networks.dynamics),
         steps_work=horizon * step,
         prior_work=horizon * (step + policy.multiply_adds),
@@ -265,7 +261,7 @@ def search(
         dynamics=_dynamics_argument(dynamics, stack),
         reward=_network_argument(reward),
         policy=_network_argument(policy),
-        termination=NetworkArgument() if termination is None else _network_argument(termination),
+        termination=_network_argument(*termination) if termination else NetworkArgument(),
         q=_network_argument(q),
         bins=bins.data_ptr(),
         start=start.data_ptr(),

@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, get_device
 from torch import nn
 
+from tdmpc2_sb3.adam import Adam
 from tdmpc2_sb3.compilation import compiled
 from tdmpc2_sb3.kernels import weights_held
 from tdmpc2_sb3.planner import (
@@ -205,8 +206,8 @@ class TDMPC2Policy(BasePolicy):
             groups.append({"params": slow, "lr_scale": model.dynamics.SLOW_LR_SCALE})
         self.model_parameters = [*encoder, *others, *slow]
         self.prior_parameters = list(model.policy_net.parameters())
-        self.model_optimizer = th.optim.Adam(groups, lr=learning_rate, fused=True)
-        self.prior_optimizer = th.optim.Adam(
+        self.model_optimizer = Adam(groups, lr=learning_rate, fused=True)
+        self.prior_optimizer = Adam(
             [{"params": self.prior_parameters, "lr_scale": 1.0}],
             lr=learning_rate,
             eps=1e-5,

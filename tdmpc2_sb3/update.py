@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch as th
+from torch.nn.utils import get_total_norm
 
 from tdmpc2_sb3.compilation import compiled
 from tdmpc2_sb3.direct_gradients import DirectGradients, has_direct_gradients
-from tdmpc2_sb3.kernels import usable, weights_held
+from tdmpc2_sb3.kernels import lerp_, readable, total_norm, usable, weights_held
 from tdmpc2_sb3.losses import (
     LossConfig,
     ModelLosses,
@@ -20,6 +21,8 @@ from tdmpc2_sb3.losses import (
 )
 from tdmpc2_sb3.policies import TDMPC2Policy
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
+
+CLIPPING_EPSILON = 1e-6  # torch's and the reference's
 
 
 class UpdateStep:
@@ -84,14 +87,15 @@ class UpdateStep:
             else:
                 losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
                 gradients = _gradients(policy.model_parameters)
-        grad_norm = self._step(
-            policy.model_optimizer, policy.model_parameters, gradients, losses.total
-        )
+        grad_norm = self._step(policy.model_optimizer, gradients, losses.total)
         statistics = self._model_statistics(losses, grad_norm)
         if with_policy:
             statistics.update(self._policy_step(losses.latents, batch, noise, direct))
         with th.no_grad():
-            th._foreach_lerp_(self._target, self._online, self.tau)
+            if readable(self._target) and readable(self._online):
+                lerp_(self._target, self._online, self.tau)
+            else:
+                th._foreach_lerp_(self._target, self._online, self.tau)
         return statistics
 
     def _policy_step(
@@ -112,9 +116,7 @@ class UpdateStep:
                     model, latents, policy.scale, noise, self.config, *settings
                 )
                 gradients = _gradients(policy.prior_parameters)
-        grad_norm = self._step(
-            policy.prior_optimizer, policy.prior_parameters, gradients, prior.total
-        )
+        grad_norm = self._step(policy.prior_optimizer, gradients, prior.total)
         with th.no_grad():
             policy.scale.copy_(prior.scale)
         return {
@@ -126,16 +128,12 @@ class UpdateStep:
         }
 
     def _step(
-        self,
-        optimizer: th.optim.Optimizer,
-        parameters: list[th.nn.Parameter],
-        gradients: list[th.Tensor],
-        loss: th.Tensor,
+        self, optimizer: th.optim.Optimizer, gradients: list[th.Tensor], loss: th.Tensor
     ) -> th.Tensor:
         """
         :param gradients: arrays that hold the parameters' gradients, each number once
         """
-        norm = th.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients) if readable(gradients) else get_total_norm(gradients)
         # One transfer from the device; most gradients are short enough as they are.
         loss_value, length = th.stack([loss.detach(), norm]).tolist()
         if not math.isfinite(loss_value + length):
@@ -145,7 +143,7 @@ class UpdateStep:
                 "rate, or check the environment's rewards and observations for huge values."
             )
         if length > self.max_grad_norm:
-            th.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+            th._foreach_mul_(gradients, self.max_grad_norm / (length + CLIPPING_EPSILON))
         optimizer.step()
         optimizer.zero_grad()
         return norm

@@ -12,6 +12,7 @@ precision take too.
 """
 
 from tdmpc2_sb3.kernels.arguments import KeptLayers, Layer, held_layers
+from tdmpc2_sb3.kernels.arrays import adam_step, lerp_, readable, total_norm
 from tdmpc2_sb3.kernels.functions import (
     Activation,
     Norm,
@@ -63,19 +64,23 @@ __all__ = [
     "Rollout",
     "StateSpace",
     "StateSpaceLayer",
+    "adam_step",
     "by_parameter",
     "evaluation",
     "gelu_sum",
     "held_layers",
     "layer_norm",
+    "lerp_",
     "library",
     "networks",
     "plans",
+    "readable",
     "rollout",
     "rolls_out",
     "search",
     "selective_scan",
     "squared_loss",
+    "total_norm",
     "two_hot_cross_entropy",
     "two_hot_inverse",
     "two_hot_inverse_backward",

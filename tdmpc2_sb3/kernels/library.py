@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,9 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "squared_loss": (*(POINTER,) * 5, *(INTEGER,) * 2, REAL, INTEGER),
     "policy_sample_forward": (*(POINTER,) * 6, *(INTEGER,) * 4),
     "policy_sample_backward": (*(POINTER,) * 6, *(INTEGER,) * 3),
+    "total_norm": (*(POINTER,) * 3, *(INTEGER,) * 2),
+    "lerp_arrays": (*(POINTER,) * 3, REAL, *(INTEGER,) * 2),
+    "adam_step": (*(POINTER,) * 7, *(DOUBLE,) * 2, REAL, *(INTEGER,) * 2),
     "gelu_sum_forward": (*(POINTER,) * 3, *(INTEGER,) * 4),
     "gelu_sum_backward": (*(POINTER,) * 4, *(INTEGER,) * 4),
     "selective_scan_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),
@@ -163,6 +167,11 @@ def call(name: str, *arguments: th.Tensor | ctypes.Array[Any] | float | None) ->
     return getattr(loaded, name)(
         *[each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments]
     )
+
+
+def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
+    """Where the arrays stand, as an array itself."""
+    return (POINTER * len(arrays))(*[each.data_ptr() for each in arrays])
 
 
 def keep_freed_memory() -> bool:

@@ -22,7 +22,7 @@ from tdmpc2_sb3.kernels.arguments import (
     multiplied_here,
 )
 from tdmpc2_sb3.kernels.functions import norm_backward, norm_forward, records_gradients
-from tdmpc2_sb3.kernels.library import POINTER, call
+from tdmpc2_sb3.kernels.library import addresses, call
 from tdmpc2_sb3.kernels.products import product_threads
 
 
@@ -63,11 +63,6 @@ class GradientRoom:
     def addresses(self) -> ctypes.Array[Any]:
         """Where the gradients of each layer stand."""
         return addresses(self._arrays)
-
-
-def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
-    """Where the arrays stand, as an array itself."""
-    return (POINTER * len(arrays))(*[each.data_ptr() for each in arrays])
 
 
 def by_parameter(

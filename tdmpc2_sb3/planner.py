@@ -186,10 +186,8 @@ class _Search:
         """
         std = th.full_like(mean, self.config.max_std)
         for iteration in range(self.config.num_iterations):
-            elites = self._improve(
-                mean, std, noise.samples[iteration], noise.terminal[iteration],
-                noise.heads[iteration],
-            )  # fmt: skip
+            samples, terminal = noise.samples[iteration], noise.terminal[iteration]
+            elites = self._improve(mean, std, samples, terminal, noise.heads[iteration])
             mean, std = elites.mean, elites.std
         return elites
 

@@ -339,12 +339,12 @@ class PolicyDraw:
     """A draw of the policy prior, differentiated by hand; see :meth:`WorldModel.policy`.
 
     :param moments: outputs of the policy network, contiguous, [B, 2 A]
-    :param noise: standard normal, contiguous, [B, A]
+    :param noise: standard normal, [B, A]
     :param actions: where the actions are written, [B, A]; rows may lie apart
     """
 
     def __init__(self, moments: th.Tensor, noise: th.Tensor, actions: th.Tensor):
-        self._noise = noise
+        self._noise = noise = noise.contiguous()
         self._sizes = rows, action_dim = actions.shape
         self._kept = noise.new_empty(3, rows, action_dim)
         self.log_prob, self.scaled_entropy = noise.new_empty(2, rows)  # [B] each

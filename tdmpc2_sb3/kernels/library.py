@@ -152,7 +152,7 @@ def library() -> ctypes.CDLL | None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"The CPU kernels could not be built ({reason}); training goes on with torch's own, "
-            "which take 1.4 times as long. Install a C compiler (Debian: apt install gcc; macOS: "
+            "which take twice as long. Install a C compiler (Debian: apt install gcc; macOS: "
             f"xcode-select --install), or set {SWITCH}=0 to silence this.",
             RuntimeWarning,
             stacklevel=2,

@@ -288,8 +288,7 @@ class MLP(nn.Sequential):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """[..., in] to [..., out]."""
-        fuse = kernels.usable(x) and self.has_kernels()
-        return self._from(0, x, None) if fuse else super().forward(x)
+        return self._from(0, x, None) if self._can_fuse(x) else super().forward(x)
 
     def forward_pair(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
         """The network on the concatenation of two inputs whose batch axes may broadcast.
@@ -298,12 +297,12 @@ class MLP(nn.Sequential):
         :param a: [..., A]
         """
         if z.shape[:-1] == a.shape[:-1]:
-            if kernels.usable(a) and self.has_kernels():
+            if self._can_fuse(a):
                 return self._from(0, z, a)
             return super().forward(th.cat([z, a], dim=-1))  # type: ignore[no-any-return]
         first, *rest = self
         x = first.forward_pair(z, a)  # type: ignore[operator]
-        if kernels.usable(x) and self.has_kernels():
+        if self._can_fuse(x):
             return self._from(1, x, None)
         for layer in rest:
             x = layer(x)
@@ -323,6 +322,9 @@ class MLP(nn.Sequential):
     def has_kernels(self) -> bool:
         """Whether the CPU kernels have every activation."""
         return all(each.has_kernel() for each in self if isinstance(each, NormedLinear))
+
+    def _can_fuse(self, x: th.Tensor) -> bool:
+        return kernels.usable(x) and self.has_kernels()
 
     def _from(self, start: int, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
         """All layers from that one on, by the CPU kernels."""

@@ -430,57 +430,81 @@ static void pack_transposed(const float *restrict weight, int64_t weight_row, in
             panel[k * PANEL + j] = j < cols ? weight[j * weight_row + k] : 0.0f;
 }
 
-static inline __attribute__((always_inline)) void tile_of(
-    const int64_t rows, const int64_t vectors, const float *restrict a, int64_t a_row,
-    int64_t a_col, const float *restrict panel, int64_t depth, const float *start,
-    int64_t start_row, float *restrict c, int64_t c_row, int64_t cols) {
-    vector sum[TILE_ROWS][2];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < rows; i++) {
-        vector first[2] = {{0}};
-        if (start && cols >= PANEL) {
-            first[0] = *(const loose_vector *)(start + i * start_row);
-            first[1] = *(const loose_vector *)(start + i * start_row + LANES);
-        } else if (start) {
-            copy_few((float *)first, start + i * start_row, cols);
-        }
-        sum[i][0] = first[0];
-        sum[i][1] = first[1];
-    }
-    for (int64_t k = 0; k < depth; k++) {
-        const loose_vector *b = (const loose_vector *)(panel + k * PANEL);
-        vector left = b[0], right = b[1];
+/* Some columns of a left matrix. */
+typedef struct {
+    const float *at;
+    int64_t row; /* numbers from one row to the next */
+    int64_t depth;
+} columns;
+
+static const columns no_columns = {0, 0, 0};
+
+/* sum += a times a panel, gathered columns having their rows side by side. */
+static inline __attribute__((always_inline)) void add_product(const int64_t rows,
+                                                              const int64_t vectors,
+                                                              const int gathered, columns a,
+                                                              const float *panel,
+                                                              vector sum[][2]) {
+    const float *at = a.at;
+    for (int64_t k = 0; k < a.depth; k++, at += gathered ? rows : 1, panel += PANEL) {
+        vector left = ((const loose_vector *)panel)[0], right = ((const loose_vector *)panel)[1];
 #pragma GCC unroll 16
         for (int64_t i = 0; i < rows; i++) {
-            vector entry = a[i * a_row + k * a_col] - (vector){0}; /* in every lane */
+            vector entry = at[gathered ? i : i * a.row] - (vector){0}; /* in every lane */
             sum[i][0] += entry * left;
             if (vectors == 2) sum[i][1] += entry * right;
         }
     }
-    if (cols >= PANEL) {
+}
+
+/* full: whether the tile is as wide as a panel; only then are its numbers read and written by the
+ * vector. */
+static inline __attribute__((always_inline)) void tile_of(
+    const int64_t rows, const int64_t vectors, const int full, const int gathered, columns a,
+    columns more, const float *panel, const float *start, int64_t start_row, float *c,
+    int64_t c_row, int64_t cols) {
+    vector sum[TILE_ROWS][2];
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < rows; i++) {
+    for (int64_t i = 0; i < rows; i++) {
+        sum[i][0] = sum[i][1] = (vector){0};
+        if (start && full) {
+            sum[i][0] = *(const loose_vector *)(start + i * start_row);
+            sum[i][1] = *(const loose_vector *)(start + i * start_row + LANES);
+        } else if (start) {
+            float first[PANEL] = {0};
+            copy_few(first, start + i * start_row, cols);
+            sum[i][0] = *(const loose_vector *)first;
+            sum[i][1] = *(const loose_vector *)(first + LANES);
+        }
+    }
+    add_product(rows, vectors, gathered, a, panel, sum);
+    if (!gathered) add_product(rows, vectors, 0, more, panel + a.depth * PANEL, sum);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < rows; i++) {
+        if (full) {
             *(loose_vector *)(c + i * c_row) = sum[i][0];
             *(loose_vector *)(c + i * c_row + LANES) = sum[i][1];
+        } else {
+            float last[PANEL];
+            *(loose_vector *)last = sum[i][0];
+            *(loose_vector *)(last + LANES) = sum[i][1];
+            copy_few(c + i * c_row, last, cols);
         }
-    } else {
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < rows; i++)
-            copy_few(c + i * c_row, (const float *)sum[i], cols);
     }
 }
 
-/* start: what the products are added to, rows start_row floats apart: a bias where that is 0, what
- * is in c already where it is c; null for nothing. */
-static void tile(int64_t rows, const float *a, int64_t a_row, int64_t a_col, const float *panel,
-                 int64_t depth, const float *start, int64_t start_row, float *c, int64_t c_row,
-                 int64_t cols) {
-#define TILE(ROWS)                                                                         \
-    case ROWS:                                                                             \
-        if (cols > LANES)                                                                  \
-            tile_of(ROWS, 2, a, a_row, a_col, panel, depth, start, start_row, c, c_row, cols); \
-        else /* one vector is wide enough */                                               \
-            tile_of(ROWS, 1, a, a_row, a_col, panel, depth, start, start_row, c, c_row, cols); \
+static inline __attribute__((always_inline)) void tile(int64_t rows, const int gathered,
+                                                       columns a, columns more,
+                                                       const float *panel, const float *start,
+                                                       int64_t start_row, float *c,
+                                                       int64_t c_row, int64_t cols) {
+#define TILE_AS(ROWS, VECTORS, FULL) \
+    tile_of(ROWS, VECTORS, FULL, gathered, a, more, panel, start, start_row, c, c_row, cols)
+#define TILE(ROWS)                                          \
+    case ROWS:                                              \
+        if (cols >= PANEL) TILE_AS(ROWS, 2, 1);             \
+        else if (cols > LANES) TILE_AS(ROWS, 2, 0);         \
+        else TILE_AS(ROWS, 1, 0); /* a vector is enough */  \
         break;
     switch (rows) { /* so that the sums are registers */
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
@@ -490,16 +514,37 @@ static void tile(int64_t rows, const float *a, int64_t a_row, int64_t a_col, con
     }
 }
 
-/* At most TILE_ROWS rows, begin..end, of a b + start into c, [rows, cols]. The panels of b are
- * panel_depth deep; depth less than that takes that many rows of them from packed on. */
-static inline void product_rows(const float *a, int64_t a_row, int64_t a_col, const float *packed,
-                                int64_t panel_depth, const float *start, int64_t start_row,
-                                float *c, int64_t begin, int64_t end, int64_t depth,
-                                int64_t cols) {
-    for (int64_t p = 0; p * PANEL < cols; p++)
-        tile(end - begin, a + begin * a_row, a_row, a_col, packed + p * PANEL * panel_depth, depth,
-             start ? start + begin * start_row + p * PANEL : 0, start_row,
-             c + begin * cols + p * PANEL, cols, cols - p * PANEL);
+/* Of functions that hold every kind of tile, of which copies would keep the compiler busy. */
+#ifdef __clang__
+#define ONE_COPY __attribute__((noinline))
+#else
+#define ONE_COPY __attribute__((noinline, noclone))
+#endif
+
+/* Rows begin..end, at most TILE_ROWS, of the product of a, and more behind it, with b, into c, [rows,
+ * cols]. The panels of b are panel_depth deep; fewer columns than that take as many rows of them from
+ * packed on. start: what the product is added to, rows start_row floats apart: a bias where that is
+ * 0, what is in c already where it is c; null for nothing. */
+static ONE_COPY void product_rows(columns a, columns more, const float *packed,
+                                  int64_t panel_depth, const float *start, int64_t start_row,
+                                  float *c, int64_t begin, int64_t end, int64_t cols) {
+    a.at += begin * a.row;
+    if (more.depth) more.at += begin * more.row;
+    for (int64_t p = 0; p < cols; p += PANEL)
+        tile(end - begin, 0, a, more, packed + p * panel_depth,
+             start ? start + begin * start_row + p : 0, start_row, c + begin * cols + p, cols,
+             cols - p);
+}
+
+/* The same of at most TILE_ROWS rows that are gathered, [depth, rows]: a product with the whole b,
+ * added to c if adds. */
+static ONE_COPY void gathered_rows(const float *a, int64_t rows, int64_t depth,
+                                   const float *packed, int64_t panel_depth, int adds, float *c,
+                                   int64_t cols) {
+    columns all = {a, 0, depth};
+    for (int64_t p = 0; p < cols; p += PANEL)
+        tile(rows, 1, all, no_columns, packed + p * panel_depth, adds ? c + p : 0, cols, c + p,
+             cols, cols - p);
 }
 
 static inline int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
@@ -719,16 +764,16 @@ static void layer_forward(const layer *it, const place *to, const float *x, int6
                           int64_t x_dim, const float *shared, const float *a, int64_t begin,
                           int64_t end, int64_t rows) {
     int64_t tiles = tiles_of(end - begin), cols = it->cols, a_dim = it->depth - x_dim;
+    columns left = {x, x_row, x_dim}, right = {a, a_dim, a_dim};
     for (int64_t t = 0; t < tiles; t++) {
         int64_t from = begin + (end - begin) * t / tiles;
         int64_t until = begin + (end - begin) * (t + 1) / tiles;
-        if (!shared)
-            product_rows(x, x_row, 1, it->packed, it->depth, it->bias, 0, to->product, from,
-                         until, x_dim, cols);
-        if (a_dim)
-            product_rows(a, a_dim, 1, it->packed + x_dim * PANEL, it->depth,
-                         shared ? shared : to->product, shared ? 0 : cols, to->product, from,
-                         until, a_dim, cols);
+        if (shared)
+            product_rows(right, no_columns, it->packed + x_dim * PANEL, it->depth, shared, 0,
+                         to->product, from, until, cols);
+        else
+            product_rows(left, right, it->packed, it->depth, it->bias, 0, to->product, from,
+                         until, cols);
         if (it->gain)
             norm_rows(to->product, to->mask, it->gain, it->shift, to->output, to->statistics, from,
                       until, rows, cols, it->eps, it->activation, it->simplex);
@@ -824,8 +869,8 @@ static void weight_gradient_rows(const float *by_product, int64_t cols, const fl
         else
             for (int64_t i = 0; i < count; i++)
                 copy_few(gathered + i * width, in + i * cols, width);
-        product_rows(gathered, 1, width, packed_input + from * PANEL, rows, from ? c : 0, depth, c,
-                     0, width, count, depth);
+        gathered_rows(gathered, width, count, packed_input + from * PANEL, rows, from > 0, c,
+                      depth);
     }
 }
 
@@ -851,10 +896,10 @@ static void layers_backward(const layer *net, const place *kept, const gradient_
         float *by_x = l ? to[l - 1].by_product : by_input;
         int64_t width = l ? it->depth : input_cols;
         for (int64_t i = 0; by_x && i < tiles; i++)
-            product_rows(by_product, cols, 1, it->packed_back, cols,
+            product_rows((columns){by_product, cols, cols}, no_columns, it->packed_back, cols,
                          !l && add_up_inputs ? by_x : 0, width, by_x,
                          begin + (end - begin) * i / tiles,
-                         begin + (end - begin) * (i + 1) / tiles, cols, width);
+                         begin + (end - begin) * (i + 1) / tiles, width);
         by_output = by_x;
     }
 }
@@ -1466,8 +1511,8 @@ static const float *network_rows(network net, const float *x, int64_t x_dim, int
     float *shared = scratch + 2 * BLOCK_ROWS * widest;
     const layer *it = net.layers;
     if (is_shared)
-        product_rows(x, x_dim, 1, it->packed, it->depth, it->bias, 0, shared, 0, 1, x_dim,
-                     it->cols);
+        product_rows((columns){x, x_dim, x_dim}, no_columns, it->packed, it->depth, it->bias, 0,
+                     shared, 0, 1, it->cols);
     for (int64_t l = 0; l < net.count; l++, it++) {
         float *y = l == net.count - 1 && out ? out : blocks[l & 1];
         layer_rows(it, x, l ? it->depth : x_dim, !l && is_shared ? shared : 0, l ? 0 : a, count,
@@ -1568,8 +1613,9 @@ static void state_space_step(const dynamics *d, const state_space_memory *m, con
             gelu_sum_row(m->hidden + i * hidden, m->products + i * all + 2 * modes,
                          m->hidden + i * hidden, hidden);
         for (int64_t t = 0; t < tiles; t++) /* the residual stream */
-            product_rows(m->hidden, hidden, 1, it->mix.packed, hidden, m->stream, width, m->stream,
-                         count * t / tiles, count * (t + 1) / tiles, hidden, width);
+            product_rows((columns){m->hidden, hidden, hidden}, no_columns, it->mix.packed, hidden,
+                         m->stream, width, m->stream, count * t / tiles, count * (t + 1) / tiles,
+                         width);
     }
     layer_rows(&d->out, m->stream, width, 0, 0, count, next);
 }

@@ -27,7 +27,8 @@ SOURCE = Path(__file__).with_name("kernels.c")
 COMPILERS = ("cc", "gcc", "clang")
 BUILD_SECONDS = 120
 # The arithmetic may not be reordered but where the source says so; errno and traps are not used.
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+# The loops of products are so short that it costs some hundredths if they begin amid a cache line.
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-falign-loops=64")
 
 POINTER, INTEGER, REAL, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 

@@ -239,6 +239,17 @@ def _encodes_by_kernels(encoder: Encoder) -> bool:
     )
 
 
+def _latent_simplices(model: WorldModel) -> int:
+    """Of how many simplices (see :func:`tdmpc2_sb3.kernels.on_simplices`) every latent is known to
+    consist; 0 if it may be something else."""
+    dynamics = model.dynamics.as_kernel()
+    if dynamics is None or not _encodes_by_kernels(model.encoder):
+        return 0
+    predicted = dynamics.out if isinstance(dynamics, kernels.StateSpace) else dynamics[-1]
+    encoded = model.encoder.state.net.as_layers()[-1]
+    return min(predicted.count_simplices(), encoded.count_simplices())
+
+
 class DirectGradients:
     """Losses that come with their gradients, of a model that :func:`has_direct_gradients` takes.
 
@@ -251,13 +262,18 @@ class DirectGradients:
     def __init__(self, model: WorldModel, config: LossConfig):
         self._model = model
         self._config = config
-        self._reward = _Network(model.reward_net.as_layers())
-        self._q = _Network(model.q_ensemble.as_layers(), model.q_ensemble.num_q)
-        self._target_q = kernels.KeptLayers(model.target_q_ensemble.as_layers())
-        self._policy = _Network(model.policy_net.as_layers())
+        simplices = _latent_simplices(model)
+
+        def of_latents(network: MLP | QEnsemble) -> kernels.KeptLayers:
+            return kernels.on_simplices(network.as_layers(), simplices)
+
+        self._reward = _Network(of_latents(model.reward_net))
+        self._q = _Network(of_latents(model.q_ensemble), model.q_ensemble.num_q)
+        self._target_q = of_latents(model.target_q_ensemble)
+        self._policy = _Network(of_latents(model.policy_net))
         self._termination: _Network | None = None
         if model.termination_net is not None:
-            self._termination = _Network(model.termination_net.as_layers())
+            self._termination = _Network(of_latents(model.termination_net))
         self._classifies_encoded = model.episodic and config.encoded_terminations
         self._encoder: _KernelEncoder | None = None
         # The latents of next observations have gradients too where the termination head learns
@@ -267,7 +283,7 @@ class DirectGradients:
         self._first_encoder, self._next_encoder = _Traced(model.encoder), _Traced(model.encoder)
         self._rollout: _KernelRollout | None = None
         if type(model.dynamics) is MLPDynamics and model.dynamics.net.has_kernels():
-            self._rollout = _KernelRollout(model.dynamics.net.as_layers())
+            self._rollout = _KernelRollout(of_latents(model.dynamics.net))
         self._traced_rollout = _TracedRollout(model.dynamics)
 
     @th.no_grad()

@@ -370,7 +370,7 @@ class EnsembleLayer(nn.Module):
         """
         layer = self.as_layer()
         layer = layer if members is None else layer.of(members)
-        weight, bias, gain, shift, _ = layer.detached() if frozen else layer
+        weight, bias, gain, shift, *_ = layer.detached() if frozen else layer
         assert bias is not None
         if x.dim() == 2:
             x = x.expand(weight.shape[0], *x.shape)

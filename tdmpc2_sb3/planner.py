@@ -290,10 +290,12 @@ def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
     )
 
 
-def _planning_networks(model: WorldModel) -> kernels.PlanningNetworks | None:
+def _planning_networks(model: WorldModel, latent: th.Tensor) -> kernels.PlanningNetworks | None:
     """The model as the CPU kernels plan with it; None if they cannot.
 
     A subclass may have changed any part, so it is evaluated by its own methods.
+
+    :param latent: z_0, [E, Z]
     """
     if type(model) is not WorldModel:
         return None
@@ -306,7 +308,7 @@ def _planning_networks(model: WorldModel) -> kernels.PlanningNetworks | None:
         model.policy_net.as_layers(),
         model.q_ensemble.as_layers(),
         None if model.termination_net is None else model.termination_net.as_layers(),
-    )
+    ).from_latent(latent)
     return networks if kernels.plans(networks) else None
 
 
@@ -317,7 +319,7 @@ def _search(
 
     :param mean: of the first Gaussian, [H, E, A]
     """
-    networks = _planning_networks(model) if kernels.usable(latent) else None
+    networks = _planning_networks(model, latent) if kernels.usable(latent) else None
     if networks is None:
         return _Search(model, latent, config, noise.policy).run(mean, noise)
     return kernels.search(

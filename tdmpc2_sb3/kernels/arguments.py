@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch as th
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tdmpc2_sb3.kernels.functions import Norm
+from tdmpc2_sb3.kernels.functions import Activation, Norm
 from tdmpc2_sb3.kernels.library import LayerArgument, call
 from tdmpc2_sb3.kernels.products import held, hold, multiplies, panels
 
+SIMPLEX = 8  # numbers of the simplices that kernels.c knows, the paper's
 LAY_OUT_PARALLEL_FROM = 2**15  # numbers; waking a second thread costs more than fewer would save
 
 
@@ -35,18 +36,25 @@ class Layer(NamedTuple):
     gain: th.Tensor | None = None
     shift: th.Tensor | None = None
     norm: Norm | None = None  # of a normed layer, which then has gain and shift
+    simplices: int = 0  # of SIMPLEX numbers, that the input is known to begin with
 
     def of(self, members: int | th.Tensor) -> Layer:
         """The layer of one of the Q networks, or of several by their indices [Q']."""
         vectors = (self.bias, self.gain, self.shift)
         bias, gain, shift = (each if each is None else each[members] for each in vectors)
-        return Layer(self.weight[members], bias, gain, shift, self.norm)
+        return Layer(self.weight[members], bias, gain, shift, *self[4:])
 
     def detached(self) -> Layer:
         """The same layer, whose parameters' own gradients are not wanted."""
         vectors = (self.bias, self.gain, self.shift)
         bias, gain, shift = (each if each is None else each.detach() for each in vectors)
-        return Layer(self.weight.detach(), bias, gain, shift, self.norm)
+        return Layer(self.weight.detach(), bias, gain, shift, *self[4:])
+
+    def count_simplices(self) -> int:
+        """How many of SIMPLEX numbers its outputs consist of; 0 if of something else."""
+        if self.norm is None or self.norm[:2] != (Activation.SIMNORM, SIMPLEX):
+            return 0
+        return self.weight.shape[-2] // SIMPLEX
 
 
 class KeptLayers(list[Layer]):
@@ -76,6 +84,14 @@ def widest(layers: Sequence[Layer]) -> int:
     if isinstance(layers, KeptLayers):
         return layers.widest
     return max(size for layer in layers for size in layer.weight.shape[-2:])
+
+
+def on_simplices(layers: Sequence[Layer], simplices: int) -> KeptLayers:
+    """The same network, whose input is known to begin with that many simplices.
+
+    An eighth of the products with those can be saved (``kernels.c``).
+    """
+    return KeptLayers([layers[0]._replace(simplices=simplices), *layers[1:]])
 
 
 def held_layers(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]:
@@ -143,6 +159,7 @@ class NetworkArguments:
                     cols,
                     activation,
                     simplex,
+                    layer.simplices,
                     eps,
                 )
 
@@ -164,7 +181,8 @@ class NetworkArguments:
     ) -> ctypes.Array[LayerArgument]:
         """The same, laid out for gradients by their inputs.
 
-        :param input_from: the input's column from which on its gradient is wanted; None for none
+        :param input_from: the input's column from which on its gradient is wanted, not amid
+            simplices; None for none
         """
         now = hold()
         mark = (now, self._input_dim if input_from is None else input_from)
@@ -219,7 +237,8 @@ def _address(parameter: th.Tensor | None, network: int, dim_of_ensemble: int) ->
 
 
 class _Thread(threading.local):
-    """Arguments by the first weight; of each thread its own, lest two lay out in one place."""
+    """Arguments by the first weight and by its input's simplices; of each thread its own, lest two
+    lay out in one place."""
 
     def __init__(self) -> None:
         self.by_weight = WeakTensorKeyDictionary()
@@ -235,14 +254,15 @@ def arguments_of(layers: Sequence[Layer]) -> NetworkArguments:
 
 def _find(layers: Sequence[Layer]) -> NetworkArguments:
     signature = [
-        (each.norm, each.weight.shape)
+        (each.norm, each.simplices, each.weight.shape)
         + tuple(None if one is None else (one.data_ptr(), one.stride()) for one in each[:4])
         for each in layers
     ]
-    known: NetworkArguments | None = _thread.by_weight.get(layers[0].weight)
+    first = layers[0]
+    by_simplices: dict[int, NetworkArguments] = _thread.by_weight.setdefault(first.weight, {})
+    known = by_simplices.get(first.simplices)
     if known is None or known.signature != signature:
-        known = NetworkArguments(layers, signature)
-        _thread.by_weight[layers[0].weight] = known
+        known = by_simplices[first.simplices] = NetworkArguments(layers, signature)
     # Nothing else may take a weight's address while it counts as laid out.
     held((NetworkArguments, id(known)), lambda: (known, layers))
     return known

@@ -655,10 +655,113 @@ typedef struct {
     const float *bias;         /* [cols] or null */
     const float *gain, *shift; /* [cols], or null without a norm */
     int64_t weight_row, depth, cols, activation, simplex;
+    int64_t simplices; /* that the input is known to begin with, see below */
     float eps;
 } layer;
 
 static inline int64_t panels_of(int64_t cols) { return (cols + PANEL - 1) / PANEL; }
+
+/* A latent consists of simplices, SIMPLEX numbers each that sum to 1. The last of them is 1 less the
+ * others and is left out of products: with w their weights and c the last one's,
+ *     w z + c (1 - sum z) = c + (w - c) z,
+ * so the others' weights are laid out less the last one's, which is added to the bias. Rows without
+ * those numbers are called reduced. A gradient by a reduced row is one by the whole row up to the
+ * same number for all of a simplex, which SimNorm's own gradient takes out again. */
+#define SIMPLEX 8
+
+static inline int64_t reduced_depth(const layer *it) { return it->depth - it->simplices; }
+
+/* What reduced rows are multiplied with has its bias behind it. */
+static inline const float *product_bias(const layer *it) {
+    return it->simplices ? it->packed + panels_of(it->cols) * PANEL * reduced_depth(it) : it->bias;
+}
+
+/* Rows begin..end reduced, rest numbers being behind the simplices; y may be x. */
+static void reduce_rows(const float *x, int64_t x_row, float *y, int64_t y_row, int64_t simplices,
+                        int64_t rest, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+        const float *in = x + i * x_row;
+        float *out = y + i * y_row, numbers[SIMPLEX];
+        for (int64_t g = 0; g < simplices; g++, in += SIMPLEX, out += SIMPLEX - 1) {
+            memcpy(numbers, in, sizeof numbers);
+            if (g < simplices - 1) memcpy(out, numbers, sizeof numbers); /* a number is overwritten */
+            else memcpy(out, numbers, sizeof(float) * (SIMPLEX - 1));
+        }
+        for (int64_t j = 0; j < rest; j++) out[j] = in[j];
+    }
+}
+
+/* Gradients by reduced rows as those by whole ones, [count, cols]. */
+static void expand_rows(const float *x, int64_t x_row, float *y, int64_t cols, int64_t simplices,
+                        int64_t count, int adds) {
+    for (int64_t i = 0; i < count; i++) {
+        const float *in = x + i * x_row;
+        float *out = y + i * cols;
+        for (int64_t g = 0; g < simplices; g++, in += SIMPLEX - 1, out += SIMPLEX) {
+            for (int64_t k = 0; k < SIMPLEX - 1; k++) out[k] = adds ? out[k] + in[k] : in[k];
+            if (!adds) out[SIMPLEX - 1] = 0.0f;
+        }
+        for (int64_t j = 0; j < cols - simplices * SIMPLEX; j++)
+            out[j] = adds ? out[j] + in[j] : in[j];
+    }
+}
+
+#define SIMPLICES_AT_ONCE 8
+
+/* Panel p of a weight for reduced rows, and its part of their bias. */
+static void pack_simplices(const layer *it, int64_t p) {
+    const float *weight = it->weight + p * PANEL * it->weight_row;
+    float *panel = it->packed + p * PANEL * reduced_depth(it);
+    float *bias = it->packed + panels_of(it->cols) * PANEL * reduced_depth(it) + p * PANEL;
+    float whole[SIMPLICES_AT_ONCE * SIMPLEX * PANEL], *last = whole;
+    int64_t cols = it->cols - p * PANEL, from = it->simplices * SIMPLEX;
+    for (int64_t j = 0; j < PANEL; j++)
+        bias[j] = it->bias && j < cols ? it->bias[p * PANEL + j] : 0.0f;
+    for (int64_t g = 0; g < it->simplices; g += SIMPLICES_AT_ONCE) {
+        int64_t count = it->simplices - g;
+        count = count < SIMPLICES_AT_ONCE ? count : SIMPLICES_AT_ONCE;
+        pack_transposed(weight + g * SIMPLEX, it->weight_row, count * SIMPLEX, cols, whole);
+        for (int64_t i = 0; i < count; i++) {
+            last = whole + (i * SIMPLEX + SIMPLEX - 1) * PANEL;
+            for (int64_t k = 0; k < SIMPLEX - 1; k++, panel += PANEL)
+                for (int64_t j = 0; j < PANEL; j++)
+                    panel[j] = whole[(i * SIMPLEX + k) * PANEL + j] - last[j];
+            for (int64_t j = 0; j < PANEL; j++) bias[j] += last[j];
+        }
+    }
+    pack_transposed(weight + from, it->weight_row, it->depth - from, cols, panel);
+}
+
+/* pack_columns of the weight for gradients by reduced rows. begin: where a panel does. */
+static void pack_simplices_back(const layer *it, int64_t begin, int64_t end) {
+    int64_t inner = SIMPLEX - 1, reduced = it->simplices * inner, chunk = PANEL_GROUP * PANEL;
+    float numbers[PANEL_GROUP * PANEL + 3 * SIMPLEX];
+    for (; begin < end; begin += chunk) {
+        int64_t until = begin + chunk < end ? begin + chunk : end; /* columns of reduced rows */
+        int64_t first = begin < reduced ? begin / inner : it->simplices, base = first * inner;
+        int64_t last = until < reduced ? (until + inner - 1) / inner : it->simplices;
+        for (int64_t k = 0; k < it->cols; k++) {
+            const float *row = it->weight + k * it->weight_row;
+            for (int64_t g = first; g < last; g++) {
+                const float *in = row + g * SIMPLEX;
+                float *out = numbers + g * inner - base, less = in[SIMPLEX - 1];
+                for (int64_t j = 0; j < SIMPLEX; j++) out[j] = in[j] - less; /* and one too many */
+            }
+            for (int64_t j = begin < reduced ? reduced : begin; j < until; j++)
+                numbers[j - base] = row[it->simplices + j];
+            for (int64_t j = begin; j < until; j += PANEL) {
+                float *to = it->packed_back + j * it->cols + k * PANEL;
+                const float *from = numbers + j - base;
+                if (until - j >= PANEL) {
+                    memcpy(to, from, sizeof(float) * PANEL);
+                } else {
+                    memset(to, 0, sizeof(float) * PANEL);
+                    copy_few(to, from, until - j);
+                }
+            }
+        }
+    }
+}
 
 /* Lays the weights out for networks_forward and for planning. */
 void lay_out(const layer *layers, int64_t count, int64_t threads) {
@@ -668,23 +771,30 @@ void lay_out(const layer *layers, int64_t count, int64_t threads) {
         int64_t panels = panels_of(it->cols);
 #pragma omp for schedule(static) nowait
         for (int64_t p = 0; p < panels; p++)
-            pack_transposed(it->weight + p * PANEL * it->weight_row, it->weight_row, it->depth,
-                            it->cols - p * PANEL, it->packed + p * PANEL * it->depth);
+            if (it->simplices) pack_simplices(it, p);
+            else
+                pack_transposed(it->weight + p * PANEL * it->weight_row, it->weight_row,
+                                it->depth, it->cols - p * PANEL,
+                                it->packed + p * PANEL * it->depth);
     }
 }
 
 /* Lays the weights of networks of count layers each out for networks_backward; of the first ones
- * the columns from input_from on. */
+ * the columns from input_from on, which is 0 or behind the simplices. */
 void lay_out_back(const layer *layers, int64_t count, int64_t networks, int64_t input_from,
                   int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
         for (int64_t l = 0; l < networks * count; l++) {
             const layer *it = layers + l;
-            int64_t from = l % count ? 0 : input_from, cols = it->depth - from;
-            int64_t panels = panels_of(cols), end = panels * (t + 1) / threads * PANEL;
-            pack_columns(it->weight + from, it->weight_row, it->cols, panels * t / threads * PANEL,
-                         end < cols ? end : cols, it->packed_back, it->cols);
+            int64_t from = l % count ? 0 : input_from;
+            int64_t cols = from ? it->depth - from : reduced_depth(it), panels = panels_of(cols);
+            int64_t begin = panels * t / threads * PANEL, end = panels * (t + 1) / threads * PANEL;
+            end = end < cols ? end : cols;
+            if (it->simplices && !from) pack_simplices_back(it, begin, end);
+            else
+                pack_columns(it->weight + from, it->weight_row, it->cols, begin, end,
+                             it->packed_back, it->cols);
         }
 }
 
@@ -698,6 +808,11 @@ typedef struct {
     float *output;     /* [rows, cols] */
 } place;
 
+/* Numbers of the reduced rows with which a workspace begins, if any. */
+static inline int64_t reduced_size(const layer *first, int64_t rows) {
+    return first->simplices ? whole_lines(rows * reduced_depth(first)) : 0;
+}
+
 static inline int64_t kept_size(const layer *it, int64_t keep, int64_t rows) {
     return keep && it->gain ? whole_lines(rows * it->cols) + whole_lines(2 * rows) : 0;
 }
@@ -706,6 +821,7 @@ static inline int64_t kept_size(const layer *it, int64_t keep, int64_t rows) {
  * keeps, but the last output in result. */
 static void find_places(const layer *layers, int64_t count, int64_t keep, int64_t rows,
                         const float *mask, float *workspace, float *result, place *places) {
+    workspace += reduced_size(layers, rows);
     for (int64_t l = 0; l < count; l++) {
         const layer *it = layers + l;
         int64_t kept = kept_size(it, keep, rows);
@@ -720,7 +836,7 @@ static void find_places(const layer *layers, int64_t count, int64_t keep, int64_
 
 /* Numbers of a network's workspace. */
 int64_t workspace_size(const layer *layers, int64_t count, int64_t keep, int64_t rows) {
-    int64_t size = 0;
+    int64_t size = reduced_size(layers, rows);
     for (int64_t l = 0; l < count; l++)
         size += kept_size(layers + l, keep, rows) +
                 (l == count - 1 ? 0 : whole_lines(rows * layers[l].cols));
@@ -757,22 +873,23 @@ int64_t scratch_size(const layer *layers, int64_t count, int64_t rows, int64_t t
     return size;
 }
 
-/* Product and norm of rows begin..end of all rows. Their input is the first x_dim numbers of rows of
- * x, x_row apart, and behind those the rows of a, if the layer is deeper. shared: the part of the
+/* Product and norm of rows begin..end of all rows. Their input, reduced if the layer's is, is the first
+ * x_dim numbers of rows of x, x_row apart, and behind those the rows of a, if the layer is deeper. shared: the part of the
  * product that is x's, one row for all, in which case x is not read; else null. */
 static void layer_forward(const layer *it, const place *to, const float *x, int64_t x_row,
                           int64_t x_dim, const float *shared, const float *a, int64_t begin,
                           int64_t end, int64_t rows) {
-    int64_t tiles = tiles_of(end - begin), cols = it->cols, a_dim = it->depth - x_dim;
+    int64_t tiles = tiles_of(end - begin), cols = it->cols, depth = reduced_depth(it);
+    int64_t a_dim = depth - x_dim;
     columns left = {x, x_row, x_dim}, right = {a, a_dim, a_dim};
     for (int64_t t = 0; t < tiles; t++) {
         int64_t from = begin + (end - begin) * t / tiles;
         int64_t until = begin + (end - begin) * (t + 1) / tiles;
         if (shared)
-            product_rows(right, no_columns, it->packed + x_dim * PANEL, it->depth, shared, 0,
+            product_rows(right, no_columns, it->packed + x_dim * PANEL, depth, shared, 0,
                          to->product, from, until, cols);
         else
-            product_rows(left, right, it->packed, it->depth, it->bias, 0, to->product, from,
+            product_rows(left, right, it->packed, depth, product_bias(it), 0, to->product, from,
                          until, cols);
         if (it->gain)
             norm_rows(to->product, to->mask, it->gain, it->shift, to->output, to->statistics, from,
@@ -784,7 +901,7 @@ static void layer_forward(const layer *it, const place *to, const float *x, int6
 static void layers_forward(const layer *net, const place *to, int64_t count, const float *x,
                            int64_t x_row, int64_t begin, int64_t end, int64_t rows) {
     for (int64_t l = 0; l < count; l++) {
-        layer_forward(net + l, to + l, x, x_row, net[l].depth, 0, 0, begin, end, rows);
+        layer_forward(net + l, to + l, x, x_row, reduced_depth(net + l), 0, 0, begin, end, rows);
         x = to[l].output;
         x_row = net[l].cols;
     }
@@ -793,20 +910,28 @@ static void layers_forward(const layer *net, const place *to, int64_t count, con
 /* Networks of count layers each on the same x, [rows, depth], whose rows are x_row floats apart.
  * Every thread takes its rows through all layers, so that nobody waits for anybody between two.
  * mask: of the first layers, [networks, rows, cols] or null. result: [networks, rows, last cols].
- * workspaces: one a network if they keep what networks_backward needs, else one for all. */
+ * workspaces: one a network if they keep what networks_backward needs, else one for all; the first
+ * begins with the reduced rows of x for all. */
 void networks_forward(const layer *layers, int64_t count, int64_t networks, const float *x,
                       int64_t x_row, const float *mask, float *const *workspaces, int64_t keep,
                       float *result, int64_t rows, int64_t threads) {
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
+    int64_t inner = reduced_depth(layers), simplices = layers->simplices;
+    const float *input = simplices ? workspaces[0] : x;
+    int64_t input_row = simplices ? inner : x_row;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t t = 0; t < threads; t++)
+    for (int64_t t = 0; t < threads; t++) {
+        int64_t begin = rows * t / threads, end = rows * (t + 1) / threads;
+        if (simplices)
+            reduce_rows(x, x_row, workspaces[0], inner, simplices,
+                        layers->depth - simplices * SIMPLEX, begin, end);
         for (int64_t n = 0; n < networks; n++) {
             place to[count];
             find_places(layers + n * count, count, keep, rows, mask ? mask + n * rows * first : 0,
                         workspaces[keep ? n : 0], result + n * rows * last, to);
-            layers_forward(layers + n * count, to, count, x, x_row, rows * t / threads,
-                           rows * (t + 1) / threads, rows);
+            layers_forward(layers + n * count, to, count, input, input_row, begin, end, rows);
         }
+    }
 }
 
 /* Dynamics of count layers applied step after step: z_1..z_steps, [steps, rows, Z], from z_0, [rows,
@@ -816,6 +941,7 @@ void rollout_forward(const layer *layers, int64_t count, const float *start, con
                      float *inputs, float *workspace, int64_t keep, float *latents, int64_t steps,
                      int64_t rows, int64_t threads) {
     int64_t depth = layers[0].depth, z_dim = layers[count - 1].cols, a_dim = depth - z_dim;
+    int64_t simplices = layers->simplices, inner = reduced_depth(layers);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {
         place to[count];
@@ -828,7 +954,11 @@ void rollout_forward(const layer *layers, int64_t count, const float *start, con
                 memcpy(inputs + i * depth + z_dim, actions + i * a_dim,
                        sizeof(float) * (size_t)a_dim);
             }
-            layers_forward(layers, to, count, inputs, depth, begin, end, steps * rows);
+            if (simplices)
+                reduce_rows(inputs, depth, workspace, inner, simplices,
+                            depth - simplices * SIMPLEX, begin, end);
+            layers_forward(layers, to, count, simplices ? workspace : inputs, inner, begin, end,
+                           steps * rows);
         }
     }
 }
@@ -853,12 +983,12 @@ static const float *layer_backward(const layer *it, const place *kept, const gra
 #define GATHERED_ROWS 256 /* of by_product at a time */
 
 /* At most TILE_ROWS rows, begin..end, of the transposed by_product, [rows, cols], by a packed
- * input: a weight's gradient, [cols, depth]. They are gathered first: as columns of by_product
+ * input: into c those rows of a weight's gradient, of depth numbers. They are gathered first: as columns of by_product
  * their numbers lie so far apart that they fall out of the first cache before the next panel. */
 static void weight_gradient_rows(const float *by_product, int64_t cols, const float *packed_input,
-                                 float *by_weight, int64_t begin, int64_t end, int64_t rows,
+                                 float *c, int64_t begin, int64_t end, int64_t rows,
                                  int64_t depth) {
-    float gathered[GATHERED_ROWS * TILE_ROWS], *c = by_weight + begin * depth;
+    float gathered[GATHERED_ROWS * TILE_ROWS];
     int64_t width = end - begin;
     for (int64_t from = 0; from < rows; from += GATHERED_ROWS) {
         int64_t count = rows - from < GATHERED_ROWS ? rows - from : GATHERED_ROWS;
@@ -874,15 +1004,28 @@ static void weight_gradient_rows(const float *by_product, int64_t cols, const fl
     }
 }
 
-/* Gradients of layers_forward, by_output those by its output. by_input: by input_cols columns of x,
- * those with which packed_back of the first layer begins; added to what stands there if
- * add_up_inputs; null if not wanted. packs, packs_x: whether the layers' inputs, and the first's, are
+/* A row of a weight's gradient from that by the weight of reduced rows and that by their bias. */
+static void expand_weight_gradient(const layer *it, const float *reduced, float by_bias,
+                                   float *by_weight) {
+    for (int64_t g = 0; g < it->simplices; g++, reduced += SIMPLEX - 1, by_weight += SIMPLEX) {
+        by_weight[SIMPLEX - 1] = by_bias;
+        for (int64_t k = 0; k < SIMPLEX - 1; k++) {
+            by_weight[k] = reduced[k];
+            by_weight[SIMPLEX - 1] -= reduced[k];
+        }
+    }
+    memcpy(by_weight, reduced, sizeof(float) * (size_t)(it->depth - it->simplices * SIMPLEX));
+}
+
+/* Gradients of layers_forward, by_output those by its output. x is reduced if the first layer's input
+ * is. by_input: by input_cols columns of x from input_from on, from which packed_back of the first
+ * layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs, packs_x: whether the layers' inputs, and the first's, are
  * packed for parameter_gradients. */
 static void layers_backward(const layer *net, const place *kept, const gradient_place *to,
                             int64_t count, const float *x, int64_t x_row, const float *by_output,
-                            float *by_input, int64_t input_cols, int add_up_inputs, int packs,
-                            int packs_x, int64_t thread, int64_t begin, int64_t end,
-                            int64_t rows) {
+                            float *by_input, int64_t input_from, int64_t input_cols,
+                            int add_up_inputs, int packs, int packs_x, int64_t thread,
+                            int64_t begin, int64_t end, int64_t rows) {
     int64_t tiles = tiles_of(end - begin);
     for (int64_t l = count - 1; l >= 0; l--) {
         const layer *it = net + l;
@@ -891,15 +1034,27 @@ static void layers_backward(const layer *net, const place *kept, const gradient_
         const float *by_product = layer_backward(it, kept + l, to + l, by_output,
                                                  to[l].sums + thread * 3 * cols, begin, end, rows);
         if (l ? packs : packs_x)
-            pack_columns(input + begin * input_row, input_row, end - begin, 0, it->depth,
+            pack_columns(input + begin * input_row, input_row, end - begin, 0, reduced_depth(it),
                          to[l].packed_input + begin * PANEL, rows);
         float *by_x = l ? to[l - 1].by_product : by_input;
-        int64_t width = l ? it->depth : input_cols;
-        for (int64_t i = 0; by_x && i < tiles; i++)
-            product_rows((columns){by_product, cols, cols}, no_columns, it->packed_back, cols,
-                         !l && add_up_inputs ? by_x : 0, width, by_x,
-                         begin + (end - begin) * i / tiles,
-                         begin + (end - begin) * (i + 1) / tiles, width);
+        int64_t width = l ? it->depth : input_cols, simplices = input_from ? 0 : it->simplices;
+        int64_t inner = width - simplices, adds = !l && add_up_inputs;
+        float reduced[simplices ? TILE_ROWS * inner : 1];
+        columns a = {by_product, cols, cols};
+        for (int64_t i = 0; by_x && i < tiles; i++) {
+            int64_t from = begin + (end - begin) * i / tiles;
+            int64_t until = begin + (end - begin) * (i + 1) / tiles;
+            if (!simplices) {
+                product_rows(a, no_columns, it->packed_back, cols, adds ? by_x : 0, width, by_x,
+                             from, until, width);
+                continue;
+            }
+            a.at = by_product + from * cols;
+            product_rows(a, no_columns, it->packed_back, cols, 0, 0, reduced, 0, until - from,
+                         inner);
+            expand_rows(reduced, inner, by_x + from * width, width, simplices, until - from,
+                        (int)adds);
+        }
         by_output = by_x;
     }
 }
@@ -916,32 +1071,47 @@ static void parameter_gradients(const layer *net, const gradient_place *to, int6
                                 float *const *by_parameters, int64_t rows, int64_t thread,
                                 int64_t threads) {
     for (int64_t l = 0; l < count; l++) {
-        int64_t cols = net[l].cols, depth = net[l].depth, tiles = tiles_of(cols);
+        const layer *it = net + l;
+        int64_t cols = it->cols, depth = it->depth, tiles = tiles_of(cols);
+        int64_t inner = reduced_depth(it);
         const float *by_product =
-            l == count - 1 && !net[l].gain ? by_output : to[l].by_product;
+            l == count - 1 && !it->gain ? by_output : to[l].by_product;
         float *by_weight = by_parameters[l] + n * cols * depth;
         float *by_vectors = by_parameters[l] + networks * cols * depth + n * cols;
         for (int64_t v = 0; v < 3; v++)
             add_up(to[l].sums + v * cols, by_vectors + v * networks * cols,
                    cols * thread / threads, cols * (thread + 1) / threads, 3 * cols, threads);
-        for (int64_t i = tiles * thread / threads; i < tiles * (thread + 1) / threads; i++)
-            weight_gradient_rows(by_product, cols, to[l].packed_input, by_weight,
-                                 cols * i / tiles, cols * (i + 1) / tiles, rows, depth);
+        float reduced[it->simplices ? TILE_ROWS * inner : 1];
+        for (int64_t i = tiles * thread / threads; i < tiles * (thread + 1) / threads; i++) {
+            int64_t begin = cols * i / tiles, end = cols * (i + 1) / tiles;
+            weight_gradient_rows(by_product, cols, to[l].packed_input,
+                                 it->simplices ? reduced : by_weight + begin * depth, begin, end,
+                                 rows, inner);
+            for (int64_t j = begin; it->simplices && j < end; j++) {
+                float by_bias;
+                add_up(to[l].sums + 2 * cols + j, &by_bias, 0, 1, 3 * cols, threads);
+                expand_weight_gradient(it, reduced + (j - begin) * inner, by_bias,
+                                       by_weight + j * depth);
+            }
+        }
     }
 }
 
 /* Gradients of networks_forward with keep, whose mask, workspaces and result these are. grad: by the
- * result. by_input: by input_cols columns of x, those with which packed_back of the first layers
- * begins, [rows, input_cols], added up over the networks, and to what stands there if adds; null if
- * not wanted. by_parameters: of each of the count layers by the weights, [networks,
+ * result. by_input: by input_cols columns of x from input_from on, from which packed_back of the
+ * first layers was laid out, [rows, input_cols], added up over the networks, and to what stands
+ * there if adds; null if not wanted. They contain all simplices, or none. by_parameters: of each of the count layers by the weights, [networks,
  * cols, depth], and behind those by gains, shifts and biases, [3, networks, cols]; null if not wanted.
  * scratches: one a network. */
 void networks_backward(const layer *layers, int64_t count, int64_t networks, const float *x,
                        int64_t x_row, const float *mask, float *const *workspaces, float *result,
-                       const float *grad, float *by_input, int64_t input_cols, int64_t adds,
+                       const float *grad, float *by_input, int64_t input_from,
+                       int64_t input_cols, int64_t adds,
                        float *const *by_parameters, float *const *scratches, int64_t rows,
                        int64_t threads) {
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
+    const float *input = layers->simplices ? workspaces[0] : x;
+    int64_t input_row = layers->simplices ? reduced_depth(layers) : x_row;
     place all_places[networks * count], *kept = all_places;
     gradient_place all_gradients[networks * count], *to = all_gradients;
     for (int64_t n = 0; n < networks; n++) {
@@ -955,9 +1125,9 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
     for (int64_t t = 0; t < threads; t++)
         for (int64_t l = 0; l < networks * count; l += count) {
             clear_sums(layers + l, to + l, count, t);
-            layers_backward(layers + l, kept + l, to + l, count, x, x_row,
-                            grad + l / count * rows * last, by_input, input_cols, adds || l,
-                            by_parameters != 0, by_parameters && !l, t, rows * t / threads,
+            layers_backward(layers + l, kept + l, to + l, count, input, input_row,
+                            grad + l / count * rows * last, by_input, input_from, input_cols,
+                            adds || l, by_parameters != 0, by_parameters && !l, t, rows * t / threads,
                             rows * (t + 1) / threads, rows);
         }
     if (!by_parameters) return;
@@ -975,7 +1145,7 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
 void rollout_backward(const layer *layers, int64_t count, const float *inputs, float *workspace,
                       float *latents, float *by_latents, float *const *by_parameters,
                       float *scratch, int64_t steps, int64_t rows, int64_t threads) {
-    int64_t depth = layers[0].depth, z_dim = layers[count - 1].cols, all = steps * rows;
+    int64_t inner = reduced_depth(layers), z_dim = layers[count - 1].cols, all = steps * rows;
     place all_places[count], *kept = all_places;
     gradient_place all_gradients[count], *to = all_gradients;
     find_places(layers, count, 1, all, 0, workspace, latents, kept);
@@ -985,9 +1155,10 @@ void rollout_backward(const layer *layers, int64_t count, const float *inputs, f
     for (int64_t t = 0; t < threads; t++) {
         clear_sums(layers, to, count, t);
         for (int64_t h = steps - 1; h >= 0; h--)
-            layers_backward(layers, kept, to, count, inputs, depth, by_next, by_latents, z_dim, 1, 1,
-                            1, t, h * rows + rows * t / threads,
-                            h * rows + rows * (t + 1) / threads, all);
+            layers_backward(layers, kept, to, count, layers->simplices ? workspace : inputs, inner,
+                            by_next, by_latents, 0, z_dim, 1, 1, 1, t,
+                            h * rows + rows * t / threads, h * rows + rows * (t + 1) / threads,
+                            all);
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
@@ -1511,8 +1682,8 @@ static const float *network_rows(network net, const float *x, int64_t x_dim, int
     float *shared = scratch + 2 * BLOCK_ROWS * widest;
     const layer *it = net.layers;
     if (is_shared)
-        product_rows((columns){x, x_dim, x_dim}, no_columns, it->packed, it->depth, it->bias, 0,
-                     shared, 0, 1, it->cols);
+        product_rows((columns){x, x_dim, x_dim}, no_columns, it->packed, reduced_depth(it),
+                     product_bias(it), 0, shared, 0, 1, it->cols);
     for (int64_t l = 0; l < net.count; l++, it++) {
         float *y = l == net.count - 1 && out ? out : blocks[l & 1];
         layer_rows(it, x, l ? it->depth : x_dim, !l && is_shared ? shared : 0, l ? 0 : a, count,
@@ -1576,7 +1747,7 @@ static state_space_memory state_space_start(const dynamics *d, const float *z, i
     m.selection = array, array += BLOCK_ROWS * modes;
     m.hidden = array, array += BLOCK_ROWS * (hidden > rank ? hidden : rank);
     m.states = array;
-    layer_rows(&d->features, z, d->features.depth, 0, 0, 1, m.features);
+    layer_rows(&d->features, z, reduced_depth(&d->features), 0, 0, 1, m.features);
     layer_rows(&d->context, m.features, d->context.depth, 0, 0, 1, m.context);
     layer_rows(&d->starts, m.features, d->starts.depth, 0, 0, 1, m.starts);
     memset(m.selection, 0, sizeof(float) * (size_t)(BLOCK_ROWS * modes));
@@ -1624,6 +1795,7 @@ static void state_space_step(const dynamics *d, const state_space_memory *m, con
  * share it. */
 typedef struct {
     int64_t iterations, horizon, envs, samples, prior, elites, noise_envs, latent_dim, action_dim;
+    int64_t simplices; /* of a latent, if all rows of latents are reduced; else 0 */
     int64_t widest; /* numbers of a row of the scratch: of the widest layer */
     int64_t memory; /* numbers that the dynamics keep a row; 0 for a network */
     int64_t steps_work, prior_work, value_work; /* multiply-adds of a row, see first_of_thread */
@@ -1631,13 +1803,13 @@ typedef struct {
     network reward, policy;
     network termination; /* of no layers if episodes do not end */
     network q;           /* all of them, one after the other; count is that of one */
-    const float *bins, *start; /* start: z_0, [E, Z] */
+    const float *bins, *start; /* start: z_0, [E, Z] or reduced */
     const float *policy_noise;   /* standard normal, as are the next two, [H, D, P, A] */
     const float *sample_noise;   /* [I, H, D, S, A] */
     const float *terminal_noise; /* of the policy's actions at z_H, [I, D, N, A] */
     const int64_t *heads;        /* of Q, whose mean counts, [I, 2] */
     float *actions;              /* [H, E, N, A] */
-    float *prior_latents;        /* z_H of the policy's sequences, [E, P, Z] */
+    float *prior_latents;        /* z_H of the policy's sequences, [E, P, Z] or reduced */
     float *rewards, *discounts;  /* on the way, and of what follows, [E, N] */
     float *values;               /* [E, N] */
     float *means, *stds;         /* of the Gaussians, the first given, [I + 1, H, E, A] */
@@ -1661,6 +1833,9 @@ int64_t planning_scratch(const search *s) {
     return networks_scratch(s->widest, s->memory) +
            BLOCK_ROWS * (s->horizon * s->latent_dim + s->action_dim);
 }
+
+/* Numbers of a row of latents. */
+static inline int64_t latent_row(const search *s) { return s->latent_dim - s->simplices; }
 
 /* Row of an array [H, E, N, ...] where the block starts. */
 static inline int64_t row_at(const search *s, int64_t step, block b) {
@@ -1691,16 +1866,16 @@ static void draw_samples(const search *s, int64_t iteration, block b) {
     }
 }
 
-/* z_1..z_H into latents, [H, BLOCK_ROWS, Z], from z_0: under the policy's actions, which are written,
+/* z_1..z_H into latents, a row each of BLOCK_ROWS Z numbers, from z_0: under the policy's actions, which are written,
  * if the block is of its sequences, else under the actions as they are. */
 static void roll_out(const search *s, block b, float *latents, float *own) {
-    int64_t z_dim = s->latent_dim, a_dim = s->action_dim;
+    int64_t z_dim = latent_row(s), a_dim = s->action_dim;
     const dynamics *d = &s->dynamics;
     const float *z = s->start + b.env * z_dim;
     state_space_memory memory = {0};
     if (d->depth) memory = state_space_start(d, z, b.count, own + networks_scratch(s->widest, 0));
     for (int64_t h = 0; h < s->horizon; h++) {
-        float *a = s->actions + row_at(s, h, b) * a_dim, *next = latents + h * BLOCK_ROWS * z_dim;
+        float *a = s->actions + row_at(s, h, b) * a_dim, *next = latents + h * BLOCK_ROWS * s->latent_dim;
         if (b.first < s->prior) {
             const float *noise = s->policy_noise + noise_row_at(s, h, b, 0, s->prior) * a_dim;
             const float *moments =
@@ -1711,6 +1886,8 @@ static void roll_out(const search *s, block b, float *latents, float *own) {
         }
         if (d->depth) state_space_step(d, &memory, a, b.count, next);
         else network_rows(d->net, z, z_dim, h == 0, a, b.count, next, own, s->widest);
+        if (s->simplices)
+            reduce_rows(next, s->latent_dim, next, z_dim, s->simplices, 0, 0, b.count);
         z = next;
     }
 }
@@ -1718,7 +1895,7 @@ static void roll_out(const search *s, block b, float *latents, float *own) {
 /* Discounted sums of the rewards on the way, and the discount of what follows. With a termination
  * network nothing counts after its logit exceeds 0. */
 static void sum_rewards(const search *s, block b, const float *latents, float *own) {
-    int64_t z_dim = s->latent_dim, a_dim = s->action_dim;
+    int64_t z_dim = latent_row(s), a_dim = s->action_dim;
     int64_t cols = s->reward.layers[s->reward.count - 1].cols;
     const float *z = s->start + b.env * z_dim;
     float *total = s->rewards + row_at(s, 0, b), *alive = s->discounts + row_at(s, 0, b);
@@ -1734,7 +1911,7 @@ static void sum_rewards(const search *s, block b, const float *latents, float *o
         for (int64_t i = 0; i < b.count; i++)
             total[i] += (float)discount * alive[i] *
                         two_hot_inverse_row(logits + i * cols, s->bins, cols);
-        z = latents + h * BLOCK_ROWS * z_dim;
+        z = latents + h * BLOCK_ROWS * s->latent_dim;
         discount *= s->gamma;
         if (s->termination.count) {
             logits = network_rows(s->termination, z, z_dim, 0, 0, b.count, 0, own, s->widest);
@@ -1749,7 +1926,7 @@ static void sum_rewards(const search *s, block b, const float *latents, float *o
  * which z has the rows, and the policy's action there. a: scratch, [BLOCK_ROWS, A]. */
 static void sum_values(const search *s, int64_t iteration, block b, const float *z, float *a,
                        float *own) {
-    int64_t z_dim = s->latent_dim, a_dim = s->action_dim, row = row_at(s, 0, b);
+    int64_t z_dim = latent_row(s), a_dim = s->action_dim, row = row_at(s, 0, b);
     const float *noise =
         s->terminal_noise + noise_row_at(s, iteration, b, 0, s->samples) * a_dim;
     float *values = s->values + row;
@@ -1771,10 +1948,10 @@ static void sum_values(const search *s, int64_t iteration, block b, const float 
 /* Values of a block's sequences. Those of the policy are the same in every iteration: of them only
  * what follows z_H is drawn anew. */
 static void evaluate(const search *s, int64_t iteration, block b, float *own) {
-    int64_t z_dim = s->latent_dim;
+    int64_t z_dim = latent_row(s);
     float *latents = own + networks_scratch(s->widest, s->memory);
-    float *last = latents + (s->horizon - 1) * BLOCK_ROWS * z_dim;
-    float *last_actions = latents + s->horizon * BLOCK_ROWS * z_dim;
+    float *last = latents + (s->horizon - 1) * BLOCK_ROWS * s->latent_dim;
+    float *last_actions = latents + s->horizon * BLOCK_ROWS * s->latent_dim;
     block prior = b, drawn = b;
     prior.count = s->prior - b.first;
     prior.count = prior.count < 0 ? 0 : prior.count > b.count ? b.count : prior.count;

@@ -40,6 +40,7 @@ class LayerArgument(ctypes.Structure):
         *((name, POINTER) for name in ("weight", "packed", "packed_back")),
         *((name, POINTER) for name in ("bias", "gain", "shift")),
         *((name, INTEGER) for name in ("weight_row", "depth", "cols", "activation", "simplex")),
+        ("simplices", INTEGER),
         ("eps", REAL),
     )
 
@@ -79,6 +80,7 @@ class SearchArgument(ctypes.Structure):
     _fields_ = (
         *((name, INTEGER) for name in ("iterations", "horizon", "envs", "samples", "prior")),
         *((name, INTEGER) for name in ("elites", "noise_envs", "latent_dim", "action_dim")),
+        ("simplices", INTEGER),
         *((name, INTEGER) for name in ("widest", "memory")),
         *((name, INTEGER) for name in ("steps_work", "prior_work", "value_work")),
         ("dynamics", DynamicsArgument),
@@ -107,7 +109,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "networks_backward": (
         *(POINTER, INTEGER, INTEGER),
         *(POINTER, INTEGER, POINTER, POINTER),
-        *(POINTER, POINTER, POINTER, INTEGER, INTEGER),
+        *(POINTER, POINTER, POINTER, INTEGER, INTEGER, INTEGER),
         *(POINTER, POINTER, INTEGER, INTEGER),
     ),
     "rollout_forward": (

@@ -117,7 +117,9 @@ class Evaluation:
     ) -> tuple[th.Tensor | None, list[Gradients]]:
         """
         :param grad: by the outputs, [Q', B, out], contiguous
-        :param columns: of the input, by which gradients are wanted; None for none
+        :param columns: of the input, by which gradients are wanted; None for none. If the input is
+            known to begin with simplices, gradients by those are right but for a number that all
+            of a simplex have in common: SimNorm's own gradient does not depend on it.
         :param needs_parameters: whether gradients by the parameters are wanted
         :param room: where those may be written, made anew if None
         :param added_to: what the gradients by the input are added to, [B, columns], contiguous
@@ -162,7 +164,7 @@ class _ByTorch(Evaluation):
         self, network: Sequence[Layer], mask: th.Tensor | None, keep: bool
     ) -> list[_Kept]:
         x, kept = self.x, []
-        for weight, bias, gain, shift, norm in network:
+        for weight, bias, gain, shift, norm, _ in network:
             product = x @ weight.t() if bias is None else th.addmm(bias, x, weight.t())
             y, statistics = product, None
             if norm is not None:
@@ -207,7 +209,7 @@ class _ByTorch(Evaluation):
     ) -> tuple[th.Tensor | None, list[Gradients]]:
         gradients: list[Gradients] = []
         for position in reversed(range(len(network))):
-            weight, _, gain, shift, norm = network[position]
+            weight, _, gain, shift, norm, _ = network[position]
             x, product, statistics, y = self.kept[index][position]
             vectors = grad.new_zeros(3, len(weight))  # by gain, shift and bias
             if norm is not None:
@@ -294,6 +296,7 @@ class _ByKernels(Evaluation):
             self._result,
             grad,
             by_input,
+            begin,
             end - begin,
             added_to is not None,
             room.addresses() if room is not None and needs_parameters else None,

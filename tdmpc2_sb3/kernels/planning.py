@@ -17,11 +17,13 @@ from typing import NamedTuple
 import torch as th
 
 from tdmpc2_sb3.kernels.arguments import (
+    SIMPLEX,
     Layer,
     NetworkArguments,
     arguments_of,
     lay_out,
     multiplied_here,
+    on_simplices,
     widest,
 )
 from tdmpc2_sb3.kernels.library import (
@@ -35,6 +37,7 @@ from tdmpc2_sb3.kernels.library import (
 from tdmpc2_sb3.kernels.products import MIN_ROWS, product_threads
 
 NUM_SINGLE = 5  # layers of state-space dynamics outside their stack
+SIMPLEX_TOLERANCE = 1e-5  # of the sum of a simplex
 
 
 class StateSpaceLayer(NamedTuple):
@@ -90,6 +93,40 @@ class PlanningNetworks(NamedTuple):
         """The layers of each."""
         others = (self.reward, self.policy, self.q, self.termination)
         return [self.dynamics_layers(), *(each for each in others if each is not None)]
+
+    def from_latent(self, latent: th.Tensor) -> PlanningNetworks:
+        """The same, known to be evaluated on simplices if these latents and all that are predicted
+        from them consist of such.
+
+        :param latent: z_0, [E, Z]
+        """
+        dynamics = self.dynamics
+        last = dynamics.out if isinstance(dynamics, StateSpace) else dynamics[-1]
+        simplices = last.count_simplices()
+        if not simplices or not _consist_of_simplices(latent):
+            return self
+
+        def of(layers: Sequence[Layer]) -> Sequence[Layer]:
+            return on_simplices(layers, simplices)
+
+        return PlanningNetworks(
+            dynamics._replace(features=dynamics.features._replace(simplices=simplices))
+            if isinstance(dynamics, StateSpace)
+            else of(dynamics),
+            of(self.reward),
+            of(self.policy),
+            of(self.q),
+            None if self.termination is None else of(self.termination),
+        )
+
+
+def _by_simplex(latent: th.Tensor) -> th.Tensor:
+    return latent.unflatten(-1, (-1, SIMPLEX))
+
+
+def _consist_of_simplices(latent: th.Tensor) -> bool:
+    distances = latent.view(-1, SIMPLEX).sum(1).sub_(1.0).abs_()
+    return distances.max().item() < SIMPLEX_TOLERANCE
 
 
 def plans(networks: PlanningNetworks) -> bool:
@@ -217,6 +254,9 @@ def search(
         )
     draws = Draws(*(each.contiguous() for each in draws))
     start = start.contiguous()
+    simplices = networks.reward[0].simplices
+    if simplices:
+        start = _by_simplex(start)[..., :-1].contiguous()  # without the last number of each
 
     parts = networks.parts()
     dynamics, reward, policy, q, *termination = map(arguments_of, parts)
@@ -253,6 +293,7 @@ def search(
         noise_envs=noise_envs,
         latent_dim=latent_dim,
         action_dim=action_dim,
+        simplices=simplices,
         widest=max(map(widest, parts)),
         memory=_memory(networks.dynamics),
         steps_work=horizon * step,

@@ -14,11 +14,15 @@ import torch as th
 from gymnasium import spaces
 
 from tdmpc2_sb3 import update as update_module
-from tdmpc2_sb3.direct_gradients import DirectGradients, has_direct_gradients
+from tdmpc2_sb3.direct_gradients import (
+    DirectGradients,
+    _latent_simplices,
+    has_direct_gradients,
+)
 from tdmpc2_sb3.dynamics.mlp import MLPDynamics
 from tdmpc2_sb3.kernels import PolicyDraw, library, weights_held
 from tdmpc2_sb3.kernels.products import operation_counter
-from tdmpc2_sb3.layers import MLP
+from tdmpc2_sb3.layers import MLP, SimNorm
 from tdmpc2_sb3.losses import (
     LossConfig,
     alive_states,
@@ -268,6 +272,21 @@ def test_whoever_changed_a_part_keeps_autograd(roughen):
     other = copy.deepcopy(model)
     other.reward_net[0].activation = th.nn.Tanh()
     assert not has_direct_gradients(other)
+
+
+def test_latents_known_to_be_of_simplices(roughen):
+    assert _latent_simplices(make_model(roughen)) == 2
+    assert _latent_simplices(make_model(roughen, dynamics="ssm")) == 2
+    assert _latent_simplices(make_model(roughen, "vectors", episodic=True)) == 2
+    assert _latent_simplices(make_model(roughen, "image and vector")) == 0  # not by kernels
+    for part in ("encoder", "dynamics"):
+        model = make_model(roughen)
+        net = model.encoder.state.net if part == "encoder" else model.dynamics.net
+        net[-1].activation = SimNorm(4)
+        assert _latent_simplices(model) == 0
+    model = make_model(roughen)
+    model.dynamics.__class__ = type("Other", (MLPDynamics,), {})
+    assert _latent_simplices(model) == 0
 
 
 def test_other_dynamics_are_rolled_out_by_themselves(roughen):

@@ -22,7 +22,7 @@ from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
 from tdmpc2_sb3.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
 from tdmpc2_sb3.kernels import Activation, Layer, Norm, library
-from tdmpc2_sb3.kernels.arguments import arguments_of
+from tdmpc2_sb3.kernels.arguments import SIMPLEX, arguments_of, on_simplices
 from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
 from tdmpc2_sb3.kernels.products import operation_counter
 
@@ -330,6 +330,92 @@ def test_a_rollout_is_its_steps(threads, rows, latent_dim, width, with_norm):
         return th.stack(latents)
 
     compare(fast, plain, wanted)
+
+
+def as_simplices(x):
+    return activate(x, Activation.SIMNORM, SIMPLEX)
+
+
+@pytest.mark.parametrize(
+    ("simplices", "action_dim", "wanted"),
+    [(1, 0, "z"), (20, 0, "z"), *((2, 3, each) for each in ("z", "a", "z and a")), (9, 6, "z and a")],
+)
+@pytest.mark.parametrize(("rows", "width"), [(8, 24), (61, 37), (260, 130)])
+def test_networks_on_simplices(threads, rows, width, simplices, action_dim, wanted):
+    """Of one network, and of two of three. Gradients by latents go on through SimNorm."""
+    raw, a = randn(rows, simplices * SIMPLEX, seed=1), randn(rows, action_dim, seed=2)
+    weight, bias = randn(3, width, simplices * SIMPLEX + action_dim, seed=3), randn(3, width)
+    gain, shift = randn(3, width, seed=4), randn(3, width, seed=5)
+    last, last_bias = randn(3, 21, width, seed=6), randn(3, 21, seed=7)
+    mask = (randn(2, rows, width, seed=8) > -1.0).float()
+    parameters = (weight, bias, gain, shift, last, last_bias)
+    for each in (*parameters, *[raw] * ("z" in wanted), *[a] * ("a" in wanted.split())):
+        each.requires_grad_(True)
+
+    def fast(raw, a, mask, members, *parameters):
+        layers = [Layer(*parameters[:4], norm=MISH), Layer(*parameters[4:])]
+        layers = on_simplices(layers, simplices)
+        return kernels.networks(as_simplices(raw), a, layers, mask, members)
+
+    def plain(raw, a, mask, weight, bias, gain, shift, last, last_bias):
+        y = F.linear(th.cat([as_simplices(raw), a], -1), weight, bias) * mask.double()
+        y = F.mish(F.layer_norm(y, (width,), gain, shift, EPS))
+        return F.linear(y, last, last_bias)
+
+    compare(
+        lambda raw, a, *p: fast(raw, a, mask, (2, 0), *p),
+        lambda raw, a, *p: th.stack(
+            [plain(raw, a, mask[i], *(x[m] for x in p)) for i, m in enumerate((2, 0))]
+        ),
+        (raw, a, *parameters),
+    )
+    compare(
+        lambda raw, a, *p: fast(raw, a, mask[1], None, *p),
+        lambda raw, a, *p: plain(raw, a, mask[1], *p),
+        (raw, a, *(each[1].detach().requires_grad_(True) for each in parameters)),
+    )
+
+
+@pytest.mark.parametrize(("rows", "simplices"), [(9, 1), (70, 5), (128, 16)])
+def test_a_rollout_on_simplices_is_its_steps(threads, rows, simplices):
+    if not products_are_ours():
+        pytest.skip("torch's own products are used on this processor")
+    latent_dim, width = simplices * SIMPLEX, 40
+    sizes = [(width, latent_dim + 3), (latent_dim, width)]
+    parameters = [
+        randn(*shape, seed=position)
+        for position, (out, inputs) in enumerate(sizes)
+        for shape in ((out, inputs), (out,), (out,), (out,))
+    ]
+    raw, actions = randn(rows, latent_dim, seed=8), randn(3, rows, 3, seed=9)
+    norms = [MISH, Norm(Activation.SIMNORM, SIMPLEX, EPS)]
+
+    def rollout(raw, parameters, known):
+        layers = [Layer(*parameters[4 * i : 4 * i + 4], norm=norm) for i, norm in enumerate(norms)]
+        assert layers[-1].count_simplices() == simplices
+        latents = kernels.rollout(as_simplices(raw), actions, on_simplices(layers, known))
+        return latents.log()  # which tells numbers apart that nearly vanish
+
+    def plain(raw, weight, bias, gain, shift, weight_2, bias_2, *affine):
+        z, latents = as_simplices(raw), []
+        for action in actions.double():
+            h = F.linear(th.cat([z, action], -1), weight, bias)
+            h = F.mish(F.layer_norm(h, (width,), gain, shift, EPS))
+            z = as_simplices(F.layer_norm(F.linear(h, weight_2, bias_2), (latent_dim,), *affine))
+            latents.append(z)
+        return th.stack(latents).log()
+
+    wanted = [each.requires_grad_(True) for each in (raw, *parameters)]
+    compare(lambda raw, *p: rollout(raw, p, simplices), plain, wanted)
+    compare(lambda raw, *p: rollout(raw, p, 0), plain, wanted)  # laid out beside it
+
+
+def test_what_consists_of_simplices():
+    weight, bias = randn(24, 5), randn(24)
+    ours = Norm(Activation.SIMNORM, SIMPLEX, EPS)
+    assert Layer(weight, bias, bias, bias, ours).count_simplices() == 3
+    for norm in (None, MISH, Norm(Activation.SIMNORM, 4, EPS)):
+        assert Layer(weight, bias, bias, bias, norm).count_simplices() == 0
 
 
 def test_importing_leaves_triton_alone():

@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 
 from tdmpc2_sb3.dynamics import LatentDynamics, MLPDynamics
+from tdmpc2_sb3.kernels.arguments import SIMPLEX
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
 from tdmpc2_sb3.planner import (
     PlannerConfig,
@@ -135,16 +136,28 @@ def test_plans_are_those_of_the_plain_loop(
         assert result.value[env].item() == pytest.approx(value, abs=1e-4)
 
 
-def assert_planned_as_by_torch(model, config, num_envs):
-    """That kernels plan as torch does in double precision, to which it turns the model."""
+def assert_planned_as_by_torch(model, config, num_envs, of_simplices=True):
+    """That kernels plan as torch does in double precision, to which it turns the model.
+
+    :param of_simplices: whether they plan from what the encoder may return
+    """
     if not multiplies(MIN_ROWS, 16):
         pytest.skip("no products by kernels here: torch alone plans, which the other tests cover")
     noise = sample_plan_noise(model, config, num_envs, generator(1), shared=num_envs > 1)
     # Gumbel noise goes by rank, which rounding changes for two elites of nearly the same value.
     noise = noise._replace(gumbel=th.zeros_like(noise.gumbel))
     latents = model.encode(th.randn(num_envs, OBS_DIM, generator=generator(2))).detach()
+    if not of_simplices:
+        latents = latents + 0.1
     initial = th.rand(num_envs, config.horizon, ACTION_DIM, generator=generator(3)) - 0.5
-    assert _planning_networks(model) is not None
+    networks = _planning_networks(model, latents)
+    assert networks is not None
+    known = model.architecture.latent_dim // SIMPLEX if of_simplices else 0
+    networks_of_latents = [networks.reward, networks.policy, networks.q]
+    networks_of_latents += [networks.termination] if model.episodic else []
+    is_network = isinstance(model.dynamics, MLPDynamics)
+    networks_of_latents += [networks.dynamics if is_network else [networks.dynamics.features]]
+    assert [each[0].simplices for each in networks_of_latents] == [known] * len(networks_of_latents)
     fast = plan(model, latents, initial, noise, config, True)
     exact_noise = PlanNoise(*(x.double() if x is not None else None for x in noise))
     exact_noise = exact_noise._replace(heads=noise.heads)
@@ -165,6 +178,13 @@ def test_kernels_plan_as_torch_does_in_double_precision(
     assert_planned_as_by_torch(model, config, num_envs)
 
 
+@pytest.mark.parametrize("dynamics", ["mlp", "ssm"])
+def test_kernels_plan_from_any_latent(roughen, dynamics):
+    model = make_model(roughen, True, dynamics)
+    config = CONFIG._replace(num_samples=150, num_pi_trajs=30)
+    assert_planned_as_by_torch(model, config, 2, of_simplices=False)
+
+
 @pytest.mark.parametrize(
     ("horizon", "num_samples", "num_elites", "num_pi_trajs"),
     [(1, 1, 1, 0), (3, 150, 1, 30), (3, 150, 2, 149), (2, 150, 149, 3), (4, 150, 150, 3)],
@@ -180,9 +200,9 @@ def kernel_plan(model, config, num_envs, shared=False):
     """A plan by the kernels and its random numbers."""
     if not multiplies(MIN_ROWS, 16):
         pytest.skip("no products by kernels here: torch alone plans, which the other tests cover")
-    assert _planning_networks(model) is not None
     noise = sample_plan_noise(model, config, num_envs, generator(1), shared)
     latents = model.encode(th.randn(num_envs, OBS_DIM, generator=generator(2))).detach()
+    assert _planning_networks(model, latents) is not None
     initial = th.zeros(num_envs, config.horizon, ACTION_DIM)
     return plan(model, latents, initial, noise, config, True), noise
 
@@ -228,22 +248,23 @@ def test_threads_and_shared_noise_do_not_change_a_bit(roughen, dynamics, num_env
 
 
 def test_what_the_kernels_do_not_plan_with(roughen):
+    latent = th.full((1, 16), 1 / SIMPLEX)
     wide = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 800, 2, 4))
-    assert _planning_networks(wide) is None  # torch multiplies those faster
-    assert _planning_networks(HandMade(lambda z, a: a[..., 0])) is None  # has methods of its own
+    assert _planning_networks(wide, latent) is None  # torch multiplies those faster
+    assert _planning_networks(HandMade(lambda z, a: a[..., 0]), latent) is None  # has methods of its own
     own = make_model(roughen)
     own.dynamics = Adding(16, ACTION_DIM, 8)
-    assert _planning_networks(own) is None
+    assert _planning_networks(own, latent) is None
 
     class Bold(MLPDynamics):
         def step(self, state, action):
             return super().step(state, 2 * action)
 
     own.dynamics = Bold(16, ACTION_DIM, 8)
-    assert _planning_networks(own) is None
+    assert _planning_networks(own, latent) is None
     fed_back = {"autoregressive": True}
     ssm = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 14, 2, 4), "ssm", fed_back)
-    assert _planning_networks(ssm) is None
+    assert _planning_networks(ssm, latent) is None
 
 
 @pytest.mark.parametrize("dynamics", ["mlp", "ssm"])

@@ -247,6 +247,7 @@ class TDMPC2Policy(BasePolicy):
         generator: th.Generator,
         explore: bool,
         shared_noise: bool = False,
+        exploration: th.Tensor | None = None,
     ) -> Plan:
         """Plans one action for every environment.
 
@@ -256,9 +257,12 @@ class TDMPC2Policy(BasePolicy):
         :param generator: drawn from
         :param explore: whether the plan's spread is added to the action
         :param shared_noise: whether all environments get the same random numbers
+        :param exploration: standard normal, times that spread, [E, A]; None to draw it, too
         """
         num_envs = previous_mean.shape[0]
         noise = sample_plan_noise(self.world_model, self.planner, num_envs, generator, shared_noise)
+        if exploration is not None:
+            noise = noise._replace(exploration=exploration)
         return self._plan_with(observation, previous_mean, episode_start, noise, explore)
 
     @th.no_grad()
@@ -311,15 +315,26 @@ class TDMPC2Policy(BasePolicy):
 
     @th.no_grad()
     def prior_action(
-        self, observation: PyTorchObs, num_envs: int, generator: th.Generator, deterministic: bool
+        self,
+        observation: PyTorchObs,
+        num_envs: int,
+        generator: th.Generator,
+        deterministic: bool,
+        noise: th.Tensor | None = None,
     ) -> th.Tensor:
-        """An action of the policy prior alone, [E, A]; its squashed mean if deterministic."""
+        """An action of the policy prior alone, [E, A]; its squashed mean if deterministic.
+
+        :param observation: of E environments
+        :param num_envs: E
+        :param generator: drawn from
+        :param deterministic: whether there is no noise
+        :param noise: standard normal, [E, A]; None to draw it
+        """
         model = self.world_model
         offsets = model.encoder.sample_offsets(1 if deterministic else num_envs, generator)
         if offsets is not None:
             offsets = offsets.expand(-1, num_envs, -1)
-        noise = None
-        if not deterministic:
+        if not deterministic and noise is None:
             shape = (num_envs, model.action_dim)
             noise = th.randn(shape, generator=generator, device=generator.device)
         return model.policy_action(model.encode(observation, offsets), noise)

@@ -43,6 +43,7 @@ from tdmpc2_sb3.environment_facts import (
     read_facts,
 )
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan
 from tdmpc2_sb3.policies import (
     CnnPolicy,
@@ -62,6 +63,7 @@ SelfTDMPC2 = TypeVar("SelfTDMPC2", bound="TDMPC2")
 RHO = 0.5
 RHO_EPISODIC = 0.7
 SEED_RANGE = 2**31
+EXPLORATION_NOISES = ("white", "pink")
 # Arguments that the policy is built from; policy_kwargs override them.
 POLICY_ARGUMENTS = (
     "gamma",
@@ -109,6 +111,9 @@ class TDMPC2(OffPolicyAlgorithm):
     :param gradient_steps: gradient steps an update; -1: as many as steps were collected
     :param action_noise: added to every action after the warm-up, in [-1, 1] units; None: the plan's
         own spread alone explores
+    :param exploration_noise: "white": random actions before learning and the noise that explores
+        the plan's spread are drawn anew every step, as the reference does; "pink": they are
+        correlated over steps, see :class:`tdmpc2_sb3.pink_noise.PinkNoise`
     :param replay_buffer_class: :class:`SequenceReplayBuffer` or a subclass
     :param replay_buffer_kwargs: further arguments of the buffer
     :param initial_gradient_steps: gradient steps made at once when learning starts; "auto": one
@@ -184,6 +189,7 @@ class TDMPC2(OffPolicyAlgorithm):
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
         action_noise: ActionNoise | None = None,
+        exploration_noise: str = "white",
         replay_buffer_class: type[SequenceReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         initial_gradient_steps: int | str = "auto",
@@ -257,6 +263,7 @@ class TDMPC2(OffPolicyAlgorithm):
             support_multi_env=True,
             sde_support=False,
         )
+        self.exploration_noise = exploration_noise
         self.initial_gradient_steps = initial_gradient_steps
         self.horizon = horizon
         self.train_horizon = train_horizon
@@ -334,6 +341,11 @@ class TDMPC2(OffPolicyAlgorithm):
         self._seed_streams(self.seed)
         self._means = RunningMeans()
         self._plan_mean: th.Tensor | None = None
+        self._pink_noise: PinkNoise | None = None
+        if self.exploration_noise == "pink":
+            self._pink_noise = PinkNoise(
+                self.n_envs, self.policy.world_model.action_dim, self._training_generator
+            )
         self._saved_episodes: episode_state.EpisodeStates | None = None
         self._update_step = self._make_update_step()
 
@@ -410,6 +422,11 @@ class TDMPC2(OffPolicyAlgorithm):
         if isinstance(self.learning_starts, str) or self.learning_starts < 0:
             raise ValueError(
                 f"learning_starts is {self.learning_starts!r}: give a number of steps or 'auto'."
+            )
+        if self.exploration_noise not in EXPLORATION_NOISES:
+            raise ValueError(
+                f"exploration_noise is {self.exploration_noise!r}: use one of "
+                f"{', '.join(EXPLORATION_NOISES)}."
             )
         if not isinstance(self.episodic, bool):
             raise ValueError(f"episodic is {self.episodic!r}: use True, False or 'auto'.")
@@ -692,23 +709,32 @@ class TDMPC2(OffPolicyAlgorithm):
         action_noise: ActionNoise | None = None,
         n_envs: int = 1,
     ) -> tuple[np.ndarray, np.ndarray]:
+        noise = None if self._pink_noise is None else self._pink_noise.draw()
+        if self._warming_up and noise is not None:
+            scaled = uniform(noise)
+            return self.policy.unscale(scaled), scaled.cpu().numpy()
         if self._warming_up:
             unscaled = np.array([self.action_space.sample() for _ in range(n_envs)])
             return unscaled, self.policy.scale_action(unscaled).astype(np.float32)
         assert self._last_obs is not None
         observation, _ = self.policy.obs_to_tensor(self._last_obs)
         if self.use_planner:
-            scaled = self._plan_action(observation, n_envs).action
+            scaled = self._plan_action(observation, n_envs, noise).action
         else:
-            scaled = self.policy.prior_action(observation, n_envs, self._training_generator, False)
+            scaled = self.policy.prior_action(
+                observation, n_envs, self._training_generator, False, noise
+            )
             self._plan_mean = None  # stale once the planner takes over again
         if action_noise is not None:
-            noise = th.as_tensor(action_noise(), device=scaled.device).float()
-            scaled = (scaled + noise).clamp(-1.0, 1.0)
+            added = th.as_tensor(action_noise(), device=scaled.device).float()
+            scaled = (scaled + added).clamp(-1.0, 1.0)
         return self.policy.unscale(scaled), scaled.cpu().numpy()
 
-    def _plan_action(self, observation: Any, n_envs: int) -> Plan:
-        """Plans with training's own plan and random stream."""
+    def _plan_action(self, observation: Any, n_envs: int, exploration: th.Tensor | None) -> Plan:
+        """Plans with training's own plan and random stream.
+
+        :param exploration: standard normal, [E, A]; None to draw it
+        """
         previous = self._plan_mean
         starts = np.ones(n_envs, dtype=bool)
         if previous is None:
@@ -717,7 +743,12 @@ class TDMPC2(OffPolicyAlgorithm):
             starts = np.asarray(self._last_episode_starts, dtype=bool)
         start = th.as_tensor(starts, device=self.device)
         result = self.policy.plan(
-            observation, previous, start, self._training_generator, explore=True
+            observation,
+            previous,
+            start,
+            self._training_generator,
+            explore=True,
+            exploration=exploration,
         )
         self._means.add(
             {
@@ -815,6 +846,7 @@ class TDMPC2(OffPolicyAlgorithm):
             "_training_generator",
             "_means",
             "_plan_mean",
+            "_pink_noise",
             "_saved_episodes",
             "_update_step",
         ]
@@ -858,6 +890,8 @@ class TDMPC2(OffPolicyAlgorithm):
         }
         if self._plan_mean is not None:
             streams["plan_mean"] = self._plan_mean.cpu()
+        if self._pink_noise is not None:
+            streams["pink_noise"] = self._pink_noise.state.cpu()
         return streams
 
     @classmethod
@@ -922,6 +956,9 @@ class TDMPC2(OffPolicyAlgorithm):
         self._training_generator.set_state(streams["training"].cpu())
         self.policy.generator.set_state(streams["predictions"].cpu())
         self.action_space.np_random.bit_generator.state = run_state["action_space_stream"]
+        pink, saved = self._pink_noise, streams.get("pink_noise")
+        if pink is not None and saved is not None and saved.shape == pink.state.shape:
+            pink.state = saved.to(pink.state.device)
         if run_state.get("noise_stream") is not None:
             noises.restore_stream(run_state["noise_stream"])
 

@@ -30,7 +30,7 @@ ROWS = {
         ("programs", ["preview", "__main__"]),
     ],
     "tdmpc2_sb3": [
-        ("tools", ["statistics", "compilation", "interrupts"]),
+        ("tools", ["statistics", "compilation", "interrupts", "pink_noise"]),
         (
             "files",
             [

@@ -338,7 +338,7 @@ def as_simplices(x):
 
 @pytest.mark.parametrize(
     ("simplices", "action_dim", "wanted"),
-    [(1, 0, "z"), (20, 0, "z"), *((2, 3, each) for each in ("z", "a", "z and a")), (9, 6, "z and a")],
+    [(1, 0, "z"), (20, 0, "z"), (2, 3, "z"), (2, 3, "a"), (2, 3, "z and a"), (9, 6, "z and a")],
 )
 @pytest.mark.parametrize(("rows", "width"), [(8, 24), (61, 37), (260, 130)])
 def test_networks_on_simplices(threads, rows, width, simplices, action_dim, wanted):

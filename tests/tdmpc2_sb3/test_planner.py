@@ -251,7 +251,8 @@ def test_what_the_kernels_do_not_plan_with(roughen):
     latent = th.full((1, 16), 1 / SIMPLEX)
     wide = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 800, 2, 4))
     assert _planning_networks(wide, latent) is None  # torch multiplies those faster
-    assert _planning_networks(HandMade(lambda z, a: a[..., 0]), latent) is None  # has methods of its own
+    hand_made = HandMade(lambda z, a: a[..., 0])  # has methods of its own
+    assert _planning_networks(hand_made, latent) is None
     own = make_model(roughen)
     own.dynamics = Adding(16, ACTION_DIM, 8)
     assert _planning_networks(own, latent) is None

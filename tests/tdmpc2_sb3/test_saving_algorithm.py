@@ -110,6 +110,9 @@ def resume(folder, env, total: int, **kwargs) -> TDMPC2:
         (1, {"use_planner": False, "learning_rate": SimpleLinearSchedule(1e-3)}, False, 22),
         (1, {"action_noise": OrnsteinUhlenbeckActionNoise(ZERO, ZERO + 0.3)}, False, 22),
         (2, {"action_noise": NormalActionNoise(ZERO, ZERO + 0.3)}, False, 22),
+        (2, {"exploration_noise": "pink"}, False, 4),  # among the random steps
+        (1, {"exploration_noise": "pink"}, False, 22),
+        (1, {"exploration_noise": "pink", "use_planner": False}, False, 22),
     ],
     ids=str,
 )

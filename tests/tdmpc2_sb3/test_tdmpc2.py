@@ -166,6 +166,10 @@ def test_policies_by_name_and_by_class(make_agent, point_env):
         ({"buffer_size": 0}, "buffer_size is 0: it must be at least 1"),
         ({"learning_starts": -1}, "learning_starts is -1: give a number of steps or 'auto'"),
         ({"learning_starts": "soon"}, "learning_starts is 'soon'"),
+        (
+            {"exploration_noise": "brown"},
+            "exploration_noise is 'brown': use one of white, pink",
+        ),
         ({"episodic": "maybe"}, "episodic is 'maybe': use True, False or 'auto'"),
         ({"compile": "maybe"}, "compile is 'maybe': use True, False or 'auto'"),
         ({"train_freq": 0}, "train_freq is 0: it must be at least 1"),

@@ -457,54 +457,51 @@ static inline __attribute__((always_inline)) void add_product(const int64_t rows
     }
 }
 
-/* full: whether the tile is as wide as a panel; only then are its numbers read and written by the
- * vector. */
 static inline __attribute__((always_inline)) void tile_of(
-    const int64_t rows, const int64_t vectors, const int full, const int gathered, columns a,
-    columns more, const float *panel, const float *start, int64_t start_row, float *c,
-    int64_t c_row, int64_t cols) {
+    const int64_t rows, const int64_t vectors, const int gathered, columns a, columns more,
+    const float *panel, const float *start, int64_t start_row, float *c, int64_t c_row) {
     vector sum[TILE_ROWS][2];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; i++) {
         sum[i][0] = sum[i][1] = (vector){0};
-        if (start && full) {
+        if (start) {
             sum[i][0] = *(const loose_vector *)(start + i * start_row);
             sum[i][1] = *(const loose_vector *)(start + i * start_row + LANES);
-        } else if (start) {
-            float first[PANEL] = {0};
-            copy_few(first, start + i * start_row, cols);
-            sum[i][0] = *(const loose_vector *)first;
-            sum[i][1] = *(const loose_vector *)(first + LANES);
         }
     }
     add_product(rows, vectors, gathered, a, panel, sum);
     if (!gathered) add_product(rows, vectors, 0, more, panel + a.depth * PANEL, sum);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; i++) {
-        if (full) {
-            *(loose_vector *)(c + i * c_row) = sum[i][0];
-            *(loose_vector *)(c + i * c_row + LANES) = sum[i][1];
-        } else {
-            float last[PANEL];
-            *(loose_vector *)last = sum[i][0];
-            *(loose_vector *)(last + LANES) = sum[i][1];
-            copy_few(c + i * c_row, last, cols);
-        }
+        *(loose_vector *)(c + i * c_row) = sum[i][0];
+        *(loose_vector *)(c + i * c_row + LANES) = sum[i][1];
     }
 }
 
+/* cols: of c from here on; of more than a panel's only those of it are meant. */
 static inline __attribute__((always_inline)) void tile(int64_t rows, const int gathered,
                                                        columns a, columns more,
                                                        const float *panel, const float *start,
                                                        int64_t start_row, float *c,
                                                        int64_t c_row, int64_t cols) {
-#define TILE_AS(ROWS, VECTORS, FULL) \
-    tile_of(ROWS, VECTORS, FULL, gathered, a, more, panel, start, start_row, c, c_row, cols)
-#define TILE(ROWS)                                          \
-    case ROWS:                                              \
-        if (cols >= PANEL) TILE_AS(ROWS, 2, 1);             \
-        else if (cols > LANES) TILE_AS(ROWS, 2, 0);         \
-        else TILE_AS(ROWS, 1, 0); /* a vector is enough */  \
+    float edge[TILE_ROWS * PANEL], *narrow = c; /* as wide as a panel in place of c */
+    int64_t narrow_row = c_row;
+    if (cols < PANEL) {
+        c = edge;
+        c_row = PANEL;
+        if (start) {
+            memset(edge, 0, sizeof edge);
+            for (int64_t i = 0; i < rows; i++)
+                copy_few(edge + i * PANEL, start + i * start_row, cols);
+            start = edge, start_row = PANEL;
+        }
+    }
+#define TILE(ROWS)                                                                             \
+    case ROWS:                                                                                 \
+        if (gathered || cols > LANES)                                                          \
+            tile_of(ROWS, 2, gathered, a, more, panel, start, start_row, c, c_row);            \
+        else /* a vector is enough */                                                          \
+            tile_of(ROWS, 1, gathered, a, more, panel, start, start_row, c, c_row);            \
         break;
     switch (rows) { /* so that the sums are registers */
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
@@ -512,6 +509,8 @@ static inline __attribute__((always_inline)) void tile(int64_t rows, const int g
         TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
 #endif
     }
+    for (int64_t i = 0; cols < PANEL && i < rows; i++)
+        copy_few(narrow + i * narrow_row, edge + i * PANEL, cols);
 }
 
 /* Of functions that hold every kind of tile, of which copies would keep the compiler busy. */

@@ -125,7 +125,7 @@ def _by_simplex(latent: th.Tensor) -> th.Tensor:
 
 
 def _consist_of_simplices(latent: th.Tensor) -> bool:
-    distances = latent.view(-1, SIMPLEX).sum(1).sub_(1.0).abs_()
+    distances = latent.reshape(-1, SIMPLEX).sum(1).sub_(1.0).abs_()
     return distances.max().item() < SIMPLEX_TOLERANCE
 
 

@@ -185,6 +185,17 @@ def test_kernels_plan_from_any_latent(roughen, dynamics):
     assert_planned_as_by_torch(model, config, 2, of_simplices=False)
 
 
+def test_latents_may_lie_apart(roughen):
+    model = make_model(roughen)
+    noise = sample_plan_noise(model, CONFIG, 2, generator(1))
+    latents = model.encode(th.randn(2, OBS_DIM, generator=generator(2))).detach()
+    initial = th.zeros(2, CONFIG.horizon, ACTION_DIM)
+    apart = latents.t().contiguous().t()
+    assert not apart.is_contiguous()
+    plans = [plan(model, each, initial, noise, CONFIG, True) for each in (latents, apart)]
+    assert th.equal(plans[0].mean, plans[1].mean)
+
+
 @pytest.mark.parametrize(
     ("horizon", "num_samples", "num_elites", "num_pi_trajs"),
     [(1, 1, 1, 0), (3, 150, 1, 30), (3, 150, 2, 149), (2, 150, 149, 3), (4, 150, 150, 3)],

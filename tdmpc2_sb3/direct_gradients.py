@@ -245,9 +245,8 @@ def _latent_simplices(model: WorldModel) -> int:
     dynamics = model.dynamics.as_kernel()
     if dynamics is None or not _encodes_by_kernels(model.encoder):
         return 0
-    predicted = dynamics.out if isinstance(dynamics, kernels.StateSpace) else dynamics[-1]
     encoded = model.encoder.state.net.as_layers()[-1]
-    return min(predicted.count_simplices(), encoded.count_simplices())
+    return min(kernels.predicted_simplices(dynamics), encoded.count_simplices())
 
 
 class DirectGradients:

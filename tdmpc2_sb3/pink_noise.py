@@ -1,8 +1,8 @@
 """Exploration noise that is correlated in time.
 
 White noise changes its mind every step, and what it does to a body averages out; pink noise also
-pushes one way for a while and gets further ("Pink noise is all you need", Eberhard et al., ICLR
-2023).
+pushes one way for a while, by which some bodies get further ("Pink noise is all you need", Eberhard
+et al., ICLR 2023).
 
 Shapes: E environments, A action, K processes.
 """

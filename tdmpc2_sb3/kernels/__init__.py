@@ -43,6 +43,7 @@ from tdmpc2_sb3.kernels.planning import (
     StateSpace,
     StateSpaceLayer,
     plans,
+    predicted_simplices,
     search,
 )
 from tdmpc2_sb3.kernels.products import weights_held
@@ -75,6 +76,7 @@ __all__ = [
     "networks",
     "on_simplices",
     "plans",
+    "predicted_simplices",
     "readable",
     "rollout",
     "rolls_out",

@@ -478,13 +478,14 @@ static inline __attribute__((always_inline)) void tile_of(
     }
 }
 
-/* cols: of c from here on; of more than a panel's only those of it are meant. */
+/* cols: of c from here on; of more than a panel's only those of it are meant. Fewer go by an edge that
+ * is as wide as a panel, in place of c. */
 static inline __attribute__((always_inline)) void tile(int64_t rows, const int gathered,
                                                        columns a, columns more,
                                                        const float *panel, const float *start,
                                                        int64_t start_row, float *c,
                                                        int64_t c_row, int64_t cols) {
-    float edge[TILE_ROWS * PANEL], *narrow = c; /* as wide as a panel in place of c */
+    float edge[TILE_ROWS * PANEL], *narrow = c;
     int64_t narrow_row = c_row;
     if (cols < PANEL) {
         c = edge;
@@ -712,7 +713,7 @@ static void pack_simplices(const layer *it, int64_t p) {
     const float *weight = it->weight + p * PANEL * it->weight_row;
     float *panel = it->packed + p * PANEL * reduced_depth(it);
     float *bias = it->packed + panels_of(it->cols) * PANEL * reduced_depth(it) + p * PANEL;
-    float whole[SIMPLICES_AT_ONCE * SIMPLEX * PANEL], *last = whole;
+    float whole[SIMPLICES_AT_ONCE * SIMPLEX * PANEL];
     int64_t cols = it->cols - p * PANEL, from = it->simplices * SIMPLEX;
     for (int64_t j = 0; j < PANEL; j++)
         bias[j] = it->bias && j < cols ? it->bias[p * PANEL + j] : 0.0f;
@@ -721,7 +722,7 @@ static void pack_simplices(const layer *it, int64_t p) {
         count = count < SIMPLICES_AT_ONCE ? count : SIMPLICES_AT_ONCE;
         pack_transposed(weight + g * SIMPLEX, it->weight_row, count * SIMPLEX, cols, whole);
         for (int64_t i = 0; i < count; i++) {
-            last = whole + (i * SIMPLEX + SIMPLEX - 1) * PANEL;
+            const float *last = whole + (i * SIMPLEX + SIMPLEX - 1) * PANEL;
             for (int64_t k = 0; k < SIMPLEX - 1; k++, panel += PANEL)
                 for (int64_t j = 0; j < PANEL; j++)
                     panel[j] = whole[(i * SIMPLEX + k) * PANEL + j] - last[j];
@@ -872,9 +873,10 @@ int64_t scratch_size(const layer *layers, int64_t count, int64_t rows, int64_t t
     return size;
 }
 
-/* Product and norm of rows begin..end of all rows. Their input, reduced if the layer's is, is the first
- * x_dim numbers of rows of x, x_row apart, and behind those the rows of a, if the layer is deeper. shared: the part of the
- * product that is x's, one row for all, in which case x is not read; else null. */
+/* Product and norm of rows begin..end of all rows. Their input, reduced if the layer's is, is the
+ * first x_dim numbers of rows of x, x_row apart, and behind those the rows of a, if the layer is
+ * deeper. shared: the part of the product that is x's, one row for all, in which case x is not read;
+ * else null. */
 static void layer_forward(const layer *it, const place *to, const float *x, int64_t x_row,
                           int64_t x_dim, const float *shared, const float *a, int64_t begin,
                           int64_t end, int64_t rows) {
@@ -982,8 +984,9 @@ static const float *layer_backward(const layer *it, const place *kept, const gra
 #define GATHERED_ROWS 256 /* of by_product at a time */
 
 /* At most TILE_ROWS rows, begin..end, of the transposed by_product, [rows, cols], by a packed
- * input: into c those rows of a weight's gradient, of depth numbers. They are gathered first: as columns of by_product
- * their numbers lie so far apart that they fall out of the first cache before the next panel. */
+ * input: into c those rows of a weight's gradient, of depth numbers. They are gathered first: as
+ * columns of by_product their numbers lie so far apart that they fall out of the first cache before
+ * the next panel. */
 static void weight_gradient_rows(const float *by_product, int64_t cols, const float *packed_input,
                                  float *c, int64_t begin, int64_t end, int64_t rows,
                                  int64_t depth) {
@@ -1018,8 +1021,8 @@ static void expand_weight_gradient(const layer *it, const float *reduced, float 
 
 /* Gradients of layers_forward, by_output those by its output. x is reduced if the first layer's input
  * is. by_input: by input_cols columns of x from input_from on, from which packed_back of the first
- * layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs, packs_x: whether the layers' inputs, and the first's, are
- * packed for parameter_gradients. */
+ * layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs,
+ * packs_x: whether the layers' inputs, and the first's, are packed for parameter_gradients. */
 static void layers_backward(const layer *net, const place *kept, const gradient_place *to,
                             int64_t count, const float *x, int64_t x_row, const float *by_output,
                             float *by_input, int64_t input_from, int64_t input_cols,
@@ -1099,15 +1102,14 @@ static void parameter_gradients(const layer *net, const gradient_place *to, int6
 /* Gradients of networks_forward with keep, whose mask, workspaces and result these are. grad: by the
  * result. by_input: by input_cols columns of x from input_from on, from which packed_back of the
  * first layers was laid out, [rows, input_cols], added up over the networks, and to what stands
- * there if adds; null if not wanted. They contain all simplices, or none. by_parameters: of each of the count layers by the weights, [networks,
- * cols, depth], and behind those by gains, shifts and biases, [3, networks, cols]; null if not wanted.
- * scratches: one a network. */
+ * there if adds; null if not wanted. They contain all simplices, or none. by_parameters: of each of
+ * the count layers by the weights, [networks, cols, depth], and behind those by gains, shifts and
+ * biases, [3, networks, cols]; null if not wanted. scratches: one a network. */
 void networks_backward(const layer *layers, int64_t count, int64_t networks, const float *x,
                        int64_t x_row, const float *mask, float *const *workspaces, float *result,
                        const float *grad, float *by_input, int64_t input_from,
-                       int64_t input_cols, int64_t adds,
-                       float *const *by_parameters, float *const *scratches, int64_t rows,
-                       int64_t threads) {
+                       int64_t input_cols, int64_t adds, float *const *by_parameters,
+                       float *const *scratches, int64_t rows, int64_t threads) {
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
     const float *input = layers->simplices ? workspaces[0] : x;
     int64_t input_row = layers->simplices ? reduced_depth(layers) : x_row;
@@ -1126,8 +1128,8 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
             clear_sums(layers + l, to + l, count, t);
             layers_backward(layers + l, kept + l, to + l, count, input, input_row,
                             grad + l / count * rows * last, by_input, input_from, input_cols,
-                            adds || l, by_parameters != 0, by_parameters && !l, t, rows * t / threads,
-                            rows * (t + 1) / threads, rows);
+                            adds || l, by_parameters != 0, by_parameters && !l, t,
+                            rows * t / threads, rows * (t + 1) / threads, rows);
         }
     if (!by_parameters) return;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -1865,8 +1867,8 @@ static void draw_samples(const search *s, int64_t iteration, block b) {
     }
 }
 
-/* z_1..z_H into latents, a row each of BLOCK_ROWS Z numbers, from z_0: under the policy's actions, which are written,
- * if the block is of its sequences, else under the actions as they are. */
+/* z_1..z_H into latents, BLOCK_ROWS Z numbers for each step, from z_0: under the policy's actions,
+ * which are written, if the block is of its sequences, else under the actions as they are. */
 static void roll_out(const search *s, block b, float *latents, float *own) {
     int64_t z_dim = latent_row(s), a_dim = s->action_dim;
     const dynamics *d = &s->dynamics;
@@ -1874,7 +1876,8 @@ static void roll_out(const search *s, block b, float *latents, float *own) {
     state_space_memory memory = {0};
     if (d->depth) memory = state_space_start(d, z, b.count, own + networks_scratch(s->widest, 0));
     for (int64_t h = 0; h < s->horizon; h++) {
-        float *a = s->actions + row_at(s, h, b) * a_dim, *next = latents + h * BLOCK_ROWS * s->latent_dim;
+        float *a = s->actions + row_at(s, h, b) * a_dim;
+        float *next = latents + h * BLOCK_ROWS * s->latent_dim;
         if (b.first < s->prior) {
             const float *noise = s->policy_noise + noise_row_at(s, h, b, 0, s->prior) * a_dim;
             const float *moments =

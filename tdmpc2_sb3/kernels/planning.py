@@ -75,6 +75,12 @@ class StateSpace(NamedTuple):
         return result
 
 
+def predicted_simplices(dynamics: Sequence[Layer] | StateSpace) -> int:
+    """Of how many simplices a predicted latent consists; 0 if of something else."""
+    last = dynamics.out if isinstance(dynamics, StateSpace) else dynamics[-1]
+    return last.count_simplices()
+
+
 class PlanningNetworks(NamedTuple):
     """What a planner evaluates."""
 
@@ -101,8 +107,7 @@ class PlanningNetworks(NamedTuple):
         :param latent: z_0, [E, Z]
         """
         dynamics = self.dynamics
-        last = dynamics.out if isinstance(dynamics, StateSpace) else dynamics[-1]
-        simplices = last.count_simplices()
+        simplices = predicted_simplices(dynamics)
         if not simplices or not _consist_of_simplices(latent):
             return self
 

@@ -52,9 +52,9 @@ class _Network:
         self._room = kernels.GradientRoom(layers, num_networks or 1, num_networks is None)
         self._evaluation: kernels.Evaluation | None = None  # until its gradients are taken
 
-    def evaluate(self, x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+    def evaluate(self, x: th.Tensor, dropped: kernels.Dropped | None = None) -> th.Tensor:
         """Outputs of rows x, [Q, B, out], with Q = 1 for one network."""
-        self._evaluation = kernels.evaluation(x, self.layers, mask, self._members)
+        self._evaluation = kernels.evaluation(x, self.layers, dropped, self._members)
         return self._evaluation.forward(keep=True)
 
     def backward(self, grad: th.Tensor, by_latents: th.Tensor | None = None) -> Written:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.kernels import Activation, Layer, Norm
+from tdmpc2_sb3.kernels import Activation, Dropped, Layer, Norm
 
 INIT_STD = 0.02
 INIT_CUT = 2.0
@@ -358,13 +358,13 @@ class EnsembleLayer(nn.Module):
         self,
         x: th.Tensor,
         members: th.Tensor | None = None,
-        mask: th.Tensor | None = None,
+        dropped: Dropped | None = None,
         frozen: bool = False,
     ) -> th.Tensor:
         """
         :param x: [B, in], shared by the members, or [Q', B, in]
         :param members: indices of the Q' members to evaluate; all if None
-        :param mask: dropout's multiplier between the product and LayerNorm, [Q', B, out]
+        :param dropped: dropout between the product, [Q', B, out], and LayerNorm
         :param frozen: whether the parameters' own gradients are not wanted
         :return: [Q', B, out]
         """
@@ -375,8 +375,8 @@ class EnsembleLayer(nn.Module):
         if x.dim() == 2:
             x = x.expand(weight.shape[0], *x.shape)
         y = th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))  # [Q', B, out]
-        if mask is not None:
-            y = y * mask
+        if dropped is not None:
+            y = y * dropped.mask()
         if gain is None or shift is None:
             return y
         y = F.layer_norm(y, y.shape[-1:], eps=Norm().eps)
@@ -397,7 +397,7 @@ class QEnsemble(nn.Module):
     :param in_features: Z + A
     :param hidden_dim: width of the two hidden layers
     :param num_bins: K, size of the output
-    :param dropout: rate on the first layer, applied through the mask given to :meth:`forward`
+    :param dropout: rate on the first layer, applied through what :meth:`forward` is given
     """
 
     def __init__(
@@ -421,7 +421,7 @@ class QEnsemble(nn.Module):
         z: th.Tensor,
         a: th.Tensor,
         members: th.Tensor | None = None,
-        dropout_mask: th.Tensor | None = None,
+        dropped: Dropped | None = None,
         frozen: bool = False,
     ) -> th.Tensor:
         """Logits of the chosen heads.
@@ -429,16 +429,16 @@ class QEnsemble(nn.Module):
         :param z: [..., Z]
         :param a: [..., A], the same leading axes
         :param members: indices of the heads to evaluate, [Q']; all if None
-        :param dropout_mask: from :meth:`sample_dropout_mask`; None in evaluation
+        :param dropped: from :meth:`sample_dropout`; None in evaluation
         :param frozen: whether only the gradients by z and a are wanted
         :return: [Q', ..., K]
         """
         if kernels.usable(z):
             chosen = range(self.num_q) if members is None else members.tolist()
-            return kernels.networks(z, a, self.as_layers(), dropout_mask, tuple(chosen), frozen)
+            return kernels.networks(z, a, self.as_layers(), dropped, tuple(chosen), frozen)
         x = th.cat([z, a], dim=-1)
         first, second, last = self.layers
-        y = first(x.reshape(-1, x.shape[-1]), members, dropout_mask, frozen)
+        y = first(x.reshape(-1, x.shape[-1]), members, dropped, frozen)
         y = second(y, members, frozen=frozen)
         y = last(y, members, frozen=frozen)  # [Q', B, K]
         return y.view(y.shape[0], *z.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
@@ -451,22 +451,18 @@ class QEnsemble(nn.Module):
 
         return kernels.held_layers(self, make)
 
-    def sample_dropout_mask(
+    def sample_dropout(
         self, num_members: int, num_rows: int, generator: th.Generator
-    ) -> th.Tensor | None:
-        """Inverted-dropout multipliers of the first layer, [Q', B, hidden]; None at rate 0."""
+    ) -> Dropped | None:
+        """Dropout of the first layer, [Q', B, hidden]; None at rate 0."""
         if self.dropout == 0.0:
             return None
         keep = 1.0 - self.dropout
-        size = num_members * num_rows * self.hidden_dim
+        shape = (num_members, num_rows, self.hidden_dim)
         # Drops are rare, so the gaps between them are drawn (geometric), not every element. Ten
         # deviations more gaps than expected never run out.
-        expected = size * self.dropout
+        expected = math.prod(shape) * self.dropout
         num_gaps = int(expected + 10.0 * math.sqrt(expected) + 10.0)
         uniform = th.rand(num_gaps, generator=generator, device=generator.device)
         gaps = (th.log1p(-uniform) / math.log(keep)).floor_().long()
-        positions = (gaps + 1).cumsum(0).sub_(1).clamp_(max=size)  # size: a spare element
-        mask = th.full((size + 1,), 1.0 / keep, device=generator.device)
-        return mask.index_fill_(0, positions, 0.0)[:size].view(
-            num_members, num_rows, self.hidden_dim
-        )
+        return Dropped((gaps + 1).cumsum(0).sub_(1), keep, shape)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from tdmpc2_sb3.discrete_regression import two_hot_cross_entropy, two_hot_inverse
 from tdmpc2_sb3.encoders import Observation
+from tdmpc2_sb3.kernels import Dropped
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
 from tdmpc2_sb3.world_model import WorldModel
 
@@ -39,10 +40,10 @@ class UpdateNoise(NamedTuple):
 
     next_action: th.Tensor  # [T, B, A]
     target_heads: th.Tensor  # [2]
-    q_dropout: th.Tensor | None  # [Q, T B, hidden]
+    q_dropout: Dropped | None  # [Q, T B, hidden]
     policy_action: th.Tensor  # [T + 1, B, A]
     policy_heads: th.Tensor  # [2]
-    policy_dropout: th.Tensor | None  # [2, (T + 1) B, hidden]
+    policy_dropout: Dropped | None  # [2, (T + 1) B, hidden]
     first_offsets: th.Tensor | None  # [images, B, 2]
     next_offsets: th.Tensor | None  # [images, T B, 2]
 
@@ -106,10 +107,10 @@ def sample_update_noise(
     return UpdateNoise(
         next_action=normal(steps),
         target_heads=heads[0],
-        q_dropout=ensemble.sample_dropout_mask(ensemble.num_q, steps * rows, generator),
+        q_dropout=ensemble.sample_dropout(ensemble.num_q, steps * rows, generator),
         policy_action=normal(steps + 1),
         policy_heads=heads[1],
-        policy_dropout=ensemble.sample_dropout_mask(2, (steps + 1) * rows, generator),
+        policy_dropout=ensemble.sample_dropout(2, (steps + 1) * rows, generator),
         first_offsets=model.encoder.sample_offsets(rows, generator),
         next_offsets=model.encoder.sample_offsets(steps * rows, generator),
     )

@@ -17,6 +17,7 @@ from torch import nn
 from tdmpc2_sb3.discrete_regression import make_bins, two_hot_inverse
 from tdmpc2_sb3.dynamics import DYNAMICS, LatentDynamics
 from tdmpc2_sb3.encoders import Encoder, Observation, flatten_vectors
+from tdmpc2_sb3.kernels import Dropped
 from tdmpc2_sb3.layers import MLP, QEnsemble
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # kernels.c has them too
@@ -173,12 +174,12 @@ class WorldModel(nn.Module):
         z: th.Tensor,
         a: th.Tensor,
         heads: th.Tensor | None = None,
-        dropout_mask: th.Tensor | None = None,
+        dropped: Dropped | None = None,
         frozen: bool = False,
     ) -> th.Tensor:
         """Logits of the chosen Q heads, [Q', ..., K]; see :meth:`QEnsemble.forward`."""
         return self.q_ensemble(  # type: ignore[no-any-return]
-            z, a, heads, dropout_mask, frozen
+            z, a, heads, dropped, frozen
         )
 
     def q_values(
@@ -186,10 +187,10 @@ class WorldModel(nn.Module):
         z: th.Tensor,
         a: th.Tensor,
         heads: th.Tensor | None = None,
-        dropout_mask: th.Tensor | None = None,
+        dropped: Dropped | None = None,
     ) -> th.Tensor:
         """Scalars of the chosen Q heads, [Q', ...]."""
-        return two_hot_inverse(self.q_logits(z, a, heads, dropout_mask), self.bins)
+        return two_hot_inverse(self.q_logits(z, a, heads, dropped), self.bins)
 
     def target_q_values(self, z: th.Tensor, a: th.Tensor, heads: th.Tensor) -> th.Tensor:
         """Scalars of the chosen target Q heads, [Q', ...]."""

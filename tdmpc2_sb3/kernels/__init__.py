@@ -11,7 +11,7 @@ Callers ask :func:`usable` and keep a plain torch path, which a compiler, other 
 precision take too.
 """
 
-from tdmpc2_sb3.kernels.arguments import KeptLayers, Layer, held_layers, on_simplices
+from tdmpc2_sb3.kernels.arguments import Dropped, KeptLayers, Layer, held_layers, on_simplices
 from tdmpc2_sb3.kernels.arrays import adam_step, lerp_, readable, total_norm
 from tdmpc2_sb3.kernels.functions import (
     Activation,
@@ -53,6 +53,7 @@ __all__ = [
     "SWITCH",
     "Activation",
     "Draws",
+    "Dropped",
     "Elites",
     "Evaluation",
     "GradientRoom",

@@ -10,6 +10,7 @@ Shapes: Q networks of an ensemble, Q' of them evaluated.
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -57,15 +58,41 @@ class Layer(NamedTuple):
         return self.weight.shape[-2] // SIMPLEX
 
 
+class Dropped(NamedTuple):
+    """Dropout (arXiv:1207.0580) between the first product of networks and its norm.
+
+    Some numbers of the product are set to 0, the others divided by the share of those.
+    """
+
+    positions: th.Tensor  # of the zeros, int64, ascending; the last may lie behind all numbers
+    keep: float  # the share of the others
+    shape: tuple[int, ...]  # of the product, [B, out] or [Q', B, out]
+
+    def mask(self) -> th.Tensor:
+        """What the product is multiplied with."""
+        size = math.prod(self.shape)
+        mask = th.full((size + 1,), 1.0 / self.keep, device=self.positions.device)
+        positions = self.positions.clamp(max=size)  # a spare element
+        return mask.index_fill_(0, positions, 0.0)[:size].view(self.shape)
+
+    def of(self, network: int) -> Dropped:
+        """That of one of the networks, without positions behind all."""
+        size = math.prod(self.shape[-2:])
+        ends = th.tensor([network * size, (network + 1) * size])
+        begin, end = th.searchsorted(self.positions, ends).tolist()
+        return Dropped(self.positions[begin:end] - network * size, self.keep, self.shape[-2:])
+
+
 class KeptLayers(list[Layer]):
     """Layers of parameters that stay the same objects, with what is asked of them more than once.
 
-    Where their numbers stand is looked up once while weights are held.
+    Whether their numbers stand where they stood is asked once while weights are held.
     """
 
     def __init__(self, layers: Sequence[Layer]):
         super().__init__(layers)
         self.widest = widest(layers)
+        self.parameters = _parameters(layers)
         self._looked_up: tuple[object, NetworkArguments] | None = None
 
     def __reduce__(self) -> tuple[type[KeptLayers], tuple[list[Layer]]]:
@@ -75,7 +102,10 @@ class KeptLayers(list[Layer]):
         """Their arguments."""
         now = hold()
         if now is None or self._looked_up is None or self._looked_up[0] is not now:
-            self._looked_up = now, _find(self)
+            known = None if self._looked_up is None else self._looked_up[1]
+            if known is None or not known.stand_still(self):
+                known = _find(self)
+            self._looked_up = now, _while_held(known, self)
         return self._looked_up[1]
 
 
@@ -123,9 +153,11 @@ class NetworkArguments:
     It points to the parameters without keeping them alive.
     """
 
-    def __init__(self, layers: Sequence[Layer], signature: object):
+    def __init__(self, layers: Sequence[Layer]):
         first = layers[0].weight
-        self.signature = signature
+        self._shapes = _shapes(layers)
+        self._places = _places(_parameters(layers))
+        self._thread = threading.get_ident()
         self.can_be_read = _can_be_read(layers)
         self.num_layers = len(layers)
         self.num_networks = len(first) if first.dim() == 3 else 1
@@ -162,6 +194,14 @@ class NetworkArguments:
                     layer.simplices,
                     eps,
                 )
+
+    def are_of(self, layers: Sequence[Layer]) -> bool:
+        """Whether they are those of these layers, as long as nothing moves."""
+        return self._shapes == _shapes(layers) and self._places == _places(_parameters(layers))
+
+    def stand_still(self, layers: KeptLayers) -> bool:
+        """Whether they still are those of layers that they were of, and this thread's own."""
+        return self._thread == threading.get_ident() and self._places == _places(layers.parameters)
 
     def forward(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
         """Layers of the Q' networks, one network after the other, laid out to be evaluated."""
@@ -249,20 +289,38 @@ _thread = _Thread()
 
 def arguments_of(layers: Sequence[Layer]) -> NetworkArguments:
     """The arguments of a network's layers, made unless they are there."""
-    return layers.look_up() if isinstance(layers, KeptLayers) else _find(layers)
+    if isinstance(layers, KeptLayers):
+        return layers.look_up()
+    return _while_held(_find(layers), layers)
+
+
+def _while_held(arguments: NetworkArguments, layers: Sequence[Layer]) -> NetworkArguments:
+    """Nothing else may take a weight's address while it counts as laid out."""
+    held((NetworkArguments, id(arguments)), lambda: (arguments, layers))
+    return arguments
 
 
 def _find(layers: Sequence[Layer]) -> NetworkArguments:
-    signature = [
-        (each.norm, each.simplices, each.weight.shape)
-        + tuple(None if one is None else (one.data_ptr(), one.stride()) for one in each[:4])
-        for each in layers
-    ]
     first = layers[0]
     by_simplices: dict[int, NetworkArguments] = _thread.by_weight.setdefault(first.weight, {})
     known = by_simplices.get(first.simplices)
-    if known is None or known.signature != signature:
-        known = by_simplices[first.simplices] = NetworkArguments(layers, signature)
-    # Nothing else may take a weight's address while it counts as laid out.
-    held((NetworkArguments, id(known)), lambda: (known, layers))
+    if known is None or not known.are_of(layers):
+        known = by_simplices[first.simplices] = NetworkArguments(layers)
     return known
+
+
+def _parameters(layers: Sequence[Layer]) -> list[th.Tensor]:
+    return [each for layer in layers for each in layer[:4] if each is not None]
+
+
+def _places(parameters: Sequence[th.Tensor]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Where the numbers of the parameters stand."""
+    return list(map(th.Tensor.data_ptr, parameters)), list(map(th.Tensor.stride, parameters))
+
+
+def _shapes(layers: Sequence[Layer]) -> list[object]:
+    """All else that tells layers apart."""
+    return [
+        (each.norm, each.simplices, each.weight.shape, [one is None for one in each[:4]])
+        for each in layers
+    ]

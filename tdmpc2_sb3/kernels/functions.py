@@ -55,7 +55,6 @@ def records_gradients(*tensors: th.Tensor | None) -> bool:
 
 def norm_forward(
     x: th.Tensor,
-    mask: th.Tensor | None,
     gain: th.Tensor,
     shift: th.Tensor,
     y: th.Tensor,
@@ -69,7 +68,6 @@ def norm_forward(
         call(
             "norm_forward",
             x,
-            mask,
             gain,
             shift,
             y,
@@ -86,7 +84,6 @@ def norm_forward(
 def norm_backward(
     grad: th.Tensor,
     x: th.Tensor,
-    mask: th.Tensor | None,
     y: th.Tensor | None,
     gain: th.Tensor,
     shift: th.Tensor,
@@ -107,7 +104,6 @@ def norm_backward(
         "norm_backward",
         grad,
         x,
-        mask,
         y,
         gain,
         shift,
@@ -129,7 +125,7 @@ class _LayerNorm(th.autograd.Function):
     def forward(ctx: Any, x: th.Tensor, gain: th.Tensor, shift: th.Tensor, norm: Norm) -> th.Tensor:
         y = th.empty_like(x)
         statistics = x.new_empty(2, x.numel() // x.shape[-1])
-        norm_forward(x, None, gain, shift, y, statistics, norm)
+        norm_forward(x, gain, shift, y, statistics, norm)
         kept = y if norm.activation is Activation.SIMNORM else None
         ctx.save_for_backward(x, kept, gain, shift, statistics)
         ctx.norm = norm
@@ -140,7 +136,7 @@ class _LayerNorm(th.autograd.Function):
         x, y, gain, shift, statistics = ctx.saved_tensors
         parts = th.empty(3, x.shape[-1])
         grad = grads[0].contiguous()
-        grad_x = norm_backward(grad, x, None, y, gain, shift, statistics, parts, ctx.norm)
+        grad_x = norm_backward(grad, x, y, gain, shift, statistics, parts, ctx.norm)
         return grad_x, parts[0], parts[1], None
 
 
@@ -155,7 +151,7 @@ def layer_norm(x: th.Tensor, gain: th.Tensor, shift: th.Tensor, norm: Norm) -> t
     if records_gradients(x, gain, shift):
         return _LayerNorm.apply(x, gain, shift, norm)  # type: ignore[no-any-return]
     y = th.empty_like(x)
-    norm_forward(x, None, gain, shift, y, None, norm)
+    norm_forward(x, gain, shift, y, None, norm)
     return y
 
 

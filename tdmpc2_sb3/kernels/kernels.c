@@ -136,16 +136,13 @@ static inline void norm_mish_chains(const float *x, float mean, float rstd, cons
 }
 
 /* Gradients of CHAINS vectors of norm_forward with Mish, grad those by its output: added to dgain and
- * dshift; into out those by hat, the normed x * mask, whose sums are added to s1 and those of their
- * products with hat to s2. */
-static inline void norm_mish_back_chains(const float *grad, const float *x, const float *mask,
-                                         float mean, float rstd, const float *gain,
-                                         const float *shift, float *dgain, float *dshift,
-                                         float *out, vector *s1, vector *s2) {
+ * dshift; into out those by hat, the normed x, whose sums are added to s1 and those of their products
+ * with hat to s2. */
+static inline void norm_mish_back_chains(const float *grad, const float *x, float mean, float rstd,
+                                         const float *gain, const float *shift, float *dgain,
+                                         float *dshift, float *out, vector *s1, vector *s2) {
     vector hat[CHAINS], h[CHAINS], u[CHAINS], w[CHAINS], d[CHAINS];
-    EACH hat[v] = AT(x);
-    if (mask) EACH hat[v] *= AT(mask);
-    EACH hat[v] = (hat[v] - mean) * rstd;
+    EACH hat[v] = (AT(x) - mean) * rstd;
     EACH h[v] = hat[v] * AT(gain) + AT(shift);
     mish_exp_chains(h, u);
     EACH w[v] = u[v] * (u[v] + 2.0f);
@@ -266,14 +263,7 @@ typedef struct {
     float mean, rstd;
 } moments;
 
-/* Those of x * mask, written into y if there is a mask. */
-static inline moments row_moments(const float *x, const float *mask, float *y, int64_t cols,
-                                  float eps) {
-    if (mask) {
-#pragma omp simd
-        for (int64_t j = 0; j < cols; j++) y[j] = x[j] * mask[j];
-        x = y;
-    }
+static inline moments row_moments(const float *x, int64_t cols, float eps) {
     float mean = sum_of(x, cols) / (float)cols;
     return (moments){mean, 1.0f / sqrtf(squares_of(x, mean, cols) / (float)cols + eps)};
 }
@@ -303,35 +293,33 @@ static inline void activate_row(const float *x, moments of, const float *gain, c
 #define NORM_ROWS 16
 
 /* Rows begin..end of norm_forward. */
-static inline void norm_rows(const float *x, const float *mask, const float *gain,
-                             const float *shift, float *y, float *statistics, int64_t begin,
-                             int64_t end, int64_t rows, int64_t cols, float eps,
-                             int64_t activation, int64_t simplex) {
+static inline void norm_rows(const float *x, const float *gain, const float *shift, float *y,
+                             float *statistics, int64_t begin, int64_t end, int64_t rows,
+                             int64_t cols, float eps, int64_t activation, int64_t simplex) {
     moments of[NORM_ROWS];
     for (; begin < end; begin += NORM_ROWS) {
         int64_t count = end - begin < NORM_ROWS ? end - begin : NORM_ROWS, at = begin * cols;
         for (int64_t i = 0; i < count; i++)
-            of[i] = row_moments(x + at + i * cols, mask ? mask + at + i * cols : 0,
-                                y + at + i * cols, cols, eps);
+            of[i] = row_moments(x + at + i * cols, cols, eps);
         for (int64_t i = 0; statistics && i < count; i++) {
             statistics[begin + i] = of[i].mean;
             statistics[rows + begin + i] = of[i].rstd;
         }
         for (int64_t i = 0; i < count; i++)
-            activate_row((mask ? y : x) + at + i * cols, of[i], gain, shift, y + at + i * cols,
-                         cols, activation, simplex);
+            activate_row(x + at + i * cols, of[i], gain, shift, y + at + i * cols, cols, activation,
+                         simplex);
     }
 }
 
-/* y = activation(LayerNorm(x * mask)). y may be x. mask and statistics may be null; statistics are
- * the means, then the reciprocal deviations, [2, rows]. */
-void norm_forward(const float *x, const float *mask, const float *gain, const float *shift,
-                  float *y, float *statistics, int64_t rows, int64_t cols, float eps,
-                  int64_t activation, int64_t simplex, int64_t threads) {
+/* y = activation(LayerNorm(x)). y may be x. statistics may be null; they are the means, then the
+ * reciprocal deviations, [2, rows]. */
+void norm_forward(const float *x, const float *gain, const float *shift, float *y,
+                  float *statistics, int64_t rows, int64_t cols, float eps, int64_t activation,
+                  int64_t simplex, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        norm_rows(x, mask, gain, shift, y, statistics, rows * t / threads, rows * (t + 1) / threads,
-                  rows, cols, eps, activation, simplex);
+        norm_rows(x, gain, shift, y, statistics, rows * t / threads, rows * (t + 1) / threads, rows,
+                  cols, eps, activation, simplex);
 }
 
 /* Matrix products: a [rows, depth] by b [depth, cols].
@@ -551,15 +539,13 @@ static inline int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / T
 
 /* Gradients of rows begin..end of norm_forward by its input into grad_x, which may be grad; added
  * to sums, [3, cols], those by gain, by shift and by a bias in front. */
-static void norm_backward_rows(const float *grad, const float *x, const float *mask,
-                               const float *y, const float *gain, const float *shift,
-                               const float *statistics, float *grad_x, float *sums, int64_t begin,
-                               int64_t end, int64_t rows, int64_t cols, int64_t activation,
-                               int64_t simplex) {
+static void norm_backward_rows(const float *grad, const float *x, const float *y,
+                               const float *gain, const float *shift, const float *statistics,
+                               float *grad_x, float *sums, int64_t begin, int64_t end,
+                               int64_t rows, int64_t cols, int64_t activation, int64_t simplex) {
     float *dgain = sums, *dshift = sums + cols, *dbias = sums + 2 * cols;
     for (int64_t i = begin; i < end; i++) {
         const float *xi = x + i * cols, *di = grad + i * cols;
-        const float *mi = mask ? mask + i * cols : 0;
         float *out = grad_x + i * cols;
         float mean = statistics[i], rstd = statistics[rows + i], s1 = 0.0f, s2 = 0.0f;
         int64_t done = 0; /* columns */
@@ -568,9 +554,9 @@ static void norm_backward_rows(const float *grad, const float *x, const float *m
             else simnorm_grad_groups(di, y + i * cols, out, cols, simplex);
             di = out;
         }
-#define PASS(INPUT, SLOPE)                                                                        \
+#define PASS(SLOPE)                                                                               \
     _Pragma("omp simd reduction(+ : s1, s2)") for (int64_t j = done; j < cols; j++) {             \
-        float hat = ((INPUT)-mean) * rstd;                                                        \
+        float hat = (xi[j] - mean) * rstd;                                                        \
         float h = hat * gain[j] + shift[j];                                                       \
         (void)h;                                                                                  \
         float d = di[j] * (SLOPE);                                                                \
@@ -586,38 +572,22 @@ static void norm_backward_rows(const float *grad, const float *x, const float *m
             vector sums1[4] = {{0}}, sums2[4] = {{0}};
             _Static_assert(CHAINS <= 4, "added_up adds four");
             for (; done + CHAINS * LANES <= cols; done += CHAINS * LANES)
-                norm_mish_back_chains(di + done, xi + done, mi ? mi + done : 0, mean, rstd,
-                                      gain + done, shift + done, dgain + done, dshift + done,
-                                      out + done, sums1, sums2);
+                norm_mish_back_chains(di + done, xi + done, mean, rstd, gain + done, shift + done,
+                                      dgain + done, dshift + done, out + done, sums1, sums2);
             s1 = added_up(sums1, 0.0f);
             s2 = added_up(sums2, 0.0f);
 #endif
-            if (mi) {
-                PASS(xi[j] * mi[j], mish_slope_f(h))
-            } else {
-                PASS(xi[j], mish_slope_f(h))
-            }
-        } else if (mi) {
-            PASS(xi[j] * mi[j], 1.0f)
+            PASS(mish_slope_f(h))
         } else {
-            PASS(xi[j], 1.0f)
+            PASS(1.0f)
         }
         s1 /= (float)cols;
         s2 /= (float)cols;
-        if (mi) {
 #pragma omp simd
-            for (int64_t j = 0; j < cols; j++) {
-                float hat = (xi[j] * mi[j] - mean) * rstd;
-                out[j] = rstd * (out[j] - s1 - hat * s2) * mi[j];
-                dbias[j] += out[j];
-            }
-        } else {
-#pragma omp simd
-            for (int64_t j = 0; j < cols; j++) {
-                float hat = (xi[j] - mean) * rstd;
-                out[j] = rstd * (out[j] - s1 - hat * s2);
-                dbias[j] += out[j];
-            }
+        for (int64_t j = 0; j < cols; j++) {
+            float hat = (xi[j] - mean) * rstd;
+            out[j] = rstd * (out[j] - s1 - hat * s2);
+            dbias[j] += out[j];
         }
     }
 }
@@ -634,14 +604,14 @@ static void add_up(const float *sums, float *out, int64_t begin, int64_t end, in
 
 /* Gradients of norm_forward by its input, and by gain, shift and a bias added in front of it, [3,
  * cols]. sums: scratch, [threads, 3, cols]. */
-void norm_backward(const float *grad, const float *x, const float *mask, const float *y,
-                   const float *gain, const float *shift, const float *statistics,
-                   float *grad_x, float *grad_parameters, float *sums, int64_t rows,
-                   int64_t cols, int64_t activation, int64_t simplex, int64_t threads) {
+void norm_backward(const float *grad, const float *x, const float *y, const float *gain,
+                   const float *shift, const float *statistics, float *grad_x,
+                   float *grad_parameters, float *sums, int64_t rows, int64_t cols,
+                   int64_t activation, int64_t simplex, int64_t threads) {
     memset(sums, 0, sizeof(float) * (size_t)(threads * 3 * cols));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        norm_backward_rows(grad, x, mask, y, gain, shift, statistics, grad_x, sums + t * 3 * cols,
+        norm_backward_rows(grad, x, y, gain, shift, statistics, grad_x, sums + t * 3 * cols,
                            rows * t / threads, rows * (t + 1) / threads, rows, cols, activation,
                            simplex);
     add_up(sums, grad_parameters, 0, 3 * cols, 3 * cols, threads);
@@ -800,9 +770,40 @@ void lay_out_back(const layer *layers, int64_t count, int64_t networks, int64_t 
 
 static inline int64_t whole_lines(int64_t numbers) { return (numbers + LINE - 1) / LINE * LINE; }
 
+/* Dropout behind the first products of networks: some numbers are 0, the others divided by the share
+ * of those. A norm follows, to which dividing them all is the same as another eps. */
+typedef struct {
+    const int64_t *positions; /* of the zeros in [networks, rows, cols], ascending; null for none */
+    int64_t count;
+    int64_t before; /* numbers of the networks before this one */
+    float keep;
+} dropout;
+
+static const dropout nothing_dropped = {0, 0, 0, 1.0f};
+
+static inline dropout dropout_of(const int64_t *positions, int64_t count, float keep,
+                                 int64_t before) {
+    return positions ? (dropout){positions, count, before, keep} : nothing_dropped;
+}
+
+/* Numbers begin..end of x, [rows, cols], dropped; sums, [cols] or null, no longer contain them. */
+static void drop(dropout d, float *x, int64_t begin, int64_t end, float *sums, int64_t cols) {
+    int64_t at = 0;
+    for (int64_t last = d.count; at < last;) { /* behind those before begin */
+        int64_t middle = (at + last) / 2;
+        if (d.positions[middle] < d.before + begin) at = middle + 1;
+        else last = middle;
+    }
+    for (; at < d.count && d.positions[at] < d.before + end; at++) {
+        int64_t i = d.positions[at] - d.before;
+        if (sums) sums[i % cols] -= x[i];
+        x[i] = 0.0f;
+    }
+}
+
 /* Where a layer writes. */
 typedef struct {
-    const float *mask; /* of norm_forward, [rows, cols] or null */
+    dropout dropped;
     float *product;    /* before the norm, [rows, cols]; output if none is kept */
     float *statistics; /* of norm_forward, [2, rows] or null */
     float *output;     /* [rows, cols] */
@@ -820,13 +821,13 @@ static inline int64_t kept_size(const layer *it, int64_t keep, int64_t rows) {
 /* Places of a network's layers: in its workspace, of which networks_backward needs all that keep
  * keeps, but the last output in result. */
 static void find_places(const layer *layers, int64_t count, int64_t keep, int64_t rows,
-                        const float *mask, float *workspace, float *result, place *places) {
+                        dropout dropped, float *workspace, float *result, place *places) {
     workspace += reduced_size(layers, rows);
     for (int64_t l = 0; l < count; l++) {
         const layer *it = layers + l;
         int64_t kept = kept_size(it, keep, rows);
         place *p = places + l;
-        p->mask = l ? 0 : mask;
+        p->dropped = l ? nothing_dropped : dropped;
         p->output = l == count - 1 ? result : workspace + kept;
         p->product = kept ? workspace : p->output;
         p->statistics = kept ? workspace + whole_lines(rows * it->cols) : 0;
@@ -892,9 +893,11 @@ static void layer_forward(const layer *it, const place *to, const float *x, int6
         else
             product_rows(left, right, it->packed, depth, product_bias(it), 0, to->product, from,
                          until, cols);
-        if (it->gain)
-            norm_rows(to->product, to->mask, it->gain, it->shift, to->output, to->statistics, from,
-                      until, rows, cols, it->eps, it->activation, it->simplex);
+        if (!it->gain) continue;
+        drop(to->dropped, to->product, from * cols, until * cols, 0, cols);
+        norm_rows(to->product, it->gain, it->shift, to->output, to->statistics, from, until, rows,
+                  cols, it->eps * to->dropped.keep * to->dropped.keep, it->activation,
+                  it->simplex);
     }
 }
 
@@ -910,12 +913,13 @@ static void layers_forward(const layer *net, const place *to, int64_t count, con
 
 /* Networks of count layers each on the same x, [rows, depth], whose rows are x_row floats apart.
  * Every thread takes its rows through all layers, so that nobody waits for anybody between two.
- * mask: of the first layers, [networks, rows, cols] or null. result: [networks, rows, last cols].
+ * dropped, count_dropped and share: see dropout. result: [networks, rows, last cols].
  * workspaces: one a network if they keep what networks_backward needs, else one for all; the first
  * begins with the reduced rows of x for all. */
 void networks_forward(const layer *layers, int64_t count, int64_t networks, const float *x,
-                      int64_t x_row, const float *mask, float *const *workspaces, int64_t keep,
-                      float *result, int64_t rows, int64_t threads) {
+                      int64_t x_row, const int64_t *dropped, int64_t count_dropped, float share,
+                      float *const *workspaces, int64_t keep, float *result, int64_t rows,
+                      int64_t threads) {
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
     int64_t inner = reduced_depth(layers), simplices = layers->simplices;
     const float *input = simplices ? workspaces[0] : x;
@@ -928,7 +932,8 @@ void networks_forward(const layer *layers, int64_t count, int64_t networks, cons
                         layers->depth - simplices * SIMPLEX, begin, end);
         for (int64_t n = 0; n < networks; n++) {
             place to[count];
-            find_places(layers + n * count, count, keep, rows, mask ? mask + n * rows * first : 0,
+            find_places(layers + n * count, count, keep, rows,
+                        dropout_of(dropped, count_dropped, share, n * rows * first),
                         workspaces[keep ? n : 0], result + n * rows * last, to);
             layers_forward(layers + n * count, to, count, input, input_row, begin, end, rows);
         }
@@ -946,7 +951,7 @@ void rollout_forward(const layer *layers, int64_t count, const float *start, con
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {
         place to[count];
-        find_places(layers, count, keep, steps * rows, 0, workspace, latents, to);
+        find_places(layers, count, keep, steps * rows, nothing_dropped, workspace, latents, to);
         for (int64_t h = 0; h < steps; h++) {
             int64_t begin = h * rows + rows * t / threads, end = h * rows + rows * (t + 1) / threads;
             for (int64_t i = begin; i < end; i++) {
@@ -970,9 +975,10 @@ static const float *layer_backward(const layer *it, const place *kept, const gra
                                    int64_t rows) {
     int64_t cols = it->cols;
     if (it->gain) {
-        norm_backward_rows(grad, kept->product, kept->mask, kept->output, it->gain, it->shift,
+        norm_backward_rows(grad, kept->product, kept->output, it->gain, it->shift,
                            kept->statistics, to->by_product, sums, begin, end, rows, cols,
                            it->activation, it->simplex);
+        drop(kept->dropped, to->by_product, begin * cols, end * cols, sums + 2 * cols, cols);
         return to->by_product;
     }
     for (int64_t i = begin; i < end; i++)
@@ -1099,25 +1105,27 @@ static void parameter_gradients(const layer *net, const gradient_place *to, int6
     }
 }
 
-/* Gradients of networks_forward with keep, whose mask, workspaces and result these are. grad: by the
+/* Gradients of networks_forward with keep, whose dropout, workspaces and result these are. grad: by the
  * result. by_input: by input_cols columns of x from input_from on, from which packed_back of the
  * first layers was laid out, [rows, input_cols], added up over the networks, and to what stands
  * there if adds; null if not wanted. They contain all simplices, or none. by_parameters: of each of
  * the count layers by the weights, [networks, cols, depth], and behind those by gains, shifts and
  * biases, [3, networks, cols]; null if not wanted. scratches: one a network. */
 void networks_backward(const layer *layers, int64_t count, int64_t networks, const float *x,
-                       int64_t x_row, const float *mask, float *const *workspaces, float *result,
-                       const float *grad, float *by_input, int64_t input_from,
-                       int64_t input_cols, int64_t adds, float *const *by_parameters,
-                       float *const *scratches, int64_t rows, int64_t threads) {
+                       int64_t x_row, const int64_t *dropped, int64_t count_dropped, float share,
+                       float *const *workspaces, float *result, const float *grad,
+                       float *by_input, int64_t input_from, int64_t input_cols, int64_t adds,
+                       float *const *by_parameters, float *const *scratches, int64_t rows,
+                       int64_t threads) {
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
     const float *input = layers->simplices ? workspaces[0] : x;
     int64_t input_row = layers->simplices ? reduced_depth(layers) : x_row;
     place all_places[networks * count], *kept = all_places;
     gradient_place all_gradients[networks * count], *to = all_gradients;
     for (int64_t n = 0; n < networks; n++) {
-        find_places(layers + n * count, count, 1, rows, mask ? mask + n * rows * first : 0,
-                    workspaces[n], result + n * rows * last, kept + n * count);
+        find_places(layers + n * count, count, 1, rows,
+                    dropout_of(dropped, count_dropped, share, n * rows * first), workspaces[n],
+                    result + n * rows * last, kept + n * count);
         find_gradient_places(layers + n * count, count, rows, threads, scratches[n],
                              to + n * count);
         to[n * count].packed_input = to[0].packed_input; /* x is the same for all */
@@ -1149,7 +1157,7 @@ void rollout_backward(const layer *layers, int64_t count, const float *inputs, f
     int64_t inner = reduced_depth(layers), z_dim = layers[count - 1].cols, all = steps * rows;
     place all_places[count], *kept = all_places;
     gradient_place all_gradients[count], *to = all_gradients;
-    find_places(layers, count, 1, all, 0, workspace, latents, kept);
+    find_places(layers, count, 1, all, nothing_dropped, workspace, latents, kept);
     find_gradient_places(layers, count, all, threads, scratch, to);
     const float *by_next = by_latents + rows * z_dim; /* a step's input is row for row its output's */
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -1670,7 +1678,7 @@ typedef struct {
 /* layer_forward of count rows into y, [count, cols], which is neither x nor a. */
 static void layer_rows(const layer *it, const float *x, int64_t x_dim, const float *shared,
                        const float *a, int64_t count, float *y) {
-    place to = {.product = y, .output = y};
+    place to = {.dropped = nothing_dropped, .product = y, .output = y};
     layer_forward(it, &to, x, x_dim, x_dim, shared, a, 0, count, count);
 }
 
@@ -1767,7 +1775,7 @@ static void state_space_step(const dynamics *d, const state_space_memory *m, con
         const state_space_layer *it = d->stack + l;
         int64_t modes = it->modes, all = it->products.cols, hidden = it->readout.cols;
         float *states = m->states + l * BLOCK_ROWS * 2 * modes;
-        norm_rows(m->stream, 0, it->gain, it->shift, m->normed, 0, 0, count, count, width, it->eps,
+        norm_rows(m->stream, it->gain, it->shift, m->normed, 0, 0, count, count, width, it->eps,
                   ACTIVATION_NONE, 1);
         layer_rows(&it->products, m->normed, width, 0, 0, count, m->products);
         if (it->selection.cols) {

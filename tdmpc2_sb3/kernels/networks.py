@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from tdmpc2_sb3.kernels.arguments import (
+    Dropped,
     Layer,
     NetworkArguments,
     arguments_of,
@@ -78,7 +79,7 @@ class Evaluation:
 
     :param x: [B, in]
     :param layers: of one network, or of Q
-    :param mask: dropout's multiplier behind the first product, [B, out] or [Q', B, out]
+    :param dropped: dropout behind the first product, which has a norm; None for none
     :param members: the Q' networks of Q; None if the layers are of one
     """
 
@@ -86,19 +87,15 @@ class Evaluation:
         self,
         x: th.Tensor,
         layers: Sequence[Layer],
-        mask: th.Tensor | None,
+        dropped: Dropped | None,
         members: tuple[int, ...] | None,
     ):
         self.x = x
         self.layers = layers
-        self.mask = mask
+        self.dropped = dropped
         self.members = members
         self.count = 1 if members is None else len(members)
         self.rows = len(x)
-
-    def mask_of(self, network: int) -> th.Tensor | None:
-        """The mask of one network, [B, out]."""
-        return self.mask if self.mask is None or self.members is None else self.mask[network]
 
     def forward(self, keep: bool) -> th.Tensor:
         """Outputs [Q', B, out].
@@ -147,21 +144,23 @@ class _ByTorch(Evaluation):
 
     kept: list[list[_Kept]]
 
-    def _networks(self) -> list[Sequence[Layer]]:
-        """The layers of each network."""
-        if self.members is None:
-            return [self.layers]
-        return [[layer.of(member) for layer in self.layers] for member in self.members]
+    def _networks(self) -> list[tuple[Sequence[Layer], Dropped | None]]:
+        """The layers of each network and what is dropped behind its first product."""
+        networks: list[Sequence[Layer]] = [self.layers]
+        if self.members is not None:
+            networks = [[layer.of(member) for layer in self.layers] for member in self.members]
+        dropped = self.dropped
+        return [
+            (network, None if dropped is None else dropped.of(i))
+            for i, network in enumerate(networks)
+        ]
 
     def forward(self, keep: bool) -> th.Tensor:
-        self.kept = [
-            self._forward_one(network, self.mask_of(i), keep)
-            for i, network in enumerate(self._networks())
-        ]
+        self.kept = [self._forward_one(*network, keep) for network in self._networks()]
         return _stacked([layers[-1].y for layers in self.kept])
 
     def _forward_one(
-        self, network: Sequence[Layer], mask: th.Tensor | None, keep: bool
+        self, network: Sequence[Layer], dropped: Dropped | None, keep: bool
     ) -> list[_Kept]:
         x, kept = self.x, []
         for weight, bias, gain, shift, norm, _ in network:
@@ -170,11 +169,14 @@ class _ByTorch(Evaluation):
             if norm is not None:
                 assert gain is not None
                 assert shift is not None
+                if dropped is not None:  # dividing the others is the same as another eps
+                    product.view(-1)[dropped.positions] = 0.0
+                    norm = norm._replace(eps=norm.eps * dropped.keep**2)
                 if keep:
                     y, statistics = th.empty_like(product), product.new_empty(2, self.rows)
-                norm_forward(product, mask, gain, shift, y, statistics, norm)
+                norm_forward(product, gain, shift, y, statistics, norm)
             kept.append(_Kept(x, product, statistics, y))
-            x, mask = y, None  # the first layer's alone
+            x, dropped = y, None  # the first layer's alone
         return kept
 
     def backward(
@@ -186,7 +188,7 @@ class _ByTorch(Evaluation):
         added_to: th.Tensor | None = None,
     ) -> tuple[th.Tensor | None, list[Gradients]]:
         results = [
-            self._backward_one(grad[i], network, i, columns, needs_parameters)
+            self._backward_one(grad[i], *network, self.kept[i], columns, needs_parameters)
             for i, network in enumerate(self._networks())
         ]
         parts = [part for part, _ in results if part is not None]
@@ -203,21 +205,24 @@ class _ByTorch(Evaluation):
         self,
         grad: th.Tensor,
         network: Sequence[Layer],
-        index: int,
+        dropped: Dropped | None,
+        kept: list[_Kept],
         columns: slice | None,
         needs_parameters: bool,
     ) -> tuple[th.Tensor | None, list[Gradients]]:
         gradients: list[Gradients] = []
         for position in reversed(range(len(network))):
             weight, _, gain, shift, norm, _ = network[position]
-            x, product, statistics, y = self.kept[index][position]
+            x, product, statistics, y = kept[position]
             vectors = grad.new_zeros(3, len(weight))  # by gain, shift and bias
             if norm is not None:
                 assert gain is not None
                 assert shift is not None
                 assert statistics is not None
-                mask = self.mask_of(index) if position == 0 else None
-                grad = norm_backward(grad, product, mask, y, gain, shift, statistics, vectors, norm)
+                grad = norm_backward(grad, product, y, gain, shift, statistics, vectors, norm)
+                if dropped is not None and position == 0:
+                    grad.view(-1)[dropped.positions] = 0.0
+                    vectors[2] = grad.sum(0)
             elif needs_parameters:
                 vectors[2] = grad.sum(0)
             if needs_parameters:
@@ -242,6 +247,11 @@ class _ByKernels(Evaluation):
         self._chosen = self.members or (0,)
         self._threads = product_threads(self.rows * self.count * arguments.multiply_adds)
 
+    def _dropout(self) -> tuple[th.Tensor | None, int, float]:
+        if self.dropped is None:
+            return None, 0, 1.0
+        return self.dropped.positions, len(self.dropped.positions), self.dropped.keep
+
     def forward(self, keep: bool) -> th.Tensor:
         x, rows, num_layers = self.x, self.rows, self._arguments.num_layers
         layers = self._arguments.forward(self._chosen)
@@ -257,7 +267,7 @@ class _ByKernels(Evaluation):
             self.count,
             x,
             x.stride(0),
-            self.mask,
+            *self._dropout(),
             addresses(self._workspaces),
             keep,
             self._result,
@@ -291,7 +301,7 @@ class _ByKernels(Evaluation):
             self.count,
             x,
             x.stride(0),
-            self.mask,
+            *self._dropout(),
             addresses(self._workspaces),
             self._result,
             grad,
@@ -310,22 +320,21 @@ class _ByKernels(Evaluation):
 def evaluation(
     x: th.Tensor,
     layers: Sequence[Layer],
-    mask: th.Tensor | None = None,
+    dropped: Dropped | None = None,
     members: tuple[int, ...] | None = None,
 ) -> Evaluation:
     """Layers in turn on x, to be evaluated and differentiated by hand.
 
     :param x: [..., in]
     :param layers: of one network, or of Q where members are given
-    :param mask: see :func:`networks`
+    :param dropped: see :func:`networks`
     :param members: see :func:`networks`
     """
     rows = x.reshape(-1, x.shape[-1])
     if not multiplied_here(len(rows), layers):
-        return _ByTorch(rows, layers, mask, members)
+        return _ByTorch(rows, layers, dropped, members)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    mask = mask if mask is None else mask.contiguous()
-    return _ByKernels(arguments_of(layers), rows, layers, mask, members)
+    return _ByKernels(arguments_of(layers), rows, layers, dropped, members)
 
 
 def _joined(z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
@@ -346,16 +355,17 @@ class _Networks(th.autograd.Function):
         ctx: Any,
         z: th.Tensor,
         a: th.Tensor | None,
-        mask: th.Tensor | None,
+        dropped: Dropped | None,
         members: tuple[int, ...] | None,
         layers: Sequence[Layer],
         *parameters: th.Tensor | None,  # of the layers, for autograd to see
     ) -> th.Tensor:
-        evaluated = evaluation(_joined(z, a), layers, mask, members)
+        evaluated = evaluation(_joined(z, a), layers, dropped, members)
         ctx.evaluation = evaluated
         ctx.shapes = z.shape, None if a is None else a.shape
         # Inputs are kept by the evaluation; here they are for the check that nobody changed them.
-        ctx.save_for_backward(z, a, mask, *parameters)
+        positions = None if dropped is None else dropped.positions
+        ctx.save_for_backward(z, a, positions, *parameters)
         return _shaped(evaluated.forward(keep=True), z, members)
 
     @staticmethod
@@ -401,7 +411,7 @@ def networks(
     z: th.Tensor,
     a: th.Tensor | None,
     layers: Sequence[Layer],
-    mask: th.Tensor | None = None,
+    dropped: Dropped | None = None,
     members: tuple[int, ...] | None = None,
     frozen: bool = False,
 ) -> th.Tensor:
@@ -410,8 +420,8 @@ def networks(
     :param z: [..., Z]
     :param a: the same leading axes, [..., A], or None
     :param layers: of one network, or of Q where members are given
-    :param mask: dropout's multiplier between the first product and its norm, [B, out] or
-        [Q', B, out] for B rows in ``...``
+    :param dropped: dropout between the first product, [B, out] or [Q', B, out] for B rows in
+        ``...``, and its norm
     :param members: the Q' networks to evaluate; None if the layers are of one
     :param frozen: whether the parameters' own gradients are not wanted
     :return: [..., out] or [Q', ..., out]
@@ -420,5 +430,6 @@ def networks(
         own = [layer.detached() for layer in layers] if frozen else layers
         parameters = [each for layer in own for each in layer[:4]]
         if records_gradients(z, a, *parameters):
-            return _Networks.apply(z, a, mask, members, layers, *parameters)  # type: ignore[no-any-return]
-    return _shaped(evaluation(_joined(z, a), layers, mask, members).forward(keep=False), z, members)
+            return _Networks.apply(z, a, dropped, members, layers, *parameters)  # type: ignore[no-any-return]
+    evaluated = evaluation(_joined(z, a), layers, dropped, members)
+    return _shaped(evaluated.forward(keep=False), z, members)

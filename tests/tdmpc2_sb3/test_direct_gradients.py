@@ -88,10 +88,10 @@ def make_batch(space, steps, rows, past_terminations):
 
 
 def in_double(values):
-    """Tensors of a tuple or dictionary, those that are floats in double precision."""
+    """Tensors of a named tuple or dictionary, those that are floats in double precision."""
     if isinstance(values, dict):
         return {key: in_double(each) for key, each in values.items()}
-    if isinstance(values, tuple):
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
         return type(values)(*map(in_double, values))
     if isinstance(values, th.Tensor) and values.is_floating_point():
         return values.double()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
 from tdmpc2_sb3.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
-from tdmpc2_sb3.kernels import Activation, Layer, Norm, library
+from tdmpc2_sb3.kernels import Activation, Dropped, Layer, Norm, library
 from tdmpc2_sb3.kernels.arguments import SIMPLEX, arguments_of, on_simplices
 from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
 from tdmpc2_sb3.kernels.products import operation_counter
@@ -88,11 +88,25 @@ def test_normed_linear(threads, activation, rows, cols, simnorm_dim):
     compare(fast, plain, [x.requires_grad_(True) for x in inputs])
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
-def test_normed_linear_of_an_ensemble(threads, with_mask):
+def make_dropped(*shape, seed, keep=0.84):
+    """Dropout of a sixth, and what it multiplies with. Two positions behind all mean nothing."""
+    kept = randn(*shape, seed=seed) > -1.0
+    positions = th.cat([(~kept).view(-1).nonzero()[:, 0], th.tensor([kept.numel()] * 2)])
+    return Dropped(positions, keep, shape), kept.double() / keep
+
+
+def test_what_is_dropped_as_a_mask():
+    dropped = Dropped(th.tensor([0, 3, 5, 6, 6]), 0.5, (2, 1, 3))
+    assert dropped.mask().tolist() == [[[0.0, 2.0, 2.0]], [[0.0, 2.0, 0.0]]]
+    assert dropped.of(1).positions.tolist() == [0, 2]
+    assert dropped.of(1).mask().tolist() == [[0.0, 2.0, 0.0]]
+
+
+@pytest.mark.parametrize("with_dropout", [False, True])
+def test_normed_linear_of_an_ensemble(threads, with_dropout):
     members, rows, cols = 3, 90, 136
     x = randn(rows, 7, seed=1)
-    mask = (randn(members, rows, cols, seed=6) > -1.0).float() / 0.84 if with_mask else None
+    dropped, mask = make_dropped(members, rows, cols, seed=6) if with_dropout else (None, None)
     inputs = [
         x,
         randn(members, cols, 7, seed=2),
@@ -103,11 +117,11 @@ def test_normed_linear_of_an_ensemble(threads, with_mask):
 
     def fast(x, weight, bias, gain, shift):
         layer = Layer(weight, bias, gain, shift, MISH)
-        return kernels.networks(x, None, [layer], mask, tuple(range(members)))
+        return kernels.networks(x, None, [layer], dropped, tuple(range(members)))
 
     def plain(x, weight, bias, gain, shift):
         y = x @ weight.transpose(1, 2) + bias.unsqueeze(1)
-        y = y if mask is None else y * mask.double()
+        y = y if mask is None else y * mask
         return F.mish(F.layer_norm(y, (cols,), eps=EPS) * gain.unsqueeze(1) + shift.unsqueeze(1))
 
     compare(fast, plain, [x.requires_grad_(True) for x in inputs])
@@ -266,7 +280,7 @@ def test_several_layers_are_one_after_the_other(threads):
         for shape in ((out, inputs), (out,), (out,), (out,))
     ][:-2]
     z, a = randn(2, 50, 7, seed=20), randn(2, 50, 3, seed=21)
-    mask = (randn(2, 100, 24, seed=22) > -1.0).float()
+    dropped, mask = make_dropped(2, 100, 24, seed=22)
     inputs = [x.requires_grad_(True) for x in (z, a, *parameters)]
 
     def layers(parameters):
@@ -283,7 +297,7 @@ def test_several_layers_are_one_after_the_other(threads):
         return y.view(2, 50, -1)
 
     compare(
-        lambda z, a, *p: kernels.networks(z, a, layers(p), mask, members=(2, 0)),
+        lambda z, a, *p: kernels.networks(z, a, layers(p), dropped, members=(2, 0)),
         lambda z, a, *p: th.stack(
             [one_network(z, a, [x[m] for x in p], mask[i]) for i, m in enumerate((2, 0))]
         ),
@@ -291,7 +305,7 @@ def test_several_layers_are_one_after_the_other(threads):
     )
     single = [x if position < 2 else x[1].detach() for position, x in enumerate(inputs)]
     compare(
-        lambda z, a, *p: kernels.networks(z, a, layers(p), mask[0]),
+        lambda z, a, *p: kernels.networks(z, a, layers(p), dropped.of(0)),
         lambda z, a, *p: one_network(z, a, p, mask[0]),
         [x.detach().requires_grad_(True) for x in single],
     )
@@ -347,30 +361,30 @@ def test_networks_on_simplices(threads, rows, width, simplices, action_dim, want
     weight, bias = randn(3, width, simplices * SIMPLEX + action_dim, seed=3), randn(3, width)
     gain, shift = randn(3, width, seed=4), randn(3, width, seed=5)
     last, last_bias = randn(3, 21, width, seed=6), randn(3, 21, seed=7)
-    mask = (randn(2, rows, width, seed=8) > -1.0).float()
+    dropped, mask = make_dropped(2, rows, width, seed=8)
     parameters = (weight, bias, gain, shift, last, last_bias)
     for each in (*parameters, *[raw] * ("z" in wanted), *[a] * ("a" in wanted.split())):
         each.requires_grad_(True)
 
-    def fast(raw, a, mask, members, *parameters):
+    def fast(raw, a, dropped, members, *parameters):
         layers = [Layer(*parameters[:4], norm=MISH), Layer(*parameters[4:])]
         layers = on_simplices(layers, simplices)
-        return kernels.networks(as_simplices(raw), a, layers, mask, members)
+        return kernels.networks(as_simplices(raw), a, layers, dropped, members)
 
     def plain(raw, a, mask, weight, bias, gain, shift, last, last_bias):
-        y = F.linear(th.cat([as_simplices(raw), a], -1), weight, bias) * mask.double()
+        y = F.linear(th.cat([as_simplices(raw), a], -1), weight, bias) * mask.to(raw.dtype)
         y = F.mish(F.layer_norm(y, (width,), gain, shift, EPS))
         return F.linear(y, last, last_bias)
 
     compare(
-        lambda raw, a, *p: fast(raw, a, mask, (2, 0), *p),
+        lambda raw, a, *p: fast(raw, a, dropped, (2, 0), *p),
         lambda raw, a, *p: th.stack(
             [plain(raw, a, mask[i], *(x[m] for x in p)) for i, m in enumerate((2, 0))]
         ),
         (raw, a, *parameters),
     )
     compare(
-        lambda raw, a, *p: fast(raw, a, mask[1], None, *p),
+        lambda raw, a, *p: fast(raw, a, dropped.of(1), None, *p),
         lambda raw, a, *p: plain(raw, a, mask[1], *p),
         (raw, a, *(each[1].detach().requires_grad_(True) for each in parameters)),
     )

@@ -158,26 +158,26 @@ def test_freezing_one_parameter_leaves_the_others_their_gradients(roughen):
             assert th.equal(each.grad, expected[name])
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropping", [False, True])
 @pytest.mark.parametrize("members", [None, [2, 0]])
-def test_q_ensemble_is_a_loop_over_its_members(roughen, masked, members):
+def test_q_ensemble_is_a_loop_over_its_members(roughen, dropping, members):
     ensemble = QEnsemble(4, 7, 10, 5, dropout=0.3)
     roughen(ensemble)
     z, a = randn(2, 3, 4), randn(2, 3, 3, seed=1)
     chosen = list(range(4)) if members is None else members
-    mask = None
-    if masked:
-        mask = ensemble.sample_dropout_mask(len(chosen), 6, th.Generator().manual_seed(0))
+    dropped = None
+    if dropping:
+        dropped = ensemble.sample_dropout(len(chosen), 6, th.Generator().manual_seed(0))
     index = None if members is None else th.tensor(members)
-    logits = ensemble(z, a, index, mask)
+    logits = ensemble(z, a, index, dropped)
     assert logits.shape == (len(chosen), 2, 3, 5)
     first, second, last = ensemble.layers
     for row, member in enumerate(chosen):
         x = th.cat([z, a], -1).view(6, 7)
         for number, layer in enumerate((first, second)):
             x = F.linear(x, layer.weight[member], layer.bias[member])
-            if number == 0 and mask is not None:
-                x = x * mask[row]
+            if number == 0 and dropped is not None:
+                x = x * dropped.mask()[row]
             x = F.layer_norm(x, (10,), layer.ln["weight"][member], layer.ln["bias"][member])
             x = F.mish(x)
         x = F.linear(x, last.weight[member], last.bias[member])
@@ -186,10 +186,10 @@ def test_q_ensemble_is_a_loop_over_its_members(roughen, masked, members):
 
 def test_dropout_multiplies_by_zero_or_the_inverse_of_the_kept_share():
     ensemble = QEnsemble(2, 3, 100, 5, dropout=0.25)
-    mask = ensemble.sample_dropout_mask(2, 500, th.Generator().manual_seed(0))
+    mask = ensemble.sample_dropout(2, 500, th.Generator().manual_seed(0)).mask()
     th.testing.assert_close(mask.unique(), th.tensor([0.0, 1 / 0.75]))
     assert float((mask == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
-    assert QEnsemble(2, 3, 4, 5, 0.0).sample_dropout_mask(2, 3, th.Generator()) is None
+    assert QEnsemble(2, 3, 4, 5, 0.0).sample_dropout(2, 3, th.Generator()) is None
 
 
 def test_initial_weights():

@@ -322,7 +322,7 @@ class HandMade(WorldModel):
         z = z.expand(*a.shape[:-1], z.shape[-1])
         return self.reward_rule(z, a)
 
-    def q_values(self, z, a, heads=None, dropout_mask=None):
+    def q_values(self, z, a, heads=None, dropped=None):
         value = th.zeros(z.shape[:-1]) if self.value_rule is None else self.value_rule(z)
         return value.expand(2, *value.shape)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch as th
 
-from tdmpc2_sb3.kernels import adam_step, readable
+from tdmpc2_sb3.kernels import AdamArrays, adam_step, readable
 
 
 class Adam(th.optim.Adam):
@@ -18,44 +18,45 @@ class Adam(th.optim.Adam):
     such as weight decay, a parameter's first step) is left to torch.
     """
 
+    _arrays: AdamArrays | None = None  # of the last step
+
     @th.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """See :meth:`torch.optim.Adam.step`."""
-        groups = [_Arrays(self, group) for group in self.param_groups]
         first, *others = self.param_groups
         alike = all(
             each["betas"] == first["betas"] and each["eps"] == first["eps"] for each in others
         )
-        if closure is not None or not alike or not all(each.complete for each in groups):
+        found = self._find() if closure is None and alike else None
+        if found is None:
             return super().step(closure)
-        lists = [[array for group in groups for array in group.lists[i]] for i in range(5)]
-        rates = [group.rate for group in groups for _ in group.lists[0]]
-        adam_step(*lists, rates, first["betas"], first["eps"])  # type: ignore[call-arg, arg-type]
+        arrays, rates = found
+        adam_step(arrays, rates, first["betas"], first["eps"])
         return None
 
-
-class _Arrays:
-    """Parameters, gradients, two running means and steps of one group.
-
-    :param optimizer: whose state is read
-    :param group: of its parameters
-    """
-
-    def __init__(self, optimizer: th.optim.Adam, group: dict[str, Any]):
-        self.rate = group["lr"]
-        self.lists: tuple[list[th.Tensor], ...] = ([], [], [], [], [])
-        plain = not (group["weight_decay"] or group["amsgrad"] or group["maximize"])
-        self.complete = plain and isinstance(self.rate, float)
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = optimizer.state.get(parameter)
-            if not state:
-                self.complete = False
-                return
-            arrays = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-            if not readable(arrays):
-                self.complete = False
-                return
-            for array, found in zip((*arrays, state["step"]), self.lists, strict=True):
-                found.append(array)
+    def _find(self) -> tuple[AdamArrays, list[float]] | None:
+        """Arrays and learning rates of the parameters that have gradients; None if torch has to
+        take the step."""
+        arrays: list[tuple[th.Tensor, ...]] = []
+        rates = []
+        for group in self.param_groups:
+            rate = group["lr"]
+            plain = not (group["weight_decay"] or group["amsgrad"] or group["maximize"])
+            if not plain or not isinstance(rate, float):
+                return None
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state = self.state.get(parameter)
+                if not state:
+                    return None
+                arrays.append(
+                    (parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
+                )
+                rates.append(rate)
+        if self._arrays is None or not self._arrays.are(arrays):
+            if not readable([each for of_one in arrays for each in of_one[:4]]):
+                return None
+            self._arrays = AdamArrays(arrays)
+        return self._arrays, rates

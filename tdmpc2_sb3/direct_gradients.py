@@ -10,7 +10,7 @@ Shapes: T training horizon, B batch, A action, Z latent, K bins, Q heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import torch as th
@@ -50,6 +50,7 @@ class _Network:
         self.layers = kernels.KeptLayers(layers)
         self._members = None if num_networks is None else tuple(range(num_networks))
         self._room = kernels.GradientRoom(layers, num_networks or 1, num_networks is None)
+        self._own = list(kernels.by_parameter(layers, self._room.gradients))
         self._evaluation: kernels.Evaluation | None = None  # until its gradients are taken
 
     def evaluate(self, x: th.Tensor, dropped: kernels.Dropped | None = None) -> th.Tensor:
@@ -67,8 +68,10 @@ class _Network:
         assert evaluation is not None, "evaluate first"
         columns = None if by_latents is None else slice(0, by_latents.shape[-1])
         _, gradients = evaluation.backward(grad, columns, True, self._room, by_latents)
-        written = _assign(self.layers, gradients)
-        return [self._room.whole] if gradients is self._room.gradients else written
+        if gradients is not self._room.gradients:
+            return _assign(kernels.by_parameter(self.layers, gradients))
+        _assign(self._own)
+        return [self._room.whole]
 
 
 def _outputs(
@@ -78,9 +81,10 @@ def _outputs(
     return kernels.evaluation(x, layers, None, members).forward(keep=False)
 
 
-def _assign(layers: Sequence[Layer], gradients: Sequence[kernels.Gradients]) -> Written:
+def _assign(gradients: Iterable[tuple[th.Tensor | None, th.Tensor]]) -> Written:
+    """Gives each parameter its gradient."""
     written = []
-    for parameter, gradient in kernels.by_parameter(layers, gradients):
+    for parameter, gradient in gradients:
         if parameter is not None:
             parameter.grad = gradient
             written.append(gradient)
@@ -123,6 +127,7 @@ class _KernelRollout:
     def __init__(self, layers: Sequence[Layer]):
         self._layers = kernels.KeptLayers(layers)
         self._room = kernels.GradientRoom(layers, 1, of_one=True)
+        self._own = list(kernels.by_parameter(layers, self._room.gradients))
         self._rollout: kernels.Rollout | None = None  # until its gradients are taken
 
     def takes(self, latent: th.Tensor, actions: th.Tensor) -> bool:
@@ -149,7 +154,7 @@ class _KernelRollout:
         rollout, self._rollout = self._rollout, None
         assert rollout is not None, "evaluate first"
         rollout.backward(by_latents, self._room)
-        _assign(self._layers, self._room.gradients)
+        _assign(self._own)
         return by_latents[0], [self._room.whole]
 
 

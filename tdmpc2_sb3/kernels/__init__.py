@@ -12,7 +12,7 @@ precision take too.
 """
 
 from tdmpc2_sb3.kernels.arguments import Dropped, KeptLayers, Layer, held_layers, on_simplices
-from tdmpc2_sb3.kernels.arrays import adam_step, lerp_, readable, total_norm
+from tdmpc2_sb3.kernels.arrays import AdamArrays, adam_step, lerp_, readable, total_norm
 from tdmpc2_sb3.kernels.functions import (
     Activation,
     Norm,
@@ -52,6 +52,7 @@ from tdmpc2_sb3.kernels.rollouts import Rollout, rollout, rolls_out
 __all__ = [
     "SWITCH",
     "Activation",
+    "AdamArrays",
     "Draws",
     "Dropped",
     "Elites",

@@ -6,6 +6,8 @@ torch's own take an array after the other and wake the threads for each.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,35 +55,46 @@ def lerp_(arrays: Sequence[th.Tensor], targets: Sequence[th.Tensor], weight: flo
     call("lerp_arrays", addresses(arrays), addresses(targets), sizes, weight, len(arrays), threads)
 
 
+class AdamArrays:
+    """What steps of Adam read and write, looked up once and not with every step.
+
+    :param arrays: of each parameter: itself, its gradient, the running means of the gradient and
+        of its square, which are :func:`readable`, and the steps made so far, [] in float32
+    """
+
+    def __init__(self, arrays: Sequence[tuple[th.Tensor, ...]]):
+        self._flat = list(itertools.chain(*arrays))
+        self._places = list(map(th.Tensor.data_ptr, self._flat))
+        self.addresses = [addresses(column) for column in zip(*arrays, strict=True)]
+        self.parameters = [parameter for parameter, *_ in arrays]
+
+    def are(self, arrays: Sequence[tuple[th.Tensor, ...]]) -> bool:
+        """Whether they are these very arrays, at the same places."""
+        flat = list(itertools.chain(*arrays))
+        return (
+            len(flat) == len(self._flat)
+            and all(map(operator.is_, flat, self._flat))
+            and list(map(th.Tensor.data_ptr, flat)) == self._places
+        )
+
+
 def adam_step(
-    parameters: Sequence[th.Tensor],
-    gradients: Sequence[th.Tensor],
-    means: Sequence[th.Tensor],
-    squares: Sequence[th.Tensor],
-    steps: Sequence[th.Tensor],
-    rates: Sequence[float],
-    betas: tuple[float, float],
-    eps: float,
+    arrays: AdamArrays, rates: Sequence[float], betas: tuple[float, float], eps: float
 ) -> None:
     """A step of Adam (arXiv:1412.6980) on all parameters.
 
-    :param parameters: that are :func:`readable`, as are the next three
-    :param gradients: of the same shapes
-    :param means: running means of the gradients
-    :param squares: running means of their squares
-    :param steps: made so far by each parameter, [] each, float32
     :param rates: learning rate of each
     :param betas: decay rates of the two means
     :param eps: added to the root of the mean square
     """
-    sizes, threads = _sizes(parameters)
+    sizes, threads = _sizes(arrays.parameters)
     call(
         "adam_step",
-        *map(addresses, (parameters, gradients, means, squares, steps)),
+        *arrays.addresses,
         sizes,
         (REAL * len(rates))(*rates),
         *betas,
         eps,
-        len(parameters),
+        len(rates),
         threads,
     )

@@ -31,7 +31,6 @@ from tdmpc2_sb3.losses import (
     bootstrapped_steps,
     lambda_returns,
     observations_at,
-    updated_scale,
 )
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
 from tdmpc2_sb3.world_model import WorldModel
@@ -138,11 +137,13 @@ class _KernelRollout:
         """
         :param latent: z_0, [B, Z]
         :param actions: [T, B, A]
-        :return: z_1..z_T, [T, B, Z], and what they were predicted from, [T B, Z + A]
+        :return: z_0..z_T, [1 + T, B, Z], and what z_1..z_T were predicted from, [T B, Z + A]
         """
+        latents = latent.new_empty(1 + len(actions), *latent.shape)
+        latents[0] = latent
         self._rollout = kernels.Rollout(latent, actions, self._layers)
-        predicted = self._rollout.forward(keep=True)
-        return predicted, self._rollout.inputs
+        self._rollout.forward(True, latents[1:])
+        return latents, self._rollout.inputs
 
     def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
         """Gives the parameters their gradients.
@@ -173,8 +174,8 @@ class _TracedRollout:
         """See :meth:`_KernelRollout.evaluate`."""
         self._start = latent.detach().requires_grad_()
         predicted = self._traced.evaluate(self._predict, self._start, actions)
-        states = th.cat([latent.unsqueeze(0), predicted[:-1]])  # z_0..z_{T-1}
-        return predicted, th.cat([states, actions], dim=-1).flatten(0, 1)
+        latents = th.cat([latent.unsqueeze(0), predicted])
+        return latents, th.cat([latents[:-1], actions], dim=-1).flatten(0, 1)
 
     def _predict(self, start: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return self._dynamics.rollout(self._dynamics.initial_state(start), actions)
@@ -278,6 +279,7 @@ class DirectGradients:
         self._termination: _Network | None = None
         if model.termination_net is not None:
             self._termination = _Network(of_latents(model.termination_net))
+        self._shares: dict[tuple[th.Tensor, int, int], th.Tensor] = {}  # see _row_weights
         self._classifies_encoded = model.episodic and config.encoded_terminations
         self._encoder: _KernelEncoder | None = None
         # The latents of next observations have gradients too where the termination head learns
@@ -311,14 +313,15 @@ class DirectGradients:
         rollout: _KernelRollout | _TracedRollout = self._traced_rollout
         if self._rollout is not None and self._rollout.takes(latent, batch.actions):
             rollout = self._rollout
-        predicted, pairs = rollout.evaluate(latent, batch.actions)
+        latents, pairs = rollout.evaluate(latent, batch.actions)
+        predicted = latents[1:]
 
         losses = latent.new_zeros(4)
         consistency, reward, value, termination = losses
         by_latents = latent.new_empty(num_steps + 1, *latent.shape)  # z_0..z_T
         by_latents[0] = 0.0
         by_states = by_latents[:-1].view(-1, latent.shape[-1])  # z_0..z_{T-1} [T B, Z]
-        row_weights = _row_weights(weights, num_rows, batch.valid)
+        row_weights = self._row_weights(weights, num_rows, batch.valid, num_rows)
         kernels.squared_loss(
             predicted,
             next_latents,
@@ -335,8 +338,9 @@ class DirectGradients:
         written = self._reward.backward(by_logits, by_states)
 
         logits = self._q.evaluate(pairs, noise.q_dropout)  # [Q, T B, K]
+        of_head = self._row_weights(weights, len(logits) * num_rows, batch.valid, num_rows)
         by_logits = kernels.two_hot_loss(
-            logits, targets, row_weights / len(logits), model.bins, config.value_coef, value
+            logits, targets, of_head, model.bins, config.value_coef, value
         )
         written += self._q.backward(by_logits, by_states)
 
@@ -361,7 +365,6 @@ class DirectGradients:
             config.termination_coef,
         )
         total = losses @ losses.new_tensor(coefficients)
-        latents = th.cat([latent.unsqueeze(0), predicted])
         return ModelLosses(total, consistency, reward, value, termination, latents), written
 
     def _encode(self, batch: SequenceBatch, noise: UpdateNoise) -> tuple[th.Tensor, th.Tensor]:
@@ -462,40 +465,40 @@ class DirectGradients:
         :return: the loss; the gradients that the policy's parameters have now
         """
         model, config = self._model, self._config
-        num_steps, num_rows, latent_dim = latents.shape
+        num_rows = latents.shape[1]
         pairs, draw = self._draw(latents, noise.policy_action, self._policy.evaluate(latents)[0])
         heads = tuple(noise.policy_heads.tolist())
         q_networks = kernels.evaluation(pairs, self._q.layers, noise.policy_dropout, heads)
         logits = q_networks.forward(keep=True)  # [2, (T + 1) B, K]
-        q = kernels.two_hot_inverse(logits, model.bins).mean(0).view(num_steps, num_rows)
-        new_scale = updated_scale(scale, q[0], tau)
-
-        row_weights = _row_weights(weights, num_rows, alive)
-        scaled_entropy = draw.scaled_entropy.view(num_steps, num_rows)
-        objective = config.entropy_coef * scaled_entropy + q / new_scale
-        total = -(row_weights * objective).sum()
-
-        by_q = (row_weights / (-len(logits) * new_scale)).view(-1)
-        by_logits = kernels.two_hot_inverse_backward(
-            by_q.expand(len(logits), -1), logits, model.bins
+        objective = kernels.policy_objective(
+            kernels.two_hot_inverse(logits, model.bins),
+            draw,
+            self._row_weights(weights, num_rows, alive, num_rows).view(-1),
+            scale,
+            tau,
+            config.entropy_coef,
+            num_rows,
         )
-        by_actions, _ = q_networks.backward(by_logits, slice(latent_dim, None), False)
+        by_logits = kernels.two_hot_inverse_backward(objective.by_values, logits, model.bins)
+        by_actions, _ = q_networks.backward(by_logits, slice(latents.shape[-1], None), False)
         assert by_actions is not None
-        by_entropy = (row_weights * -config.entropy_coef).view(-1)
-        by_moments = draw.backward(by_actions, by_entropy)
+        by_moments = draw.backward(by_actions, objective.by_entropy)
         written = self._policy.backward(by_moments.unsqueeze(0))
-        losses = PolicyLosses(total, -draw.log_prob.mean(), draw.scaled_entropy.mean(), new_scale)
-        return losses, written
+        return PolicyLosses(*objective[:4]), written
 
+    def _row_weights(
+        self, weights: th.Tensor, divisor: int, counted: th.Tensor | None, num_rows: int
+    ) -> th.Tensor:
+        """What each row counts in a loss, [steps, B].
 
-def _row_weights(weights: th.Tensor, num_rows: int, counted: th.Tensor | None) -> th.Tensor:
-    """What each row counts in a loss that averages over the batch, [steps, B].
-
-    :param weights: of the steps, [steps]
-    :param num_rows: B
-    :param counted: 1 where a row counts, else 0, [steps, B]; None if all do
-    """
-    shares = (weights / num_rows).unsqueeze(1)
-    if counted is None:
-        return shares.expand(-1, num_rows).contiguous()
-    return shares * counted
+        :param weights: of the steps, [steps]; the same object in each gradient step
+        :param divisor: of the sum over the rows
+        :param counted: 1 where a row counts, else 0, [steps, B]; None if all do
+        :param num_rows: B
+        """
+        key = (weights, divisor, num_rows)
+        shares = self._shares.get(key)
+        if shares is None:
+            shares = (weights / divisor).unsqueeze(1).expand(-1, num_rows).contiguous()
+            self._shares[key] = shares
+        return shares if counted is None else shares * counted

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch as th
 import torch.nn.functional as F
 
+from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import two_hot_cross_entropy, two_hot_inverse
 from tdmpc2_sb3.encoders import Observation
-from tdmpc2_sb3.kernels import Dropped
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
 from tdmpc2_sb3.world_model import WorldModel
 
@@ -40,10 +40,10 @@ class UpdateNoise(NamedTuple):
 
     next_action: th.Tensor  # [T, B, A]
     target_heads: th.Tensor  # [2]
-    q_dropout: Dropped | None  # [Q, T B, hidden]
+    q_dropout: kernels.Dropped | None  # [Q, T B, hidden]
     policy_action: th.Tensor  # [T + 1, B, A]
     policy_heads: th.Tensor  # [2]
-    policy_dropout: Dropped | None  # [2, (T + 1) B, hidden]
+    policy_dropout: kernels.Dropped | None  # [2, (T + 1) B, hidden]
     first_offsets: th.Tensor | None  # [images, B, 2]
     next_offsets: th.Tensor | None  # [images, T B, 2]
 
@@ -164,6 +164,9 @@ def lambda_returns(values: th.Tensor, batch: SequenceBatch, config: LossConfig) 
 
     :param values: V(z') of :func:`bootstrapped_steps`, [1 or T, B]
     """
+    if kernels.usable(values):
+        settings = (config.gamma, config.td_lambda)
+        return kernels.lambda_returns(values, batch.rewards, batch.terminations, *settings)
     discounts = config.gamma * (1.0 - batch.terminations)
     if config.td_lambda == 0.0:
         return batch.rewards + discounts * values

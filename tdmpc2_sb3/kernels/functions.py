@@ -331,6 +331,76 @@ def squared_loss(
     )
 
 
+def lambda_returns(
+    values: th.Tensor,
+    rewards: th.Tensor,
+    terminations: th.Tensor,
+    gamma: float,
+    td_lambda: float,
+) -> th.Tensor:
+    """Targets of the Q heads, [T, B]; see :func:`tdmpc2_sb3.losses.lambda_returns`.
+
+    :param values: of the next states, [T, B]; of the last alone, [1, B], if lambda is 1
+    :param rewards: [T, B]
+    :param terminations: [T, B]
+    """
+    targets = values.new_empty(rewards.shape)
+    arrays = [each.contiguous() for each in (values, rewards, terminations)]
+    call("lambda_returns", *arrays, gamma, td_lambda, targets, *rewards.shape)
+    return targets
+
+
+class PolicyObjective(NamedTuple):
+    """The policy prior's loss, what is logged about it, and its gradients."""
+
+    total: th.Tensor  # []
+    entropy: th.Tensor  # mean of -log pi, []
+    scaled_entropy: th.Tensor  # mean, []
+    scale: th.Tensor  # S after its update, []
+    by_values: th.Tensor  # [Q', B]
+    by_entropy: th.Tensor  # by the scaled entropies, [B]
+
+
+def policy_objective(
+    values: th.Tensor,
+    draw: PolicyDraw,
+    weights: th.Tensor,
+    scale: th.Tensor,
+    tau: float,
+    entropy_coef: float,
+    starts: int,
+) -> PolicyObjective:
+    """See :func:`tdmpc2_sb3.losses.policy_loss`.
+
+    :param values: of Q' heads, contiguous, [Q', B]
+    :param draw: of the actions that are valued
+    :param weights: of the rows, contiguous, [B]
+    :param scale: S before its update, []
+    :param tau: rate at which S moves
+    :param entropy_coef: coefficient of the scaled entropy
+    :param starts: how many of the first rows S is moved by
+    """
+    by_values, by_entropy = th.empty_like(values), th.empty_like(weights)
+    out = values.new_empty(4)
+    call(
+        "policy_objective",
+        values,
+        draw.log_prob,
+        draw.scaled_entropy,
+        weights,
+        scale,
+        tau,
+        entropy_coef,
+        by_values,
+        by_entropy,
+        out,
+        *values.shape,
+        starts,
+    )
+    total, entropy, scaled_entropy, new_scale = out
+    return PolicyObjective(total, entropy, scaled_entropy, new_scale, by_values, by_entropy)
+
+
 class PolicyDraw:
     """A draw of the policy prior, differentiated by hand; see :meth:`WorldModel.policy`.
 

@@ -12,6 +12,7 @@
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef __AVX__
 #include <immintrin.h>
@@ -1318,6 +1319,67 @@ void two_hot_loss(const float *logits, const float *scalars, const float *weight
             weight * (top + logf(sum) - (1.0f - share) * li[low] - share * li[low + 1]);
     }
     *loss = sum_of_shares(shares, threads);
+}
+
+/* torch's lerp. */
+static inline float between(float a, float b, float share) {
+    return share < 0.5f ? a + share * (b - a) : b - (1.0f - share) * (b - a);
+}
+
+/* Targets [steps, rows] as in losses.py, from values of the next states, [steps, rows]; of the last of
+ * them alone, [1, rows], if lambda is 1. */
+void lambda_returns(const float *values, const float *rewards, const float *terminations,
+                    float gamma, float lambda, float *targets, int64_t steps, int64_t rows) {
+    const float *last = lambda == 1.0f ? values : values + (steps - 1) * rows;
+    for (int64_t t = steps - 1; t >= 0; t--)
+        for (int64_t i = t * rows; i < (t + 1) * rows; i++) {
+            float future = t == steps - 1 ? last[i - t * rows] : targets[i + rows];
+            if (lambda < 1.0f) future = lambda > 0.0f ? between(values[i], future, lambda) : values[i];
+            targets[i] = rewards[i] + gamma * (1.0f - terminations[i]) * future;
+        }
+}
+
+static int compare_floats(const void *a, const void *b) { /* NaN behind all others */
+    float x = *(const float *)a, y = *(const float *)b;
+    return isnan(x) || isnan(y) ? isnan(x) - isnan(y) : (x > y) - (x < y);
+}
+
+/* Of numbers in order. */
+static float percentile(const float *ordered, int64_t count, double share) {
+    double position = share * (double)(count - 1);
+    int64_t low = (int64_t)position, high = low + 1 < count ? low + 1 : low;
+    return between(ordered[low], ordered[high], (float)(position - (double)low));
+}
+
+/* The policy prior's loss as in losses.py, from values of heads networks at rows states, [heads,
+ * rows], of which the first ones, at the sub-sequences' starts, move the scale. out: loss, mean
+ * entropy, mean scaled entropy, new scale. Gradients: by the values, and by the scaled entropies. */
+void policy_objective(const float *values, const float *log_prob, const float *entropy,
+                      const float *weights, const float *scale, float tau, float entropy_coef,
+                      float *by_values, float *by_entropy, float *out, int64_t heads,
+                      int64_t rows, int64_t starts) {
+    float ordered[starts];
+    double loss = 0.0, log_probs = 0.0, entropies = 0.0;
+    for (int64_t i = 0; i < rows; i++) {
+        float mean = 0.0f;
+        for (int64_t n = 0; n < heads; n++) mean += values[n * rows + i];
+        by_entropy[i] = mean / (float)heads;
+        if (i < starts) ordered[i] = by_entropy[i];
+    }
+    qsort(ordered, (size_t)starts, sizeof(float), compare_floats);
+    float range = percentile(ordered, starts, 0.95) - percentile(ordered, starts, 0.05);
+    out[3] = between(*scale, range < 1.0f ? 1.0f : range, tau);
+    for (int64_t i = 0; i < rows; i++) {
+        loss -= weights[i] * (entropy_coef * entropy[i] + by_entropy[i] / out[3]);
+        log_probs += log_prob[i];
+        entropies += entropy[i];
+        by_entropy[i] = -entropy_coef * weights[i];
+        for (int64_t n = 0; n < heads; n++)
+            by_values[n * rows + i] = -weights[i] / ((float)heads * out[3]);
+    }
+    out[0] = (float)loss;
+    out[1] = (float)(-log_probs / (double)rows);
+    out[2] = (float)(entropies / (double)rows);
 }
 
 /* Mean squares of the rows' distances; loss: their sum, weighted by weights, [rows]; grad: scale

@@ -127,6 +127,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "two_hot_cross_entropy_backward": (*(POINTER,) * 5, *(INTEGER,) * 4),
     "two_hot_loss": (*(POINTER,) * 6, *(INTEGER,) * 3, REAL, INTEGER),
     "squared_loss": (*(POINTER,) * 5, *(INTEGER,) * 2, REAL, INTEGER),
+    "lambda_returns": (*(POINTER,) * 3, REAL, REAL, POINTER, INTEGER, INTEGER),
+    "policy_objective": (*(POINTER,) * 5, REAL, REAL, *(POINTER,) * 3, *(INTEGER,) * 3),
     "policy_sample_forward": (*(POINTER,) * 6, *(INTEGER,) * 4),
     "policy_sample_backward": (*(POINTER,) * 6, *(INTEGER,) * 3),
     "total_norm": (*(POINTER,) * 3, *(INTEGER,) * 2),

@@ -47,10 +47,11 @@ class Rollout:
         work = self.steps * self.rows * self.arguments.multiply_adds
         self.threads = product_threads(work)
 
-    def forward(self, keep: bool) -> th.Tensor:
+    def forward(self, keep: bool, latents: th.Tensor | None = None) -> th.Tensor:
         """z_1..z_H, [H, ..., Z].
 
         :param keep: whether :meth:`backward` follows
+        :param latents: where they are written, contiguous; made anew if None
         """
         # Inputs are the rows (z_h, a_h), [H B, Z + A].
         start, num_layers = self.start, self.arguments.num_layers
@@ -58,7 +59,9 @@ class Rollout:
         rows = self.steps * self.rows
         self.inputs = start.new_empty(rows, self.layers[0].weight.shape[1])
         self.workspace = start.new_empty(call("workspace_size", layers, num_layers, keep, rows))
-        self.latents = start.new_empty(self.steps, *start.shape)
+        if latents is None:
+            latents = start.new_empty(self.steps, *start.shape)
+        self.latents = latents
         call(
             "rollout_forward",
             layers,

@@ -38,7 +38,7 @@ import authors
 from machine import command, describe
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.encoders import SHIFT_PAD
-from tdmpc2_sb3.losses import UpdateNoise
+from tdmpc2_sb3.losses import PolicyNoise, UpdateNoise
 from tdmpc2_sb3.planner import PlanNoise, plan, shift_plan
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
 
@@ -299,7 +299,9 @@ def compare_updates(pair: Pair, count: int) -> tuple[float, float]:
         pair.ours.policy.set_training_mode(True)
         ours = pair.ours._update_step(
             SequenceBatch(observations, actions, rewards, terminations),
-            UpdateNoise(next_action, heads[0], None, policy_action, heads[1], None, None, None),
+            UpdateNoise(
+                next_action, heads[0], None, PolicyNoise(policy_action, heads[1], None), None, None
+            ),
         )
         pair.ours.policy.set_training_mode(False)
         for their_name, our_name in LOGGED.items():

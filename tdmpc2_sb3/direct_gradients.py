@@ -27,6 +27,7 @@ from tdmpc2_sb3.losses import (
     LossConfig,
     ModelLosses,
     PolicyLosses,
+    PolicyNoise,
     UpdateNoise,
     bootstrapped_steps,
     lambda_returns,
@@ -449,7 +450,7 @@ class DirectGradients:
         self,
         latents: th.Tensor,
         scale: th.Tensor,
-        noise: UpdateNoise,
+        noise: PolicyNoise,
         weights: th.Tensor,
         tau: float,
         alive: th.Tensor | None = None,
@@ -466,9 +467,9 @@ class DirectGradients:
         """
         model, config = self._model, self._config
         num_rows = latents.shape[1]
-        pairs, draw = self._draw(latents, noise.policy_action, self._policy.evaluate(latents)[0])
-        heads = tuple(noise.policy_heads.tolist())
-        q_networks = kernels.evaluation(pairs, self._q.layers, noise.policy_dropout, heads)
+        pairs, draw = self._draw(latents, noise.action, self._policy.evaluate(latents)[0])
+        heads = tuple(noise.heads.tolist())
+        q_networks = kernels.evaluation(pairs, self._q.layers, noise.dropout, heads)
         logits = q_networks.forward(keep=True)  # [2, (T + 1) B, K]
         objective = kernels.policy_objective(
             kernels.two_hot_inverse(logits, model.bins),

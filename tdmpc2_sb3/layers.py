@@ -457,12 +457,11 @@ class QEnsemble(nn.Module):
         """Dropout of the first layer, [Q', B, hidden]; None at rate 0."""
         if self.dropout == 0.0:
             return None
-        keep = 1.0 - self.dropout
         shape = (num_members, num_rows, self.hidden_dim)
-        # Drops are rare, so the gaps between them are drawn (geometric), not every element. Ten
-        # deviations more gaps than expected never run out.
+        # Drops are rare, so the steps from one to the next are drawn, not every element. Ten
+        # deviations more of them than expected never run out.
         expected = math.prod(shape) * self.dropout
-        num_gaps = int(expected + 10.0 * math.sqrt(expected) + 10.0)
-        uniform = th.rand(num_gaps, generator=generator, device=generator.device)
-        gaps = (th.log1p(-uniform) / math.log(keep)).floor_().long()
-        return Dropped((gaps + 1).cumsum(0).sub_(1), keep, shape)
+        count = int(expected + 10.0 * math.sqrt(expected) + 10.0)
+        steps = th.empty(count, dtype=th.long, device=generator.device)
+        steps.geometric_(self.dropout, generator=generator)
+        return Dropped(steps.cumsum(0).sub_(1), 1.0 - self.dropout, shape)

@@ -35,15 +35,21 @@ class LossConfig(NamedTuple):
     td_lambda: float = 0.0  # see td_targets
 
 
+class PolicyNoise(NamedTuple):
+    """Random numbers of one step of the policy prior."""
+
+    action: th.Tensor  # [T + 1, B, A]
+    heads: th.Tensor  # [2]
+    dropout: kernels.Dropped | None  # [2, (T + 1) B, hidden]
+
+
 class UpdateNoise(NamedTuple):
     """All random numbers of one gradient step."""
 
     next_action: th.Tensor  # [T, B, A]
     target_heads: th.Tensor  # [2]
     q_dropout: kernels.Dropped | None  # [Q, T B, hidden]
-    policy_action: th.Tensor  # [T + 1, B, A]
-    policy_heads: th.Tensor  # [2]
-    policy_dropout: kernels.Dropped | None  # [2, (T + 1) B, hidden]
+    policy: PolicyNoise | None  # None if the policy prior takes no step
     first_offsets: th.Tensor | None  # [images, B, 2]
     next_offsets: th.Tensor | None  # [images, T B, 2]
 
@@ -93,24 +99,39 @@ def step_weights(num_steps: int, train_horizon: int, rho: float, horizon_aware: 
 
 
 def sample_update_noise(
-    model: WorldModel, train_horizon: int, batch_size: int, generator: th.Generator
+    model: WorldModel,
+    train_horizon: int,
+    batch_size: int,
+    generator: th.Generator,
+    with_policy: bool = True,
 ) -> UpdateNoise:
-    """Draws the random numbers of one gradient step on the generator's device."""
+    """Draws the random numbers of one gradient step on the generator's device.
+
+    :param model: that learns
+    :param train_horizon: T
+    :param batch_size: B
+    :param generator: which is moved on
+    :param with_policy: whether the policy prior takes a step too
+    """
     steps, rows, device = train_horizon, batch_size, generator.device
-    heads = model.sample_heads(generator, rows=2)
     ensemble = model.q_ensemble
 
     def normal(num_steps: int) -> th.Tensor:
         shape = (num_steps, rows, model.action_dim)
         return th.randn(shape, generator=generator, device=device)
 
+    policy: PolicyNoise | None = None
+    if with_policy:
+        policy = PolicyNoise(
+            action=normal(steps + 1),
+            heads=model.sample_heads(generator)[0],
+            dropout=ensemble.sample_dropout(2, (steps + 1) * rows, generator),
+        )
     return UpdateNoise(
         next_action=normal(steps),
-        target_heads=heads[0],
+        target_heads=model.sample_heads(generator)[0],
         q_dropout=ensemble.sample_dropout(ensemble.num_q, steps * rows, generator),
-        policy_action=normal(steps + 1),
-        policy_heads=heads[1],
-        policy_dropout=ensemble.sample_dropout(2, (steps + 1) * rows, generator),
+        policy=policy,
         first_offsets=model.encoder.sample_offsets(rows, generator),
         next_offsets=model.encoder.sample_offsets(steps * rows, generator),
     )
@@ -280,7 +301,7 @@ def policy_loss(
     model: WorldModel,
     latents: th.Tensor,
     scale: th.Tensor,
-    noise: UpdateNoise,
+    noise: PolicyNoise,
     config: LossConfig,
     weights: th.Tensor,
     tau: float,
@@ -299,10 +320,8 @@ def policy_loss(
     :param tau: rate at which S moves
     :param alive: of :func:`alive_states`, [T + 1, B]; None if all states count
     """
-    sample = model.policy(latents, noise.policy_action)
-    logits = model.q_logits(
-        latents, sample.action, noise.policy_heads, noise.policy_dropout, frozen=True
-    )
+    sample = model.policy(latents, noise.action)
+    logits = model.q_logits(latents, sample.action, noise.heads, noise.dropout, frozen=True)
     q = two_hot_inverse(logits, model.bins).mean(0)  # [T + 1, B]
     new_scale = updated_scale(scale, q[0].detach(), tau)
     objective = config.entropy_coef * sample.scaled_entropy + q / new_scale

@@ -672,11 +672,14 @@ class TDMPC2(OffPolicyAlgorithm):
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             noise = sample_update_noise(
-                self.policy.world_model, self.sequence_length, batch_size, self._training_generator
+                self.policy.world_model,
+                self.sequence_length,
+                batch_size,
+                self._training_generator,
+                with_policy=(self._n_updates + 1) % self.policy_delay == 0,
             )
-            with_policy = (self._n_updates + 1) % self.policy_delay == 0
             try:
-                statistics = self._update_step(batch, noise, with_policy)  # type: ignore[arg-type]
+                statistics = self._update_step(batch, noise)  # type: ignore[arg-type]
             except RuntimeError as error:
                 raise RuntimeError(f"Gradient step {self._n_updates + 1}: {error}") from error
             self._n_updates += 1

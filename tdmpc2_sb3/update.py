@@ -14,6 +14,7 @@ from tdmpc2_sb3.losses import (
     LossConfig,
     ModelLosses,
     PolicyLosses,
+    PolicyNoise,
     UpdateNoise,
     alive_states,
     model_losses,
@@ -69,13 +70,11 @@ class UpdateStep:
         if compile is not True and has_direct_gradients(model):
             self._direct = DirectGradients(model, config)
 
-    def __call__(
-        self, batch: SequenceBatch, noise: UpdateNoise, with_policy: bool = True
-    ) -> dict[str, th.Tensor]:
+    def __call__(self, batch: SequenceBatch, noise: UpdateNoise) -> dict[str, th.Tensor]:
         """
         :param batch: sub-sequences
-        :param noise: the step's random numbers
-        :param with_policy: whether the policy prior and the running scale take a step too
+        :param noise: the step's random numbers; if it has some for the policy prior, that and the
+            running scale take a step too
         :return: losses and norms by their names in the log
         :raises RuntimeError: if a loss or gradient is not finite; nothing has changed then
         """
@@ -89,8 +88,8 @@ class UpdateStep:
                 gradients = _gradients(policy.model_parameters)
         grad_norm = self._step(policy.model_optimizer, gradients, losses.total)
         statistics = self._model_statistics(losses, grad_norm)
-        if with_policy:
-            statistics.update(self._policy_step(losses.latents, batch, noise, direct))
+        if noise.policy is not None:
+            statistics.update(self._policy_step(losses.latents, batch, noise.policy, direct))
         with th.no_grad():
             if readable(self._target) and readable(self._online):
                 lerp_(self._target, self._online, self.tau)
@@ -102,7 +101,7 @@ class UpdateStep:
         self,
         latents: th.Tensor,
         batch: SequenceBatch,
-        noise: UpdateNoise,
+        noise: PolicyNoise,
         direct: DirectGradients | None,
     ) -> dict[str, th.Tensor]:
         policy, model = self.policy, self.policy.world_model

@@ -200,7 +200,7 @@ def compare(case, roughen, by_torch):
             exact,
             expected.latents,
             scale.to(dtype),
-            exact_noise,
+            exact_noise.policy,
             config,
             policy_weights.to(dtype),
             TAU,
@@ -209,7 +209,7 @@ def compare(case, roughen, by_torch):
         prior.total.backward()
         with operation_counter() if by_torch else contextlib.nullcontext(), weights_held():
             ours, written = direct.policy_loss(
-                expected.latents.float(), scale, noise, policy_weights, TAU, alive
+                expected.latents.float(), scale, noise.policy, policy_weights, TAU, alive
             )
         assert_same_losses(ours, prior)
         for name, each in exact.named_parameters():

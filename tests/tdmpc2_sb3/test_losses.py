@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule
 
-from tdmpc2_sb3.kernels import Dropped
 from tdmpc2_sb3.losses import (
     LossConfig,
     model_losses,
@@ -81,11 +80,8 @@ def make_noise(policy, steps, dtype=th.float32, seed=3):
     generator = th.Generator().manual_seed(seed)
     noise = sample_update_noise(policy.world_model, steps, BATCH, generator)
     return noise._replace(
-        **{
-            name: value.to(dtype)
-            for name, value in noise._asdict().items()
-            if isinstance(value, th.Tensor) and value.is_floating_point()
-        }
+        next_action=noise.next_action.to(dtype),
+        policy=noise.policy._replace(action=noise.policy.action.to(dtype)),
     )
 
 
@@ -164,16 +160,16 @@ class PlainUpdate:
                 alive[t] = alive[t - 1] * (batch.terminations[t - 1] == 0)
         for t, z in enumerate(zs):
             mean, log_std = plain.policy_moments(z)
-            eps = noise.policy_action[t]
+            eps = noise.policy.action[t]
             action = th.tanh(mean + eps * log_std.exp())
             gaussian = (-0.5 * eps**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
             log_prob = gaussian - th.log(F.relu(1 - action**2) + 1e-6).sum(-1)
             entropy = -log_prob * (gaussian * ACTION_DIM) / (log_prob + 1e-8)
             heads = []
-            for row, head in enumerate(noise.policy_heads):
+            for row, head in enumerate(noise.policy.heads):
                 mask = None
-                if noise.policy_dropout is not None:
-                    mask = noise.policy_dropout.mask()[row].view(len(zs), BATCH, -1)[t]
+                if noise.policy.dropout is not None:
+                    mask = noise.policy.dropout.mask()[row].view(len(zs), BATCH, -1)[t]
                 heads.append(plain.scalar(plain.q_logits(z, action, head, mask)))
             values.append((heads[0] + heads[1]) / 2)
             objective.append(1e-4 * entropy)
@@ -295,7 +291,8 @@ def test_without_a_policy_step_all_else_is_the_same(roughen):
         policy = make_policy(roughen)
         before = {k: v.clone() for k, v in policy.world_model.state_dict().items()}
         noise = make_noise(policy, 3)
-        logged = make_update(policy, 3)(make_batch(3), noise, with_policy)
+        noise = noise if with_policy else noise._replace(policy=None)
+        logged = make_update(policy, 3)(make_batch(3), noise)
         steps[with_policy] = logged, policy.world_model.state_dict(), float(policy.scale)
     (both, moved, _), (alone, after, scale) = steps[True], steps[False]
     assert scale == 1.0
@@ -398,7 +395,8 @@ def test_the_policys_loss_leaves_the_model_alone_and_the_targets_take_no_gradien
     grads = th.autograd.grad(losses.total, policy.prior_parameters, allow_unused=True,
                              retain_graph=True)  # fmt: skip
     assert all(g is None for g in grads)
-    policy_losses = policy_loss(model, losses.latents, policy.scale, make_noise(policy, 3), CONFIG,
+    noise = make_noise(policy, 3).policy
+    policy_losses = policy_loss(model, losses.latents, policy.scale, noise, CONFIG,
                                 step_weights(4, 3, 0.5, False), TAU)  # fmt: skip
     before = [p.detach().clone() for p in policy.model_parameters]
     policy_losses.total.backward(inputs=policy.prior_parameters)
@@ -461,21 +459,22 @@ def test_a_loss_that_is_not_finite_changes_nothing(field, roughen):
     assert all(v.isfinite().all() for v in policy.state_dict().values())
 
 
+def numbers_of(noise):
+    """All of them that are hardly ever the same, once each."""
+    policy = noise.policy
+    dropped = [each.mask() for each in (noise.q_dropout, policy.dropout)]
+    return [noise.next_action, policy.action, *dropped]
+
+
 def test_update_noise_is_seeded_and_each_number_is_used_once(roughen):
     policy = make_policy(roughen, dropout=0.2)
     first, same, other = (make_noise(policy, 3, seed=seed) for seed in (1, 1, 2))
-    for name, value in first._asdict().items():
-        if value is None:
-            assert name in ("first_offsets", "next_offsets")
-            continue
-        if isinstance(value, Dropped):
-            assert th.equal(value.mask(), getattr(same, name).mask())
-            assert not th.equal(value.mask(), getattr(other, name).mask())
-            continue
-        assert th.equal(value, getattr(same, name))
-        if value.is_floating_point():
-            assert not th.equal(value, getattr(other, name)), name
+    for one, again, else_ in zip(*map(numbers_of, (first, same, other)), strict=True):
+        assert th.equal(one, again)
+        assert not th.equal(one, else_)
+    generator = th.Generator().manual_seed(1)
+    assert sample_update_noise(policy.world_model, 3, BATCH, generator, False).policy is None
     assert first.next_action.shape == (3, BATCH, ACTION_DIM)
-    assert first.policy_action.shape == (4, BATCH, ACTION_DIM)
-    assert not th.equal(first.next_action, first.policy_action[:3])
-    assert first.target_heads.unique().numel() == first.policy_heads.unique().numel() == 2
+    assert first.policy.action.shape == (4, BATCH, ACTION_DIM)
+    assert not th.equal(first.next_action, first.policy.action[:3])
+    assert first.target_heads.unique().numel() == first.policy.heads.unique().numel() == 2

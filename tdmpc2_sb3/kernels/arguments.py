@@ -166,6 +166,7 @@ class NetworkArguments:
         self.multiply_adds = sum(cols * depth for cols, depth in sizes)  # a row and network
         forward = [panels(depth, cols) for cols, depth in sizes]
         back = [panels(cols, depth) for cols, depth in sizes]
+        self._sizes: dict[tuple[object, ...], int] = {}
         self._packed = first.new_empty(self.num_networks * (sum(forward) + sum(back)))
         self._all = (LayerArgument * (self.num_networks * self.num_layers))()
         self._chosen: dict[tuple[int, ...], ctypes.Array[LayerArgument]] = {
@@ -194,6 +195,20 @@ class NetworkArguments:
                     layer.simplices,
                     eps,
                 )
+
+    def workspace_size(self, keep: bool, rows: int) -> int:
+        """Numbers that a network writes on its way, with ``keep`` for gradients too."""
+        return self._size("workspace_size", keep, rows)
+
+    def scratch_size(self, rows: int, threads: int) -> int:
+        """Numbers that a network's gradients take on the way."""
+        return self._size("scratch_size", rows, threads)
+
+    def _size(self, name: str, *settings: int) -> int:
+        key = (name, *settings)
+        if key not in self._sizes:
+            self._sizes[key] = call(name, self._all, self.num_layers, *settings)
+        return self._sizes[key]
 
     def are_of(self, layers: Sequence[Layer]) -> bool:
         """Whether they are those of these layers, as long as nothing moves."""

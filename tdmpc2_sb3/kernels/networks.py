@@ -257,7 +257,7 @@ class _ByKernels(Evaluation):
         layers = self._arguments.forward(self._chosen)
         # One a network: glibc returns to the system at once what is larger than 32 MiB, and that of
         # all networks of an ensemble may be.
-        size = call("workspace_size", layers, num_layers, keep, rows)
+        size = self._arguments.workspace_size(keep, rows)
         self._workspaces = [x.new_empty(size) for _ in range(self.count if keep else 1)]
         self._result = x.new_empty(self.count, rows, self.layers[-1].weight.shape[-2])
         call(
@@ -287,7 +287,7 @@ class _ByKernels(Evaluation):
         x, rows, num_layers = self.x, self.rows, self._arguments.num_layers
         begin, end, _ = (0, 0, 1) if columns is None else columns.indices(x.shape[1])
         layers = self._arguments.backward(self._chosen, None if columns is None else begin)
-        size = call("scratch_size", layers, num_layers, rows, self._threads)
+        size = self._arguments.scratch_size(rows, self._threads)
         scratches = [x.new_empty(size) for _ in range(self.count)]
         by_input = added_to
         if by_input is None and columns is not None:

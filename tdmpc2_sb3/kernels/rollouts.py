@@ -58,7 +58,7 @@ class Rollout:
         layers = self.arguments.forward((0,))
         rows = self.steps * self.rows
         self.inputs = start.new_empty(rows, self.layers[0].weight.shape[1])
-        self.workspace = start.new_empty(call("workspace_size", layers, num_layers, keep, rows))
+        self.workspace = start.new_empty(self.arguments.workspace_size(keep, rows))
         if latents is None:
             latents = start.new_empty(self.steps, *start.shape)
         self.latents = latents
@@ -86,7 +86,7 @@ class Rollout:
         """
         num_layers, rows = self.arguments.num_layers, self.steps * self.rows
         layers = self.arguments.backward((0,), 0)
-        size = call("scratch_size", layers, num_layers, rows, self.threads)
+        size = self.arguments.scratch_size(rows, self.threads)
         call(
             "rollout_backward",
             layers,

@@ -389,25 +389,20 @@ class DirectGradients:
         :param heads: [2]
         :return: [..., B]
         """
-        pairs, _ = self._draw(latents, noise, _outputs(latents, self._policy.layers)[0])
-        logits = _outputs(pairs, self._target_q, tuple(heads.tolist()))
+        draw = self._draw(latents, noise, _outputs(latents, self._policy.layers)[0])
+        logits = _outputs(draw.pairs, self._target_q, tuple(heads.tolist()))
         values = kernels.two_hot_inverse(logits, self._model.bins).amin(0)
         return values.view(latents.shape[:-1])
 
-    def _draw(
-        self, latents: th.Tensor, noise: th.Tensor, moments: th.Tensor
-    ) -> tuple[th.Tensor, kernels.PolicyDraw]:
-        """Latents beside the policy prior's actions, rows of [Z + A], and its draw.
+    def _draw(self, latents: th.Tensor, noise: th.Tensor, moments: th.Tensor) -> kernels.PolicyDraw:
+        """The policy prior's draw.
 
         :param latents: [..., Z]
         :param noise: standard normal, [..., A]
         :param moments: the policy network's outputs, [B, 2 A]
         """
-        latent_dim, action_dim = latents.shape[-1], noise.shape[-1]
-        pairs = latents.new_empty(len(moments), latent_dim + action_dim)
-        pairs[:, :latent_dim] = latents.reshape(-1, latent_dim)
-        draw = kernels.PolicyDraw(moments, noise.reshape(-1, action_dim), pairs[:, latent_dim:])
-        return pairs, draw
+        rows = (each.reshape(-1, each.shape[-1]) for each in (noise, latents))
+        return kernels.PolicyDraw(moments, *rows)
 
     def _termination_loss(
         self,
@@ -467,9 +462,9 @@ class DirectGradients:
         """
         model, config = self._model, self._config
         num_rows = latents.shape[1]
-        pairs, draw = self._draw(latents, noise.action, self._policy.evaluate(latents)[0])
+        draw = self._draw(latents, noise.action, self._policy.evaluate(latents)[0])
         heads = tuple(noise.heads.tolist())
-        q_networks = kernels.evaluation(pairs, self._q.layers, noise.dropout, heads)
+        q_networks = kernels.evaluation(draw.pairs, self._q.layers, noise.dropout, heads)
         logits = q_networks.forward(keep=True)  # [2, (T + 1) B, K]
         objective = kernels.policy_objective(
             kernels.two_hot_inverse(logits, model.bins),

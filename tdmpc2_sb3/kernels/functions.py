@@ -406,25 +406,28 @@ class PolicyDraw:
 
     :param moments: outputs of the policy network, contiguous, [B, 2 A]
     :param noise: standard normal, [B, A]
-    :param actions: where the actions are written, [B, A]; rows may lie apart
+    :param latents: that the actions are drawn at, [B, Z]
     """
 
-    def __init__(self, moments: th.Tensor, noise: th.Tensor, actions: th.Tensor):
+    def __init__(self, moments: th.Tensor, noise: th.Tensor, latents: th.Tensor):
         self._noise = noise = noise.contiguous()
-        self._sizes = rows, action_dim = actions.shape
+        self._sizes = rows, action_dim = noise.shape
+        latent_dim = latents.shape[-1]
+        self.pairs = noise.new_empty(rows, latent_dim + action_dim)  # latents and actions
         self._kept = noise.new_empty(3, rows, action_dim)
         self.log_prob, self.scaled_entropy = noise.new_empty(2, rows)  # [B] each
         call(
             "policy_sample_forward",
             moments,
             noise,
-            actions,
+            latents.contiguous(),
+            self.pairs,
             self.log_prob,
             self.scaled_entropy,
             self._kept,
             rows,
+            latent_dim,
             action_dim,
-            actions.stride(0),
             _threads(_COST_OF_SQUASHING * noise.numel()),
         )
 

@@ -1661,15 +1661,18 @@ void selective_scan_backward(const float *grad, const float *selection, const fl
 #define ENTROPY_EPSILON 1e-8f
 #define LOG_SQRT_2_PI 0.91893853f
 
-/* Draws of the policy prior from its outputs, [rows, 2 A], and standard normal noise, [rows, A]:
- * actions whose rows are action_row apart, their log-probabilities and the scaled entropies, [rows].
- * kept: for the gradients, tanh(s), the deviations and the actions, [3, rows, A]. */
-void policy_sample_forward(const float *moments, const float *noise, float *actions,
-                           float *log_prob, float *entropy, float *kept, int64_t rows,
-                           int64_t action_dim, int64_t action_row, int64_t threads) {
+/* Draws of the policy prior from its outputs, [rows, 2 A], and standard normal noise, [rows, A]: rows
+ * of latents, [rows, Z], and actions into pairs; the actions' log-probabilities and scaled entropies,
+ * [rows]. kept: for the gradients, tanh(s), the deviations and the actions, [3, rows, A]. */
+void policy_sample_forward(const float *moments, const float *noise, const float *latents,
+                           float *pairs, float *log_prob, float *entropy, float *kept,
+                           int64_t rows, int64_t latent_dim, int64_t action_dim,
+                           int64_t threads) {
     int64_t all = rows * action_dim;
     FOR_EACH_SHARE {
         const float *mean = moments + 2 * i * action_dim, *s = mean + action_dim;
+        float *pair = pairs + i * (latent_dim + action_dim);
+        memcpy(pair, latents + i * latent_dim, sizeof(float) * (size_t)latent_dim);
         float gaussian = 0.0f, squashed = 0.0f;
         for (int64_t j = 0; j < action_dim; j++) {
             int64_t at = i * action_dim + j;
@@ -1678,7 +1681,7 @@ void policy_sample_forward(const float *moments, const float *noise, float *acti
             float room = 1.0f - action * action;
             gaussian -= 0.5f * noise[at] * noise[at] + log_std + LOG_SQRT_2_PI;
             squashed += logf((room < 0.0f ? 0.0f : room) + SQUASH_EPSILON);
-            actions[i * action_row + j] = action;
+            pair[latent_dim + j] = action;
             kept[at] = tanh_s;
             kept[all + at] = std;
             kept[2 * all + at] = action;

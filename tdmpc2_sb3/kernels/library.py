@@ -129,7 +129,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "squared_loss": (*(POINTER,) * 5, *(INTEGER,) * 2, REAL, INTEGER),
     "lambda_returns": (*(POINTER,) * 3, REAL, REAL, POINTER, INTEGER, INTEGER),
     "policy_objective": (*(POINTER,) * 5, REAL, REAL, *(POINTER,) * 3, *(INTEGER,) * 3),
-    "policy_sample_forward": (*(POINTER,) * 6, *(INTEGER,) * 4),
+    "policy_sample_forward": (*(POINTER,) * 7, *(INTEGER,) * 4),
     "policy_sample_backward": (*(POINTER,) * 6, *(INTEGER,) * 3),
     "total_norm": (*(POINTER,) * 3, *(INTEGER,) * 2),
     "lerp_arrays": (*(POINTER,) * 3, REAL, *(INTEGER,) * 2),

@@ -227,8 +227,8 @@ def test_gradients_of_the_policys_draw(spread, threads, roughen):
     noise = th.randn(rows, ACTION_DIM, generator=generator)
     by_actions = th.randn(rows, ACTION_DIM, generator=generator)
     by_entropy = th.randn(rows, generator=generator)
-    room = th.zeros(rows, ACTION_DIM + 2)
-    draw = PolicyDraw(moments, noise, room[:, 2:])
+    latents = th.randn(rows, 2, generator=generator)
+    draw = PolicyDraw(moments, noise, latents)
     by_moments = draw.backward(by_actions, by_entropy)
 
     model = make_model(roughen)
@@ -237,8 +237,8 @@ def test_gradients_of_the_policys_draw(spread, threads, roughen):
     sample = model.policy(th.zeros(rows, 16), noise)  # single precision: where a is 1 matters
     total = (sample.action * by_actions).sum() + (sample.scaled_entropy * by_entropy).sum()
     total.backward()
-    assert th.equal(room[:, :2], th.zeros(rows, 2))
-    th.testing.assert_close(room[:, 2:], sample.action, rtol=1e-5, atol=1e-6)
+    assert th.equal(draw.pairs[:, :2], latents)
+    th.testing.assert_close(draw.pairs[:, 2:], sample.action, rtol=1e-5, atol=1e-6)
     th.testing.assert_close(draw.log_prob, sample.log_prob, rtol=1e-4, atol=1e-4)
     th.testing.assert_close(draw.scaled_entropy, sample.scaled_entropy, rtol=1e-3, atol=1e-3)
     th.testing.assert_close(by_moments, leaf.grad, rtol=1e-3, atol=1e-4)

@@ -325,6 +325,8 @@ def _find(layers: Sequence[Layer]) -> NetworkArguments:
 
 
 def _parameters(layers: Sequence[Layer]) -> list[th.Tensor]:
+    if isinstance(layers, KeptLayers):
+        return layers.parameters
     return [each for layer in layers for each in layer[:4] if each is not None]
 
 

@@ -10,14 +10,15 @@ Shapes: T training horizon, B batch, A action, Z latent, K bins, Q heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
 
 import torch as th
 import torch.nn.functional as F
 from torch import nn
 
 from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.direct_networks import DirectNetwork, Written, assign, shares
+from tdmpc2_sb3.direct_state_space import StateSpaceRollout
 from tdmpc2_sb3.dynamics import LatentDynamics
 from tdmpc2_sb3.dynamics.mlp import MLPDynamics
 from tdmpc2_sb3.encoders import Encoder, Observation, StateEncoder, flatten_vectors
@@ -36,59 +37,12 @@ from tdmpc2_sb3.losses import (
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
 from tdmpc2_sb3.world_model import WorldModel
 
-Written: TypeAlias = list[th.Tensor]  # arrays of gradients, each number once
-
-
-class _Network:
-    """A network, or Q, whose parameters' gradients are written to the same place each time.
-
-    :param layers: of one network or of Q
-    :param num_networks: Q; None if they are of one
-    """
-
-    def __init__(self, layers: Sequence[Layer], num_networks: int | None = None):
-        self.layers = kernels.KeptLayers(layers)
-        self._members = None if num_networks is None else tuple(range(num_networks))
-        self._room = kernels.GradientRoom(layers, num_networks or 1, num_networks is None)
-        self._own = list(kernels.by_parameter(layers, self._room.gradients))
-        self._evaluation: kernels.Evaluation | None = None  # until its gradients are taken
-
-    def evaluate(self, x: th.Tensor, dropped: kernels.Dropped | None = None) -> th.Tensor:
-        """Outputs of rows x, [Q, B, out], with Q = 1 for one network."""
-        self._evaluation = kernels.evaluation(x, self.layers, dropped, self._members)
-        return self._evaluation.forward(keep=True)
-
-    def backward(self, grad: th.Tensor, by_latents: th.Tensor | None = None) -> Written:
-        """Gives the parameters their gradients.
-
-        :param grad: by the outputs, contiguous, [Q, B, out]
-        :param by_latents: what the gradients by the latent part of x are added to, [B, Z]
-        """
-        evaluation, self._evaluation = self._evaluation, None
-        assert evaluation is not None, "evaluate first"
-        columns = None if by_latents is None else slice(0, by_latents.shape[-1])
-        _, gradients = evaluation.backward(grad, columns, True, self._room, by_latents)
-        if gradients is not self._room.gradients:
-            return _assign(kernels.by_parameter(self.layers, gradients))
-        _assign(self._own)
-        return [self._room.whole]
-
 
 def _outputs(
     x: th.Tensor, layers: Sequence[Layer], members: tuple[int, ...] | None = None
 ) -> th.Tensor:
     """Of rows x, without gradients, [Q', B, out]."""
     return kernels.evaluation(x, layers, None, members).forward(keep=False)
-
-
-def _assign(gradients: Iterable[tuple[th.Tensor | None, th.Tensor]]) -> Written:
-    """Gives each parameter its gradient."""
-    written = []
-    for parameter, gradient in gradients:
-        if parameter is not None:
-            parameter.grad = gradient
-            written.append(gradient)
-    return written
 
 
 class _Traced:
@@ -127,7 +81,7 @@ class _KernelRollout:
     def __init__(self, layers: Sequence[Layer]):
         self._layers = kernels.KeptLayers(layers)
         self._room = kernels.GradientRoom(layers, 1, of_one=True)
-        self._own = list(kernels.by_parameter(layers, self._room.gradients))
+        self._own = shares(layers, self._room.gradients)
         self._rollout: kernels.Rollout | None = None  # until its gradients are taken
 
     def takes(self, latent: th.Tensor, actions: th.Tensor) -> bool:
@@ -156,7 +110,7 @@ class _KernelRollout:
         rollout, self._rollout = self._rollout, None
         assert rollout is not None, "evaluate first"
         rollout.backward(by_latents, self._room)
-        _assign(self._own)
+        assign(self._own)
         return by_latents[0], [self._room.whole]
 
 
@@ -198,7 +152,7 @@ class _KernelEncoder:
 
     def __init__(self, model: WorldModel):
         self._model = model
-        self._network = _Network(model.encoder.state.net.as_layers())
+        self._network = DirectNetwork(model.encoder.state.net.as_layers())
 
     def _rows(self, observations: Observation) -> th.Tensor:
         encoder = self._model.encoder
@@ -273,13 +227,13 @@ class DirectGradients:
         def of_latents(network: MLP | QEnsemble) -> kernels.KeptLayers:
             return kernels.on_simplices(network.as_layers(), simplices)
 
-        self._reward = _Network(of_latents(model.reward_net))
-        self._q = _Network(of_latents(model.q_ensemble), model.q_ensemble.num_q)
+        self._reward = DirectNetwork(of_latents(model.reward_net))
+        self._q = DirectNetwork(of_latents(model.q_ensemble), model.q_ensemble.num_q)
         self._target_q = of_latents(model.target_q_ensemble)
-        self._policy = _Network(of_latents(model.policy_net))
-        self._termination: _Network | None = None
+        self._policy = DirectNetwork(of_latents(model.policy_net))
+        self._termination: DirectNetwork | None = None
         if model.termination_net is not None:
-            self._termination = _Network(of_latents(model.termination_net))
+            self._termination = DirectNetwork(of_latents(model.termination_net))
         self._shares: dict[tuple[th.Tensor, int, int], th.Tensor] = {}  # see _row_weights
         self._classifies_encoded = model.episodic and config.encoded_terminations
         self._encoder: _KernelEncoder | None = None
@@ -292,6 +246,9 @@ class DirectGradients:
         if type(model.dynamics) is MLPDynamics and model.dynamics.net.has_kernels():
             self._rollout = _KernelRollout(of_latents(model.dynamics.net))
         self._traced_rollout = _TracedRollout(model.dynamics)
+        self._state_space: StateSpaceRollout | None = None
+        if StateSpaceRollout.takes(model.dynamics):
+            self._state_space = StateSpaceRollout(model.dynamics, simplices)
 
     @th.no_grad()
     def model_losses(
@@ -311,10 +268,12 @@ class DirectGradients:
         values = self._bootstrap(next_latents[used], noise.next_action[used], noise.target_heads)
         targets = lambda_returns(values, batch, config)
 
-        rollout: _KernelRollout | _TracedRollout = self._traced_rollout
-        if self._rollout is not None and self._rollout.takes(latent, batch.actions):
+        rollout: _KernelRollout | _TracedRollout | StateSpaceRollout = self._traced_rollout
+        if self._state_space is not None:
+            rollout = self._state_space
+        elif self._rollout is not None and self._rollout.takes(latent, batch.actions):
             rollout = self._rollout
-        latents, pairs = rollout.evaluate(latent, batch.actions)
+        latents, pairs = rollout.evaluate(latent, batch.actions)  # z_0..z_T
         predicted = latents[1:]
 
         losses = latent.new_zeros(4)
@@ -406,7 +365,7 @@ class DirectGradients:
 
     def _termination_loss(
         self,
-        head: _Network,
+        head: DirectNetwork,
         batch: SequenceBatch,
         predicted: th.Tensor,
         encoded: th.Tensor,

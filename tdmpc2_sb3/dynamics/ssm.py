@@ -299,7 +299,7 @@ class SSMDynamics(LatentDynamics):
             scaled_normal_(product)
         self.features.ln.reset_parameters()
         self.out.ln.reset_parameters()
-        for layer in self._stack():
+        for layer in self.stack():
             layer.reset_parameters()
 
     def slow_parameters(self) -> Iterator[nn.Parameter]:
@@ -307,10 +307,10 @@ class SSMDynamics(LatentDynamics):
 
         They are exponents and frequencies: a small change of them alters every step of a horizon.
         """
-        for layer in self._stack():
+        for layer in self.stack():
             yield from (layer.nu, layer.omega, layer.beta)
 
-    def _stack(self) -> list[SSMLayer]:
+    def stack(self) -> list[SSMLayer]:
         return cast(list[SSMLayer], list(self.layers))
 
     def initial_state(self, latent: th.Tensor) -> DynamicsState:
@@ -327,7 +327,7 @@ class SSMDynamics(LatentDynamics):
         context, *starts = state
         stream = self.action_in(action) + context  # u^0
         next_states = []
-        for layer, x in zip(self._stack(), starts, strict=True):
+        for layer, x in zip(self.stack(), starts, strict=True):
             stream, next_x = layer.step(stream, x)
             next_states.append(next_x)
         latent = self.out(stream)  # z'
@@ -341,7 +341,7 @@ class SSMDynamics(LatentDynamics):
             return super().rollout(state, actions)
         context, *starts = state
         stream = self.action_in(actions) + context  # [H, ..., D]
-        for layer, x in zip(self._stack(), starts, strict=True):
+        for layer, x in zip(self.stack(), starts, strict=True):
             stream = layer.rollout(stream, x)
         return self.out(stream)  # [H, ..., Z]
 
@@ -355,7 +355,7 @@ class SSMDynamics(LatentDynamics):
             starts=self.starts.as_layer(),
             action=self.action_in.as_layer(),
             out=self.out.as_layer(),
-            stack=[layer.as_kernel() for layer in self._stack()],
+            stack=[layer.as_kernel() for layer in self.stack()],
         )
 
 

@@ -456,32 +456,43 @@ class PolicyDraw:
 
 class _GeluSum(th.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: th.Tensor, b: th.Tensor, distance: int) -> th.Tensor:
+    def forward(ctx: Any, a: th.Tensor, b: th.Tensor) -> th.Tensor:
         ctx.save_for_backward(a, b)
-        ctx.distance = distance
-        return _gelu_sum_forward(a, b, distance)
+        return _gelu_sum_forward(a, b)
 
     @staticmethod
-    def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor, th.Tensor, None]:
-        a, b = ctx.saved_tensors
-        grad, grad_x = grads[0].contiguous(), th.empty_like(a)
-        if grad.numel():
-            call(
-                "gelu_sum_backward",
-                grad,
-                a,
-                b,
-                grad_x,
-                a.numel() // a.shape[-1],
-                a.shape[-1],
-                ctx.distance,
-                _threads(a.numel()),
-            )
-        return grad_x, grad_x, None
+    def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        grad_x = gelu_sum_backward(grads[0], *ctx.saved_tensors)
+        return grad_x, grad_x
 
 
-def _gelu_sum_forward(a: th.Tensor, b: th.Tensor, distance: int) -> th.Tensor:
+def gelu_sum_backward(grad: th.Tensor, a: th.Tensor, b: th.Tensor) -> th.Tensor:
+    """Gradients of :func:`gelu_sum` by a, and by b.
+
+    :param grad: by its result, [..., D]
+    :param a: contiguous, [..., D]
+    :param b: [..., D]
+    """
+    grad, grad_x = grad.contiguous(), th.empty_like(a)
+    b, distance = _with_even_rows(b)
+    if grad.numel():
+        call(
+            "gelu_sum_backward",
+            grad,
+            a,
+            b,
+            grad_x,
+            a.numel() // a.shape[-1],
+            a.shape[-1],
+            distance,
+            _threads(a.numel()),
+        )
+    return grad_x
+
+
+def _gelu_sum_forward(a: th.Tensor, b: th.Tensor) -> th.Tensor:
     y = th.empty_like(a)
+    b, distance = _with_even_rows(b)
     if a.numel():
         call(
             "gelu_sum_forward",
@@ -516,10 +527,9 @@ def gelu_sum(a: th.Tensor, b: th.Tensor) -> th.Tensor:
     :param b: [..., D], which may be a cut of columns
     """
     a = a.contiguous()
-    b, distance = _with_even_rows(b)
     if records_gradients(a, b):
-        return _GeluSum.apply(a, b, distance)  # type: ignore[no-any-return]
-    return _gelu_sum_forward(a, b, distance)
+        return _GeluSum.apply(a, b)  # type: ignore[no-any-return]
+    return _gelu_sum_forward(a, b)
 
 
 class _SelectiveScan(th.autograd.Function):
@@ -532,46 +542,71 @@ class _SelectiveScan(th.autograd.Function):
         alpha: th.Tensor,
         omega: th.Tensor,
         beta: th.Tensor,
-        distance: int,
     ) -> th.Tensor:
-        states = _selective_scan_forward(selection, drive, start, alpha, omega, beta, distance)
+        states = _selective_scan_forward(selection, drive, start, alpha, omega, beta)
         ctx.save_for_backward(selection, drive, start, alpha, omega, beta, states)
-        ctx.distance = distance
         return states
 
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        selection, drive, start, alpha, omega, beta, states = ctx.saved_tensors
-        grad, steps, modes = grads[0].contiguous(), len(selection), len(alpha)
-        grad_selection, grad_start = th.empty_like(selection), th.empty_like(start)
-        grad_drive = th.empty_like(states)
-        parameters = th.zeros(3, modes)
-        threads = _threads(selection.numel())
-        carry, sums = th.empty(threads, 2, modes), th.empty(threads, 3, modes)
-        if selection.numel():
-            call(
-                "selective_scan_backward",
-                grad,
-                selection,
-                drive,
-                start,
-                alpha,
-                omega,
-                beta,
-                states,
-                grad_selection,
-                grad_drive,
-                grad_start,
-                parameters,
-                carry,
-                sums,
-                steps,
-                selection.numel() // steps // modes,
-                modes,
-                ctx.distance,
-                threads,
-            )
-        return grad_selection, grad_drive, grad_start, *parameters, None
+        by_inputs = selective_scan_backward(grads[0], *ctx.saved_tensors)
+        return *by_inputs[:3], *by_inputs[3]
+
+
+class ScanGradients(NamedTuple):
+    """Gradients of :func:`selective_scan` by its inputs."""
+
+    selection: th.Tensor  # [H, ..., P]
+    drive: th.Tensor  # [H, ..., 2P]
+    start: th.Tensor  # [..., 2P]
+    parameters: th.Tensor  # alpha, omega and beta, [3, P]
+
+
+def selective_scan_backward(
+    grad: th.Tensor,
+    selection: th.Tensor,
+    drive: th.Tensor,
+    start: th.Tensor,
+    alpha: th.Tensor,
+    omega: th.Tensor,
+    beta: th.Tensor,
+    states: th.Tensor,
+) -> ScanGradients:
+    """See :func:`selective_scan`, whose inputs, contiguous but for the drive, and result these are.
+
+    :param grad: by the result, [H, ..., 2P]
+    """
+    drive, distance = _with_even_rows(drive)
+    grad, steps, modes = grad.contiguous(), len(selection), len(alpha)
+    grad_selection, grad_start = th.empty_like(selection), th.empty_like(start)
+    grad_drive = th.empty_like(states)
+    parameters = th.zeros(3, modes)
+    threads = _threads(selection.numel())
+    carry, sums = th.empty(threads, 2, modes), th.empty(threads, 3, modes)
+    if selection.numel():
+        call(
+            "selective_scan_backward",
+            grad,
+            selection,
+            drive,
+            start,
+            alpha,
+            omega,
+            beta,
+            states,
+            grad_selection,
+            grad_drive,
+            grad_start,
+            parameters,
+            carry,
+            sums,
+            steps,
+            selection.numel() // steps // modes,
+            modes,
+            distance,
+            threads,
+        )
+    return ScanGradients(grad_selection, grad_drive, grad_start, parameters)
 
 
 def _selective_scan_forward(
@@ -581,8 +616,8 @@ def _selective_scan_forward(
     alpha: th.Tensor,
     omega: th.Tensor,
     beta: th.Tensor,
-    distance: int,
 ) -> th.Tensor:
+    drive, distance = _with_even_rows(drive)
     steps, modes = len(selection), len(alpha)
     states = selection.new_empty(*selection.shape[:-1], 2 * modes)
     if selection.numel():
@@ -624,9 +659,8 @@ def selective_scan(
     """
     selection = selection.contiguous()
     start = start.expand(drive.shape[1:]).contiguous()
-    drive, distance = _with_even_rows(drive)
     if records_gradients(selection, drive, start, alpha, omega, beta):
         return _SelectiveScan.apply(  # type: ignore[no-any-return]
-            selection, drive, start, alpha, omega, beta, distance
+            selection, drive, start, alpha, omega, beta
         )
-    return _selective_scan_forward(selection, drive, start, alpha, omega, beta, distance)
+    return _selective_scan_forward(selection, drive, start, alpha, omega, beta)

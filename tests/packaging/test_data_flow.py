@@ -59,7 +59,10 @@ ROWS = {
         ("dynamics", ["dynamics", "dynamics.*"]),
         ("world model", ["encoders", "world_model"]),
         ("the authors' files", ["official_checkpoint"]),
-        ("losses", ["losses", "direct_gradients"]),
+        (
+            "losses",
+            ["losses", "direct_networks", "direct_state_space", "direct_gradients"],
+        ),
         ("planner", ["planner"]),
         ("policy", ["policies"]),
         ("update", ["update"]),

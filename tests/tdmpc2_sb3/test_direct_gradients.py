@@ -51,10 +51,12 @@ def _kernels_are_built():
         pytest.skip("no C compiler here: autograd is used, which the other tests cover")
 
 
-def make_model(roughen, space="vector", dynamics="mlp", episodic=False, num_q=4, dropout=0.1):
+def make_model(
+    roughen, space="vector", dynamics="mlp", episodic=False, num_q=4, dropout=0.1, **dynamics_kwargs
+):
     th.manual_seed(0)
     sizes = Architecture(16, 12, 24, num_q=num_q, dropout=dropout, num_bins=21)
-    model = WorldModel(SPACES[space], ACTION_DIM, sizes, dynamics, episodic=episodic)
+    model = WorldModel(SPACES[space], ACTION_DIM, sizes, dynamics, dynamics_kwargs, episodic)
     roughen(model)
     roughen(model.q_ensemble.layers[-1], 1.0)
     roughen(model.target_q_ensemble, 0.05, seed=8)
@@ -136,6 +138,10 @@ CASES = {
     "vectors": {"space": "vectors"},
     "images": {"space": "image and vector"},
     "state space": {"dynamics": "ssm"},
+    "state space of one layer": {"dynamics": "ssm", "depth": 1, "rows": 1},
+    "state space of three layers": {"dynamics": "ssm", "depth": 3, "rows": 40},
+    "time-invariant state space": {"dynamics": "ssm", "selective": False},
+    "autoregressive state space": {"dynamics": "ssm", "autoregressive": True},
     "episodic": {"episodic": True},
     "past terminations": {"episodic": True, "past_terminations": True},
     "encoded terminations": {
@@ -336,8 +342,9 @@ def test_a_gradient_step_takes_the_direct_way(make_agent, monkeypatch):
         assert not th.equal(value, before[name]), name
 
 
-def test_a_copied_agent_learns_by_itself(make_agent):
-    agent = make_agent()
+@pytest.mark.parametrize("dynamics", ["mlp", "ssm"])
+def test_a_copied_agent_learns_by_itself(dynamics, make_agent):
+    agent = make_agent(dynamics=dynamics)
     agent.learn(30)
     copied = copy.deepcopy(agent)
     before = copy.deepcopy(agent.policy.world_model.state_dict())

@@ -1,0 +1,96 @@
+"""Networks whose gradients are taken by hand and by the CPU kernels.
+
+Shapes: B rows, Q networks of an ensemble, Z latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import torch as th
+
+from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.kernels import Layer
+
+Written: TypeAlias = list[th.Tensor]  # arrays of gradients, each number once
+Share: TypeAlias = tuple[th.Tensor, th.Tensor]  # a parameter and its gradient
+
+
+class DirectNetwork:
+    """A network, or Q, whose parameters' gradients are written to the same place each time.
+
+    :param layers: of one network or of Q
+    :param num_networks: Q; None if they are of one
+    """
+
+    def __init__(self, layers: Sequence[Layer], num_networks: int | None = None):
+        self.layers = kernels.KeptLayers(layers)
+        self._members = None if num_networks is None else tuple(range(num_networks))
+        self._room = kernels.GradientRoom(layers, num_networks or 1, num_networks is None)
+        self._own = self._shares(self._room.gradients)
+        # Where a parameter is missing the room holds a gradient that is nobody's.
+        self._is_whole = all(layer.bias is not None for layer in layers)
+        self._evaluation: kernels.Evaluation | None = None  # until its gradients are taken
+
+    def evaluate(self, x: th.Tensor, dropped: kernels.Dropped | None = None) -> th.Tensor:
+        """Outputs of rows x, [Q, B, out], with Q = 1 for one network."""
+        self._evaluation = kernels.evaluation(x, self.layers, dropped, self._members)
+        return self._evaluation.forward(keep=True)
+
+    def backward(self, grad: th.Tensor, by_latents: th.Tensor | None = None) -> Written:
+        """Gives the parameters their gradients.
+
+        :param grad: by the outputs, contiguous, [Q, B, out]
+        :param by_latents: what the gradients by the latent part of x are added to, [B, Z]
+        """
+        evaluation, self._evaluation = self._evaluation, None
+        assert evaluation is not None, "evaluate first"
+        columns = None if by_latents is None else slice(0, by_latents.shape[-1])
+        _, gradients = evaluation.backward(grad, columns, True, self._room, by_latents)
+        if gradients is not self._room.gradients:
+            return assign(self._shares(gradients))
+        written = assign(self._own)
+        return [self._room.whole] if self._is_whole else written
+
+    def _shares(self, gradients: Sequence[kernels.Gradients]) -> list[Share]:
+        return shares(self.layers, gradients)
+
+
+class JoinedProducts(DirectNetwork):
+    """Several weights that are multiplied with the same rows: their products side by side.
+
+    :param weights: [out, in] each
+    """
+
+    def __init__(self, weights: Sequence[th.Tensor]):
+        self._weights = weights
+        self._sizes = [len(weight) for weight in weights]
+        self._joined = th.cat([weight.detach() for weight in weights])
+        super().__init__([Layer(self._joined, None)])
+
+    def evaluate(self, x: th.Tensor, dropped: kernels.Dropped | None = None) -> th.Tensor:
+        """See :meth:`DirectNetwork.evaluate`."""
+        th.cat(self._weights, out=self._joined)  # type: ignore[arg-type]
+        return super().evaluate(x, dropped)
+
+    def _shares(self, gradients: Sequence[kernels.Gradients]) -> list[Share]:
+        return list(zip(self._weights, gradients[0].weight.split(self._sizes), strict=True))
+
+
+def shares(layers: Sequence[Layer], gradients: Sequence[kernels.Gradients]) -> list[Share]:
+    """The parameters of all layers in turn, each with its gradient."""
+    return [
+        (parameter, gradient)
+        for parameter, gradient in kernels.by_parameter(layers, gradients)
+        if parameter is not None
+    ]
+
+
+def assign(gradients: Iterable[Share]) -> Written:
+    """Gives each parameter its gradient."""
+    written = []
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
+        written.append(gradient)
+    return written

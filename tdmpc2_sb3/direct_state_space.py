@@ -1,0 +1,170 @@
+"""The latents that state-space dynamics predict, with their gradients by hand.
+
+See :mod:`tdmpc2_sb3.dynamics.ssm` for the layers and :mod:`tdmpc2_sb3.direct_gradients` for why.
+
+Shapes: T steps, B rows, A action, Z latent, C features of z_0, D width, P modes, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch as th
+
+from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.direct_networks import DirectNetwork, JoinedProducts, Written, assign
+from tdmpc2_sb3.dynamics import LatentDynamics
+from tdmpc2_sb3.dynamics.ssm import ALPHA_MIN, SSMDynamics, SSMLayer
+from tdmpc2_sb3.kernels import Norm
+
+
+class _Layer:
+    """One selective layer in its residual block, over all steps.
+
+    :param layer: whose parameters get gradients
+    """
+
+    def __init__(self, layer: SSMLayer):
+        self._layer = layer
+        self._norm = Norm(eps=layer.norm.eps)
+        self._modes = layer.modes
+        self._products = JoinedProducts(
+            [layer.drive.weight, layer.direct.weight, layer.select_in.weight]
+        )
+        self._select = DirectNetwork([layer.select_out.as_layer()])
+        self._readout = DirectNetwork([layer.readout.as_layer()])
+        self._mix = DirectNetwork([layer.mix.as_layer()])
+
+    def evaluate(self, stream: th.Tensor, start: th.Tensor) -> th.Tensor:
+        """
+        :param stream: of the layer below, contiguous, [T, B, D]
+        :param start: x_0, contiguous, [B, 2P]
+        :return: the stream of this layer, [T, B, D]
+        """
+        layer, modes = self._layer, self._modes
+        self._stream, leading = stream, stream.shape[:-1]
+        normed = th.empty_like(stream)
+        self._statistics = stream.new_empty(2, leading.numel())
+        gain, shift = layer.norm.weight, layer.norm.bias
+        kernels.norm_forward(stream, gain, shift, normed, self._statistics, self._norm)
+        products = self._products.evaluate(normed.view(-1, normed.shape[-1]))[0]
+        drive = products[:, : 2 * modes].view(*leading, -1)
+        self._direct = products[:, 2 * modes : -layer.rank]
+        selection = self._select.evaluate(products[:, -layer.rank :])[0].view(*leading, -1)
+        alpha = layer.nu.exp() + ALPHA_MIN
+        scanned = (selection, drive, start, alpha, layer.omega, layer.beta)
+        states = kernels.selective_scan(*scanned)
+        self._scanned = (*scanned, states)
+        self._read = self._readout.evaluate(states.view(-1, 2 * modes))[0]
+        hidden = kernels.gelu_sum(self._read, self._direct)
+        return stream + self._mix.evaluate(hidden)[0].view_as(stream)
+
+    def backward(self, by_stream: th.Tensor) -> tuple[th.Tensor, Written]:
+        """Gives the parameters their gradients.
+
+        :param by_stream: by this layer's stream, contiguous, [T B, D]; afterwards by that of the
+            layer below
+        :return: by x_0, [B, 2P]; those of the parameters
+        """
+        layer, modes = self._layer, self._modes
+        by_hidden = th.zeros_like(self._read)
+        written = self._mix.backward(by_stream.unsqueeze(0), by_hidden)
+        by_read = kernels.gelu_sum_backward(by_hidden, self._read, self._direct)
+        by_states = by_read.new_zeros(len(by_read), 2 * modes)
+        written += self._readout.backward(by_read.unsqueeze(0), by_states)
+        states = self._scanned[-1]
+        by_scan = kernels.selective_scan_backward(by_states.view_as(states), *self._scanned)
+        by_chosen = by_read.new_zeros(len(by_read), layer.rank)
+        by_selection = by_scan.selection.view(1, -1, modes)
+        written += self._select.backward(by_selection, by_chosen)
+        by_products = th.cat([by_scan.drive.view_as(by_states), by_read, by_chosen], dim=-1)
+        by_normed = th.zeros_like(by_stream)
+        written += self._products.backward(by_products.unsqueeze(0), by_normed)
+
+        by_norm = by_stream.new_empty(3, by_stream.shape[-1])  # gain, shift and a bias in front
+        gain, shift = layer.norm.weight, layer.norm.bias
+        by_stream += kernels.norm_backward(
+            by_normed,
+            self._stream.view_as(by_normed),
+            None,
+            gain,
+            shift,
+            self._statistics,
+            by_norm,
+            self._norm,
+        )
+        by_alpha, by_omega, by_beta = by_scan.parameters
+        by_nu = by_alpha * (self._scanned[3] - ALPHA_MIN)  # alpha is e^nu and a constant
+        slow = [(layer.nu, by_nu), (layer.omega, by_omega), (layer.beta, by_beta)]
+        written += assign([*slow, (gain, by_norm[0]), (shift, by_norm[1])])
+        return by_scan.start, written
+
+
+class StateSpaceRollout:
+    """Latents that selective state-space dynamics predict.
+
+    :param dynamics: that predict
+    :param simplices: of how many the latents are known to consist, see
+        :func:`tdmpc2_sb3.kernels.on_simplices`
+    """
+
+    def __init__(self, dynamics: SSMDynamics, simplices: int):
+        features = kernels.on_simplices([dynamics.features.as_layer()], simplices)
+        self._features = DirectNetwork(features)
+        self._context = DirectNetwork([dynamics.features_in.as_layer()])
+        self._starts = DirectNetwork([dynamics.starts.as_layer()])
+        self._action = DirectNetwork([dynamics.action_in.as_layer()])
+        self._out = DirectNetwork([dynamics.out.as_layer()])
+        self._layers = [_Layer(layer) for layer in dynamics.stack()]
+
+    @staticmethod
+    def takes(dynamics: LatentDynamics) -> TypeGuard[SSMDynamics]:
+        """Whether every part is known here: a subclass may have changed any."""
+        return (
+            type(dynamics) is SSMDynamics
+            and dynamics.selective
+            and not dynamics.autoregressive
+            and all(type(layer) is SSMLayer for layer in dynamics.stack())
+        )
+
+    def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param latent: z_0, [B, Z]
+        :param actions: [T, B, A]
+        :return: z_0..z_T, [1 + T, B, Z], and z_0..z_{T-1} beside the actions, [T B, Z + A]
+        """
+        features = self._features.evaluate(latent)[0]
+        self._conditions = features
+        context = self._context.evaluate(features)[0]
+        starts = self._starts.evaluate(features)[0].chunk(len(self._layers), dim=-1)
+        moved = self._action.evaluate(actions.reshape(-1, actions.shape[-1]))[0]
+        stream = moved.view(*actions.shape[:-1], -1) + context
+        for layer, start in zip(self._layers, starts, strict=True):
+            stream = layer.evaluate(stream, start.contiguous())
+        predicted = self._out.evaluate(stream.view(-1, stream.shape[-1]))
+        latents = th.cat([latent.unsqueeze(0), predicted.view(*actions.shape[:-1], -1)])
+        self._width = stream.shape[-1]
+        return latents, th.cat([latents[:-1], actions], dim=-1).flatten(0, 1)
+
+    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
+        """Gives the parameters their gradients.
+
+        :param by_latents: gradients by z_0..z_T as far as they do not come from later latents,
+            [1 + T, B, Z]; written to
+        :return: by z_0 in full, [B, Z]; those of the parameters
+        """
+        num_steps, num_rows = len(by_latents) - 1, by_latents.shape[1]
+        by_stream = by_latents.new_zeros(num_steps * num_rows, self._width)
+        written = self._out.backward(by_latents[1:].view(1, len(by_stream), -1), by_stream)
+        by_starts: list[th.Tensor] = []
+        for layer in reversed(self._layers):
+            by_start, of_layer = layer.backward(by_stream)
+            by_starts.insert(0, by_start)
+            written += of_layer
+        written += self._action.backward(by_stream.unsqueeze(0))
+        by_context = by_stream.view(1, num_steps, num_rows, -1).sum(1)
+        by_features = th.zeros_like(self._conditions)
+        written += self._context.backward(by_context, by_features)
+        written += self._starts.backward(th.cat(by_starts, dim=-1).unsqueeze(0), by_features)
+        written += self._features.backward(by_features.unsqueeze(0), by_latents[0])
+        return by_latents[0], written

@@ -3,7 +3,7 @@
 For small networks autograd's graph, with a node for each small operation between the networks,
 takes as long as the networks do. Here the chain rule is written out: each loss comes with its
 gradient from one kernel, and each network takes it on in another. What has no kernels of its own,
-state-space dynamics or an encoder of images, stays with autograd, one graph for the part alone.
+an encoder of images or dynamics of other kinds, stays with autograd, one graph for the part alone.
 
 Shapes: T training horizon, B batch, A action, Z latent, K bins, Q heads.
 """

@@ -136,9 +136,9 @@ static inline void norm_mish_chains(const float *x, float mean, float rstd, cons
     EACH *(loose_vector *)(y + v * LANES) = h[v] * u[v];
 }
 
-/* Gradients of CHAINS vectors of norm_forward with Mish, grad those by its output: added to dgain and
- * dshift; into out those by hat, the normed x, whose sums are added to s1 and those of their products
- * with hat to s2. */
+/* Gradients of CHAINS vectors of norm_forward with Mish, grad those by its output: added to dgain
+ * and dshift; into out those by hat, the normed x, whose sums are added to s1 and those of their
+ * products with hat to s2. */
 static inline void norm_mish_back_chains(const float *grad, const float *x, float mean, float rstd,
                                          const float *gain, const float *shift, float *dgain,
                                          float *dshift, float *out, vector *s1, vector *s2) {
@@ -771,8 +771,8 @@ void lay_out_back(const layer *layers, int64_t count, int64_t networks, int64_t 
 
 static inline int64_t whole_lines(int64_t numbers) { return (numbers + LINE - 1) / LINE * LINE; }
 
-/* Dropout behind the first products of networks: some numbers are 0, the others divided by the share
- * of those. A norm follows, to which dividing them all is the same as another eps. */
+/* Dropout behind the first products of networks: some numbers are 0, the others divided by the
+ * share of those. A norm follows, to which dividing them all is the same as another eps. */
 typedef struct {
     const int64_t *positions; /* of the zeros in [networks, rows, cols], ascending; null for none */
     int64_t count;
@@ -1106,8 +1106,8 @@ static void parameter_gradients(const layer *net, const gradient_place *to, int6
     }
 }
 
-/* Gradients of networks_forward with keep, whose dropout, workspaces and result these are. grad: by the
- * result. by_input: by input_cols columns of x from input_from on, from which packed_back of the
+/* Gradients of networks_forward with keep, whose dropout, workspaces and result these are. grad: by
+ * the result. by_input: by input_cols columns of x from input_from on, from which packed_back of the
  * first layers was laid out, [rows, input_cols], added up over the networks, and to what stands
  * there if adds; null if not wanted. They contain all simplices, or none. by_parameters: of each of
  * the count layers by the weights, [networks, cols, depth], and behind those by gains, shifts and
@@ -1326,15 +1326,16 @@ static inline float between(float a, float b, float share) {
     return share < 0.5f ? a + share * (b - a) : b - (1.0f - share) * (b - a);
 }
 
-/* Targets [steps, rows] as in losses.py, from values of the next states, [steps, rows]; of the last of
- * them alone, [1, rows], if lambda is 1. */
+/* Targets [steps, rows] as in losses.py, from values of the next states, [steps, rows]; of the last
+ * of them alone, [1, rows], if lambda is 1. */
 void lambda_returns(const float *values, const float *rewards, const float *terminations,
                     float gamma, float lambda, float *targets, int64_t steps, int64_t rows) {
     const float *last = lambda == 1.0f ? values : values + (steps - 1) * rows;
     for (int64_t t = steps - 1; t >= 0; t--)
         for (int64_t i = t * rows; i < (t + 1) * rows; i++) {
             float future = t == steps - 1 ? last[i - t * rows] : targets[i + rows];
-            if (lambda < 1.0f) future = lambda > 0.0f ? between(values[i], future, lambda) : values[i];
+            if (lambda == 0.0f) future = values[i];
+            else if (lambda < 1.0f) future = between(values[i], future, lambda);
             targets[i] = rewards[i] + gamma * (1.0f - terminations[i]) * future;
         }
 }
@@ -1353,7 +1354,7 @@ static float percentile(const float *ordered, int64_t count, double share) {
 
 /* The policy prior's loss as in losses.py, from values of heads networks at rows states, [heads,
  * rows], of which the first ones, at the sub-sequences' starts, move the scale. out: loss, mean
- * entropy, mean scaled entropy, new scale. Gradients: by the values, and by the scaled entropies. */
+ * entropy, mean scaled entropy, new scale. Gradients: by the values and by the scaled entropies. */
 void policy_objective(const float *values, const float *log_prob, const float *entropy,
                       const float *weights, const float *scale, float tau, float entropy_coef,
                       float *by_values, float *by_entropy, float *out, int64_t heads,
@@ -1661,9 +1662,9 @@ void selective_scan_backward(const float *grad, const float *selection, const fl
 #define ENTROPY_EPSILON 1e-8f
 #define LOG_SQRT_2_PI 0.91893853f
 
-/* Draws of the policy prior from its outputs, [rows, 2 A], and standard normal noise, [rows, A]: rows
- * of latents, [rows, Z], and actions into pairs; the actions' log-probabilities and scaled entropies,
- * [rows]. kept: for the gradients, tanh(s), the deviations and the actions, [3, rows, A]. */
+/* Draws of the policy prior from its outputs, [rows, 2 A], and standard normal noise, [rows, A]:
+ * rows of latents, [rows, Z], and actions into pairs; the actions' log-probabilities and scaled
+ * entropies, [rows]. kept: for the gradients, tanh(s), the deviations and the actions, [3, rows, A]. */
 void policy_sample_forward(const float *moments, const float *noise, const float *latents,
                            float *pairs, float *log_prob, float *entropy, float *kept,
                            int64_t rows, int64_t latent_dim, int64_t action_dim,

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.direct_networks import DirectNetwork, Written, assign, shares
-from tdmpc2_sb3.direct_state_space import StateSpaceRollout
+from tdmpc2_sb3.direct_networks import DirectNetwork, Written, assign, parameter_gradients
+from tdmpc2_sb3.direct_state_space import StateSpaceRollout, with_inputs
 from tdmpc2_sb3.dynamics import LatentDynamics
 from tdmpc2_sb3.dynamics.mlp import MLPDynamics
 from tdmpc2_sb3.encoders import Encoder, Observation, StateEncoder, flatten_vectors
@@ -81,7 +81,7 @@ class _KernelRollout:
     def __init__(self, layers: Sequence[Layer]):
         self._layers = kernels.KeptLayers(layers)
         self._room = kernels.GradientRoom(layers, 1, of_one=True)
-        self._own = shares(layers, self._room.gradients)
+        self._own = parameter_gradients(layers, self._room.gradients)
         self._rollout: kernels.Rollout | None = None  # until its gradients are taken
 
     def takes(self, latent: th.Tensor, actions: th.Tensor) -> bool:
@@ -129,8 +129,7 @@ class _TracedRollout:
         """See :meth:`_KernelRollout.evaluate`."""
         self._start = latent.detach().requires_grad_()
         predicted = self._traced.evaluate(self._predict, self._start, actions)
-        latents = th.cat([latent.unsqueeze(0), predicted])
-        return latents, th.cat([latents[:-1], actions], dim=-1).flatten(0, 1)
+        return with_inputs(latent, predicted, actions)
 
     def _predict(self, start: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return self._dynamics.rollout(self._dynamics.initial_state(start), actions)
@@ -234,7 +233,7 @@ class DirectGradients:
         self._termination: DirectNetwork | None = None
         if model.termination_net is not None:
             self._termination = DirectNetwork(of_latents(model.termination_net))
-        self._shares: dict[tuple[th.Tensor, int, int], th.Tensor] = {}  # see _row_weights
+        self._uniform: dict[tuple[th.Tensor, int, int], th.Tensor] = {}  # see _row_weights
         self._classifies_encoded = model.episodic and config.encoded_terminations
         self._encoder: _KernelEncoder | None = None
         # The latents of next observations have gradients too where the termination head learns
@@ -247,7 +246,7 @@ class DirectGradients:
             self._rollout = _KernelRollout(of_latents(model.dynamics.net))
         self._traced_rollout = _TracedRollout(model.dynamics)
         self._state_space: StateSpaceRollout | None = None
-        if StateSpaceRollout.takes(model.dynamics):
+        if StateSpaceRollout.knows(model.dynamics):
             self._state_space = StateSpaceRollout(model.dynamics, simplices)
 
     @th.no_grad()
@@ -281,7 +280,7 @@ class DirectGradients:
         by_latents = latent.new_empty(num_steps + 1, *latent.shape)  # z_0..z_T
         by_latents[0] = 0.0
         by_states = by_latents[:-1].view(-1, latent.shape[-1])  # z_0..z_{T-1} [T B, Z]
-        row_weights = self._row_weights(weights, num_rows, batch.valid, num_rows)
+        row_weights = self._row_weights(weights, num_rows, batch.valid)
         kernels.squared_loss(
             predicted,
             next_latents,
@@ -298,7 +297,7 @@ class DirectGradients:
         written = self._reward.backward(by_logits, by_states)
 
         logits = self._q.evaluate(pairs, noise.q_dropout)  # [Q, T B, K]
-        of_head = self._row_weights(weights, len(logits) * num_rows, batch.valid, num_rows)
+        of_head = self._row_weights(weights, num_rows, batch.valid, len(logits))
         by_logits = kernels.two_hot_loss(
             logits, targets, of_head, model.bins, config.value_coef, value
         )
@@ -428,7 +427,7 @@ class DirectGradients:
         objective = kernels.policy_objective(
             kernels.two_hot_inverse(logits, model.bins),
             draw,
-            self._row_weights(weights, num_rows, alive, num_rows).view(-1),
+            self._row_weights(weights, num_rows, alive).view(-1),
             scale,
             tau,
             config.entropy_coef,
@@ -442,18 +441,18 @@ class DirectGradients:
         return PolicyLosses(*objective[:4]), written
 
     def _row_weights(
-        self, weights: th.Tensor, divisor: int, counted: th.Tensor | None, num_rows: int
+        self, weights: th.Tensor, num_rows: int, counted: th.Tensor | None, num_heads: int = 1
     ) -> th.Tensor:
-        """What each row counts in a loss, [steps, B].
+        """What each row counts in a loss that averages over the batch and the heads, [steps, B].
 
         :param weights: of the steps, [steps]; the same object in each gradient step
-        :param divisor: of the sum over the rows
-        :param counted: 1 where a row counts, else 0, [steps, B]; None if all do
         :param num_rows: B
+        :param counted: 1 where a row counts, else 0, [steps, B]; None if all do
+        :param num_heads: that each have a loss of the row
         """
-        key = (weights, divisor, num_rows)
-        shares = self._shares.get(key)
-        if shares is None:
-            shares = (weights / divisor).unsqueeze(1).expand(-1, num_rows).contiguous()
-            self._shares[key] = shares
-        return shares if counted is None else shares * counted
+        key = (weights, num_rows, num_heads)
+        if key not in self._uniform:
+            uniform = (weights / (num_heads * num_rows)).unsqueeze(1)
+            self._uniform[key] = uniform.expand(-1, num_rows).contiguous()
+        uniform = self._uniform[key]
+        return uniform if counted is None else uniform * counted

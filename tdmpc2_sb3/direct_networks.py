@@ -5,7 +5,7 @@ Shapes: B rows, Q networks of an ensemble, Z latent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch as th
@@ -14,7 +14,7 @@ from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.kernels import Layer
 
 Written: TypeAlias = list[th.Tensor]  # arrays of gradients, each number once
-Share: TypeAlias = tuple[th.Tensor, th.Tensor]  # a parameter and its gradient
+Pairs: TypeAlias = list[tuple[th.Tensor, th.Tensor]]  # parameters with their gradients
 
 
 class DirectNetwork:
@@ -28,7 +28,7 @@ class DirectNetwork:
         self.layers = kernels.KeptLayers(layers)
         self._members = None if num_networks is None else tuple(range(num_networks))
         self._room = kernels.GradientRoom(layers, num_networks or 1, num_networks is None)
-        self._own = self._shares(self._room.gradients)
+        self._own = self._parameter_gradients(self._room.gradients)
         # Where a parameter is missing the room holds a gradient that is nobody's.
         self._is_whole = all(layer.bias is not None for layer in layers)
         self._evaluation: kernels.Evaluation | None = None  # until its gradients are taken
@@ -49,12 +49,12 @@ class DirectNetwork:
         columns = None if by_latents is None else slice(0, by_latents.shape[-1])
         _, gradients = evaluation.backward(grad, columns, True, self._room, by_latents)
         if gradients is not self._room.gradients:
-            return assign(self._shares(gradients))
+            return assign(self._parameter_gradients(gradients))
         written = assign(self._own)
         return [self._room.whole] if self._is_whole else written
 
-    def _shares(self, gradients: Sequence[kernels.Gradients]) -> list[Share]:
-        return shares(self.layers, gradients)
+    def _parameter_gradients(self, gradients: Sequence[kernels.Gradients]) -> Pairs:
+        return parameter_gradients(self.layers, gradients)
 
 
 class JoinedProducts(DirectNetwork):
@@ -74,11 +74,11 @@ class JoinedProducts(DirectNetwork):
         th.cat(self._weights, out=self._joined)  # type: ignore[arg-type]
         return super().evaluate(x, dropped)
 
-    def _shares(self, gradients: Sequence[kernels.Gradients]) -> list[Share]:
+    def _parameter_gradients(self, gradients: Sequence[kernels.Gradients]) -> Pairs:
         return list(zip(self._weights, gradients[0].weight.split(self._sizes), strict=True))
 
 
-def shares(layers: Sequence[Layer], gradients: Sequence[kernels.Gradients]) -> list[Share]:
+def parameter_gradients(layers: Sequence[Layer], gradients: Sequence[kernels.Gradients]) -> Pairs:
     """The parameters of all layers in turn, each with its gradient."""
     return [
         (parameter, gradient)
@@ -87,7 +87,7 @@ def shares(layers: Sequence[Layer], gradients: Sequence[kernels.Gradients]) -> l
     ]
 
 
-def assign(gradients: Iterable[Share]) -> Written:
+def assign(gradients: Pairs) -> Written:
     """Gives each parameter its gradient."""
     written = []
     for parameter, gradient in gradients:

@@ -52,10 +52,9 @@ class _Layer:
         self._direct = products[:, 2 * modes : -layer.rank]
         selection = self._select.evaluate(products[:, -layer.rank :])[0].view(*leading, -1)
         alpha = layer.nu.exp() + ALPHA_MIN
-        scanned = (selection, drive, start, alpha, layer.omega, layer.beta)
-        states = kernels.selective_scan(*scanned)
-        self._scanned = (*scanned, states)
-        self._read = self._readout.evaluate(states.view(-1, 2 * modes))[0]
+        self._scanned = kernels.Scan(selection, drive, start, alpha, layer.omega, layer.beta)
+        self._states = kernels.selective_scan(*self._scanned)
+        self._read = self._readout.evaluate(self._states.view(-1, 2 * modes))[0]
         hidden = kernels.gelu_sum(self._read, self._direct)
         return stream + self._mix.evaluate(hidden)[0].view_as(stream)
 
@@ -72,8 +71,9 @@ class _Layer:
         by_read = kernels.gelu_sum_backward(by_hidden, self._read, self._direct)
         by_states = by_read.new_zeros(len(by_read), 2 * modes)
         written += self._readout.backward(by_read.unsqueeze(0), by_states)
-        states = self._scanned[-1]
-        by_scan = kernels.selective_scan_backward(by_states.view_as(states), *self._scanned)
+        by_scan = kernels.selective_scan_backward(
+            by_states.view_as(self._states), self._scanned, self._states
+        )
         by_chosen = by_read.new_zeros(len(by_read), layer.rank)
         by_selection = by_scan.selection.view(1, -1, modes)
         written += self._select.backward(by_selection, by_chosen)
@@ -94,10 +94,24 @@ class _Layer:
             self._norm,
         )
         by_alpha, by_omega, by_beta = by_scan.parameters
-        by_nu = by_alpha * (self._scanned[3] - ALPHA_MIN)  # alpha is e^nu and a constant
+        by_nu = by_alpha * (self._scanned.alpha - ALPHA_MIN)  # alpha is e^nu and a constant
         slow = [(layer.nu, by_nu), (layer.omega, by_omega), (layer.beta, by_beta)]
         written += assign([*slow, (gain, by_norm[0]), (shift, by_norm[1])])
         return by_scan.start, written
+
+
+def with_inputs(
+    latent: th.Tensor, predicted: th.Tensor, actions: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """Latents, and what they were predicted from.
+
+    :param latent: z_0, [B, Z]
+    :param predicted: z_1..z_T, [T, B, Z]
+    :param actions: [T, B, A]
+    :return: z_0..z_T, [1 + T, B, Z], and z_0..z_{T-1} beside the actions, [T B, Z + A]
+    """
+    latents = th.cat([latent.unsqueeze(0), predicted])
+    return latents, th.cat([latents[:-1], actions], dim=-1).flatten(0, 1)
 
 
 class StateSpaceRollout:
@@ -110,6 +124,7 @@ class StateSpaceRollout:
 
     def __init__(self, dynamics: SSMDynamics, simplices: int):
         features = kernels.on_simplices([dynamics.features.as_layer()], simplices)
+        self._sizes = dynamics.sizes
         self._features = DirectNetwork(features)
         self._context = DirectNetwork([dynamics.features_in.as_layer()])
         self._starts = DirectNetwork([dynamics.starts.as_layer()])
@@ -118,7 +133,7 @@ class StateSpaceRollout:
         self._layers = [_Layer(layer) for layer in dynamics.stack()]
 
     @staticmethod
-    def takes(dynamics: LatentDynamics) -> TypeGuard[SSMDynamics]:
+    def knows(dynamics: LatentDynamics) -> TypeGuard[SSMDynamics]:
         """Whether every part is known here: a subclass may have changed any."""
         return (
             type(dynamics) is SSMDynamics
@@ -134,7 +149,6 @@ class StateSpaceRollout:
         :return: z_0..z_T, [1 + T, B, Z], and z_0..z_{T-1} beside the actions, [T B, Z + A]
         """
         features = self._features.evaluate(latent)[0]
-        self._conditions = features
         context = self._context.evaluate(features)[0]
         starts = self._starts.evaluate(features)[0].chunk(len(self._layers), dim=-1)
         moved = self._action.evaluate(actions.reshape(-1, actions.shape[-1]))[0]
@@ -142,9 +156,7 @@ class StateSpaceRollout:
         for layer, start in zip(self._layers, starts, strict=True):
             stream = layer.evaluate(stream, start.contiguous())
         predicted = self._out.evaluate(stream.view(-1, stream.shape[-1]))
-        latents = th.cat([latent.unsqueeze(0), predicted.view(*actions.shape[:-1], -1)])
-        self._width = stream.shape[-1]
-        return latents, th.cat([latents[:-1], actions], dim=-1).flatten(0, 1)
+        return with_inputs(latent, predicted.view(*actions.shape[:-1], -1), actions)
 
     def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
         """Gives the parameters their gradients.
@@ -154,7 +166,7 @@ class StateSpaceRollout:
         :return: by z_0 in full, [B, Z]; those of the parameters
         """
         num_steps, num_rows = len(by_latents) - 1, by_latents.shape[1]
-        by_stream = by_latents.new_zeros(num_steps * num_rows, self._width)
+        by_stream = by_latents.new_zeros(num_steps * num_rows, self._sizes.width)
         written = self._out.backward(by_latents[1:].view(1, len(by_stream), -1), by_stream)
         by_starts: list[th.Tensor] = []
         for layer in reversed(self._layers):
@@ -163,7 +175,7 @@ class StateSpaceRollout:
             written += of_layer
         written += self._action.backward(by_stream.unsqueeze(0))
         by_context = by_stream.view(1, num_steps, num_rows, -1).sum(1)
-        by_features = th.zeros_like(self._conditions)
+        by_features = by_latents.new_zeros(num_rows, self._sizes.conditioning)
         written += self._context.backward(by_context, by_features)
         written += self._starts.backward(th.cat(by_starts, dim=-1).unsqueeze(0), by_features)
         written += self._features.backward(by_features.unsqueeze(0), by_latents[0])

@@ -27,10 +27,13 @@ def readable(arrays: Sequence[th.Tensor]) -> bool:
 
 
 def _sizes(arrays: Sequence[th.Tensor]) -> tuple[ctypes.Array[Any], int]:
-    """Of each array, and threads for all."""
+    """Of each array, and of all together."""
     sizes = [each.numel() for each in arrays]
-    threads = th.get_num_threads() if sum(sizes) >= PARALLEL_FROM else 1
-    return (INTEGER * len(sizes))(*sizes), threads
+    return (INTEGER * len(sizes))(*sizes), sum(sizes)
+
+
+def _threads(numbers: int) -> int:
+    return th.get_num_threads() if numbers >= PARALLEL_FROM else 1
 
 
 def total_norm(arrays: Sequence[th.Tensor]) -> th.Tensor:
@@ -38,9 +41,9 @@ def total_norm(arrays: Sequence[th.Tensor]) -> th.Tensor:
 
     :param arrays: that are :func:`readable`
     """
-    sizes, threads = _sizes(arrays)
+    sizes, numbers = _sizes(arrays)
     norm = th.empty(())
-    call("total_norm", addresses(arrays), sizes, norm, len(arrays), threads)
+    call("total_norm", addresses(arrays), sizes, norm, len(arrays), _threads(numbers))
     return norm
 
 
@@ -51,8 +54,9 @@ def lerp_(arrays: Sequence[th.Tensor], targets: Sequence[th.Tensor], weight: flo
     :param targets: of the same shapes, readable too
     :param weight: in [0, 1]
     """
-    sizes, threads = _sizes(arrays)
-    call("lerp_arrays", addresses(arrays), addresses(targets), sizes, weight, len(arrays), threads)
+    sizes, numbers = _sizes(arrays)
+    columns = addresses(arrays), addresses(targets), sizes
+    call("lerp_arrays", *columns, weight, len(arrays), _threads(numbers))
 
 
 class AdamArrays:
@@ -66,7 +70,7 @@ class AdamArrays:
         self._flat = list(itertools.chain(*arrays))
         self._places = list(map(th.Tensor.data_ptr, self._flat))
         self.addresses = [addresses(column) for column in zip(*arrays, strict=True)]
-        self.parameters = [parameter for parameter, *_ in arrays]
+        self.sizes, self.numbers = _sizes([parameter for parameter, *_ in arrays])
 
     def are(self, arrays: Sequence[tuple[th.Tensor, ...]]) -> bool:
         """Whether they are these very arrays, at the same places."""
@@ -87,14 +91,13 @@ def adam_step(
     :param betas: decay rates of the two means
     :param eps: added to the root of the mean square
     """
-    sizes, threads = _sizes(arrays.parameters)
     call(
         "adam_step",
         *arrays.addresses,
-        sizes,
+        arrays.sizes,
         (REAL * len(rates))(*rates),
         *betas,
         eps,
         len(rates),
-        threads,
+        _threads(arrays.numbers),
     )

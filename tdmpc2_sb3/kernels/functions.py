@@ -1,7 +1,8 @@
 """The kernels as differentiable torch functions.
 
 Every function here has a plain counterpart in :mod:`tdmpc2_sb3.layers`,
-:mod:`tdmpc2_sb3.discrete_regression` or :mod:`tdmpc2_sb3.dynamics.ssm`; tests compare them.
+:mod:`tdmpc2_sb3.discrete_regression`, :mod:`tdmpc2_sb3.dynamics.ssm` or :mod:`tdmpc2_sb3.losses`;
+tests compare them.
 
 Shapes: ``...`` any leading axes, B rows, Q members of an ensemble, K bins.
 """
@@ -532,24 +533,33 @@ def gelu_sum(a: th.Tensor, b: th.Tensor) -> th.Tensor:
     return _gelu_sum_forward(a, b)
 
 
+class Scan(NamedTuple):
+    """What :func:`selective_scan` reads; contiguous but for the drive."""
+
+    selection: th.Tensor  # [H, ..., P]
+    drive: th.Tensor  # [H, ..., 2P]
+    start: th.Tensor  # [..., 2P]
+    alpha: th.Tensor  # [P]
+    omega: th.Tensor  # [P]
+    beta: th.Tensor  # [P]
+
+    def sizes(self) -> tuple[int, int, int]:
+        """H, rows of a step, P."""
+        steps, modes = len(self.selection), len(self.alpha)
+        return steps, self.selection.numel() // steps // modes, modes
+
+
 class _SelectiveScan(th.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        selection: th.Tensor,
-        drive: th.Tensor,
-        start: th.Tensor,
-        alpha: th.Tensor,
-        omega: th.Tensor,
-        beta: th.Tensor,
-    ) -> th.Tensor:
-        states = _selective_scan_forward(selection, drive, start, alpha, omega, beta)
-        ctx.save_for_backward(selection, drive, start, alpha, omega, beta, states)
+    def forward(ctx: Any, *inputs: th.Tensor) -> th.Tensor:
+        states = _selective_scan_forward(Scan(*inputs))
+        ctx.save_for_backward(*inputs, states)
         return states
 
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        by_inputs = selective_scan_backward(grads[0], *ctx.saved_tensors)
+        *inputs, states = ctx.saved_tensors
+        by_inputs = selective_scan_backward(grads[0], Scan(*inputs), states)
         return *by_inputs[:3], *by_inputs[3]
 
 
@@ -562,37 +572,24 @@ class ScanGradients(NamedTuple):
     parameters: th.Tensor  # alpha, omega and beta, [3, P]
 
 
-def selective_scan_backward(
-    grad: th.Tensor,
-    selection: th.Tensor,
-    drive: th.Tensor,
-    start: th.Tensor,
-    alpha: th.Tensor,
-    omega: th.Tensor,
-    beta: th.Tensor,
-    states: th.Tensor,
-) -> ScanGradients:
-    """See :func:`selective_scan`, whose inputs, contiguous but for the drive, and result these are.
-
-    :param grad: by the result, [H, ..., 2P]
+def selective_scan_backward(grad: th.Tensor, scan: Scan, states: th.Tensor) -> ScanGradients:
     """
-    drive, distance = _with_even_rows(drive)
-    grad, steps, modes = grad.contiguous(), len(selection), len(alpha)
-    grad_selection, grad_start = th.empty_like(selection), th.empty_like(start)
+    :param grad: by the states, [H, ..., 2P]
+    :param scan: what :func:`selective_scan` read
+    :param states: its result
+    """
+    drive, distance = _with_even_rows(scan.drive)
+    grad, modes = grad.contiguous(), len(scan.alpha)
+    grad_selection, grad_start = th.empty_like(scan.selection), th.empty_like(scan.start)
     grad_drive = th.empty_like(states)
     parameters = th.zeros(3, modes)
-    threads = _threads(selection.numel())
+    threads = _threads(scan.selection.numel())
     carry, sums = th.empty(threads, 2, modes), th.empty(threads, 3, modes)
-    if selection.numel():
+    if scan.selection.numel():
         call(
             "selective_scan_backward",
             grad,
-            selection,
-            drive,
-            start,
-            alpha,
-            omega,
-            beta,
+            *scan._replace(drive=drive),
             states,
             grad_selection,
             grad_drive,
@@ -600,39 +597,23 @@ def selective_scan_backward(
             parameters,
             carry,
             sums,
-            steps,
-            selection.numel() // steps // modes,
-            modes,
+            *scan.sizes(),
             distance,
             threads,
         )
     return ScanGradients(grad_selection, grad_drive, grad_start, parameters)
 
 
-def _selective_scan_forward(
-    selection: th.Tensor,
-    drive: th.Tensor,
-    start: th.Tensor,
-    alpha: th.Tensor,
-    omega: th.Tensor,
-    beta: th.Tensor,
-) -> th.Tensor:
-    drive, distance = _with_even_rows(drive)
-    steps, modes = len(selection), len(alpha)
-    states = selection.new_empty(*selection.shape[:-1], 2 * modes)
+def _selective_scan_forward(scan: Scan) -> th.Tensor:
+    drive, distance = _with_even_rows(scan.drive)
+    selection = scan.selection
+    states = selection.new_empty(*selection.shape[:-1], 2 * len(scan.alpha))
     if selection.numel():
         call(
             "selective_scan_forward",
-            selection,
-            drive,
-            start,
-            alpha,
-            omega,
-            beta,
+            *scan._replace(drive=drive),
             states,
-            steps,
-            selection.numel() // steps // modes,
-            modes,
+            *scan.sizes(),
             distance,
             _threads(selection.numel()),
         )
@@ -659,8 +640,7 @@ def selective_scan(
     """
     selection = selection.contiguous()
     start = start.expand(drive.shape[1:]).contiguous()
-    if records_gradients(selection, drive, start, alpha, omega, beta):
-        return _SelectiveScan.apply(  # type: ignore[no-any-return]
-            selection, drive, start, alpha, omega, beta
-        )
-    return _selective_scan_forward(selection, drive, start, alpha, omega, beta)
+    scan = Scan(selection, drive, start, alpha, omega, beta)
+    if records_gradients(*scan):
+        return _SelectiveScan.apply(*scan)  # type: ignore[no-any-return]
+    return _selective_scan_forward(scan)

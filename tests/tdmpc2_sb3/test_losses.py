@@ -472,6 +472,10 @@ def test_update_noise_is_seeded_and_each_number_is_used_once(roughen):
     for one, again, else_ in zip(*map(numbers_of, (first, same, other)), strict=True):
         assert th.equal(one, again)
         assert not th.equal(one, else_)
+    assert th.equal(first.target_heads, same.target_heads)
+    assert th.equal(first.policy.heads, same.policy.heads)
+    assert first.first_offsets is None
+    assert first.next_offsets is None
     generator = th.Generator().manual_seed(1)
     assert sample_update_noise(policy.world_model, 3, BATCH, generator, False).policy is None
     assert first.next_action.shape == (3, BATCH, ACTION_DIM)

@@ -11,10 +11,11 @@ Shapes: T training horizon, B batch, A action, Z latent, K bins, Q heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch as th
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.direct_networks import DirectNetwork, Written, assign, parameter_gradients
@@ -31,7 +32,6 @@ from tdmpc2_sb3.losses import (
     PolicyNoise,
     UpdateNoise,
     bootstrapped_steps,
-    lambda_returns,
     observations_at,
 )
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
@@ -95,7 +95,7 @@ class _KernelRollout:
         :return: z_0..z_T, [1 + T, B, Z], and what z_1..z_T were predicted from, [T B, Z + A]
         """
         latents = latent.new_empty(1 + len(actions), *latent.shape)
-        latents[0] = latent
+        kernels.copy_(latent, latents[0])
         self._rollout = kernels.Rollout(latent, actions, self._layers)
         self._rollout.forward(True, latents[1:])
         return latents, self._rollout.inputs
@@ -153,21 +153,21 @@ class _KernelEncoder:
         self._model = model
         self._network = DirectNetwork(model.encoder.state.net.as_layers())
 
-    def _rows(self, observations: Observation) -> th.Tensor:
+    def rows(self, observations: Observation) -> th.Tensor:
+        """What the network reads, [..., in]."""
         encoder = self._model.encoder
         vectors = encoder.vectors(flatten_vectors(observations, self._model.observation_space))
         return encoder.state.cast(vectors)
 
-    def evaluate(self, first: Observation, following: Observation) -> tuple[th.Tensor, th.Tensor]:
+    def evaluate(self, first: th.Tensor, following: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        :param first: observations, whose latents have gradients
-        :param following: observations, whose latents have none
+        :param first: rows, whose latents have gradients, [B, in]
+        :param following: rows, whose latents have none, [T, B, in]
         :return: z_0, [B, Z], and the latents of the following, [T, B, Z]
         """
-        rows = self._rows(following)
-        encoded = _outputs(rows, self._network.layers)
-        latent = self._network.evaluate(self._rows(first))[0]
-        return latent, encoded.view(*rows.shape[:-1], -1)
+        encoded = _outputs(following, self._network.layers)
+        latent = self._network.evaluate(first)[0]
+        return latent, encoded.view(*following.shape[:-1], -1)
 
     def backward(self, by_latent: th.Tensor) -> Written:
         """Gives the parameters their gradients.
@@ -175,6 +175,43 @@ class _KernelEncoder:
         :param by_latent: by z_0, [B, Z]
         """
         return self._network.backward(by_latent.unsqueeze(0))
+
+
+class Taken(NamedTuple):
+    """Gradients that have been taken."""
+
+    arrays: Written
+    norm: th.Tensor  # of all, []
+
+    @classmethod
+    def of(cls, arrays: Written) -> Taken:
+        """Those in arrays that the kernels read, or others."""
+        readable = kernels.readable(arrays)
+        return cls(arrays, kernels.total_norm(arrays) if readable else get_total_norm(arrays))
+
+
+class _ModelInputs(NamedTuple):
+    """What the world model's losses are computed from."""
+
+    first: th.Tensor  # observations, [B, in], where the kernels encode; else z_0, [B, Z]
+    following: th.Tensor  # next observations, [T, B, in]; else their latents, [T, B, Z]
+    actions: th.Tensor  # [T, B, A]
+    rewards: th.Tensor  # [T, B]
+    terminations: th.Tensor  # [T, B]
+    valid: th.Tensor | None  # [T, B]
+    next_action: th.Tensor  # standard normal, [T, B, A]
+    target_heads: tuple[int, ...]  # two
+    q_dropout: kernels.Dropped | None
+    row_weights: th.Tensor  # what each row counts, [T, B]
+    head_weights: th.Tensor  # the same of each Q head's
+
+
+class _ModelResults(NamedTuple):
+    losses: th.Tensor  # consistency, reward, value and termination, [4]
+    latents: th.Tensor  # z_0..z_T, [T + 1, B, Z]
+    by_first: th.Tensor  # gradients by z_0, [B, Z]
+    by_following: th.Tensor | None  # by the next observations' latents, if they have any
+    taken: Taken
 
 
 def has_direct_gradients(model: WorldModel) -> bool:
@@ -248,65 +285,125 @@ class DirectGradients:
         self._state_space: StateSpaceRollout | None = None
         if StateSpaceRollout.knows(model.dynamics):
             self._state_space = StateSpaceRollout(model.dynamics, simplices)
+        self._num_q = model.q_ensemble.num_q
+        self._coefficients = th.tensor(
+            [
+                config.consistency_coef,
+                config.reward_coef,
+                config.value_coef,
+                config.termination_coef,
+            ]
+        )
+        numbers = [*model.parameters(), *model.buffers()]
+        self._model_results = kernels.Captured(self._take_model_gradients, numbers)
+        self._policy_results = kernels.Captured(self._take_policy_gradients, numbers)
 
     @th.no_grad()
     def model_losses(
         self, batch: SequenceBatch, noise: UpdateNoise, weights: th.Tensor
-    ) -> tuple[ModelLosses, Written]:
+    ) -> tuple[ModelLosses, Taken]:
         """See :func:`tdmpc2_sb3.losses.model_losses`.
 
         :param batch: float32 sub-sequences on a CPU
         :param noise: of :func:`sample_update_noise`
         :param weights: of :func:`step_weights`, [T]
-        :return: the losses; the gradients that the parameters have now
+        :return: the losses, whose latents are good until the next ones; the gradients that the
+            parameters have now
         """
-        model, config = self._model, self._config
-        num_steps, num_rows = batch.rewards.shape
-        latent, next_latents = self._encode(batch, noise)  # z_0 [B, Z], [T, B, Z]
+        first, following = self._starts(batch, noise)
+        num_rows = batch.rewards.shape[1]
+        result = self._model_results(
+            _ModelInputs(
+                first,
+                following,
+                batch.actions,
+                batch.rewards,
+                batch.terminations,
+                batch.valid,
+                noise.next_action,
+                tuple(noise.target_heads.tolist()),
+                noise.q_dropout,
+                self._row_weights(weights, num_rows, batch.valid),
+                self._row_weights(weights, num_rows, batch.valid, self._num_q),
+            )
+        )
+        taken = result.taken
+        if self._encoder is None:
+            arrays = self._first_encoder.backward(result.by_first)
+            if result.by_following is not None:  # one graph: adds to the gradients of the first
+                arrays = self._next_encoder.backward(result.by_following)
+            taken = Taken.of([*taken.arrays, *arrays])
+        losses = result.losses.clone()
+        consistency, reward, value, termination = losses
+        total = losses @ self._coefficients
+        return ModelLosses(total, consistency, reward, value, termination, result.latents), taken
+
+    def _starts(self, batch: SequenceBatch, noise: UpdateNoise) -> tuple[th.Tensor, th.Tensor]:
+        """What the kernels start from: rows of observations if they encode these, else z_0,
+        [B, Z], and the latents of the next observations, [T, B, Z]."""
+        model = self._model
+        first = observations_at(batch.observations, 0)
+        following = observations_at(batch.observations, slice(1, None))
+        if self._encoder is not None:
+            return self._encoder.rows(first), self._encoder.rows(following)
+        latent = self._first_encoder.evaluate(model.encode, first, noise.first_offsets)
+        if self._classifies_encoded:
+            encode = self._next_encoder.evaluate
+            return latent, encode(model.encode, following, noise.next_offsets)
+        return latent, model.encode(following, noise.next_offsets).contiguous()
+
+    def _take_model_gradients(self, inputs: _ModelInputs) -> _ModelResults:
+        """Everything from the kernels' first one to their last."""
+        config, rewards = self._config, inputs.rewards
+        latent, next_latents = inputs.first, inputs.following
+        if self._encoder is not None:
+            latent, next_latents = self._encoder.evaluate(latent, next_latents)
         used = bootstrapped_steps(config)
-        values = self._bootstrap(next_latents[used], noise.next_action[used], noise.target_heads)
-        targets = lambda_returns(values, batch, config)
+        values = self._bootstrap(next_latents[used], inputs.next_action[used], inputs.target_heads)
+        targets = kernels.lambda_returns(
+            values, rewards, inputs.terminations, config.gamma, config.td_lambda
+        )
 
         rollout: _KernelRollout | _TracedRollout | StateSpaceRollout = self._traced_rollout
         if self._state_space is not None:
             rollout = self._state_space
-        elif self._rollout is not None and self._rollout.takes(latent, batch.actions):
+        elif self._rollout is not None and self._rollout.takes(latent, inputs.actions):
             rollout = self._rollout
-        latents, pairs = rollout.evaluate(latent, batch.actions)  # z_0..z_T
+        latents, pairs = rollout.evaluate(latent, inputs.actions)  # z_0..z_T
         predicted = latents[1:]
 
-        losses = latent.new_zeros(4)
+        losses = latent.new_empty(len(self._coefficients))
+        kernels.clear_(losses)
         consistency, reward, value, termination = losses
-        by_latents = latent.new_empty(num_steps + 1, *latent.shape)  # z_0..z_T
-        by_latents[0] = 0.0
+        by_latents = th.empty_like(latents)  # z_0..z_T
+        kernels.clear_(by_latents[0])
         by_states = by_latents[:-1].view(-1, latent.shape[-1])  # z_0..z_{T-1} [T B, Z]
-        row_weights = self._row_weights(weights, num_rows, batch.valid)
         kernels.squared_loss(
             predicted,
             next_latents,
-            row_weights,
+            inputs.row_weights,
             config.consistency_coef,
             consistency,
             by_latents[1:],
         )
 
+        bins = self._model.bins
         logits = self._reward.evaluate(pairs)  # [1, T B, K]
         by_logits = kernels.two_hot_loss(
-            logits, batch.rewards, row_weights, model.bins, config.reward_coef, reward
+            logits, rewards, inputs.row_weights, bins, config.reward_coef, reward
         )
         written = self._reward.backward(by_logits, by_states)
 
-        logits = self._q.evaluate(pairs, noise.q_dropout)  # [Q, T B, K]
-        of_head = self._row_weights(weights, num_rows, batch.valid, len(logits))
+        logits = self._q.evaluate(pairs, inputs.q_dropout)  # [Q, T B, K]
         by_logits = kernels.two_hot_loss(
-            logits, targets, of_head, model.bins, config.value_coef, value
+            logits, targets, inputs.head_weights, bins, config.value_coef, value
         )
         written += self._q.backward(by_logits, by_states)
 
         by_next: th.Tensor | None = None
         if self._termination is not None:
             by_next, of_termination = self._termination_loss(
-                self._termination, batch, predicted, next_latents, termination, by_latents
+                self._termination, inputs, predicted, next_latents, termination, by_latents
             )
             written += of_termination
 
@@ -314,42 +411,19 @@ class DirectGradients:
         written += of_dynamics
         if self._encoder is not None:
             written += self._encoder.backward(by_latent)
-        else:
-            of_encoder = self._first_encoder.backward(by_latent)
-            written += of_encoder if by_next is None else self._next_encoder.backward(by_next)
-        coefficients = (
-            config.consistency_coef,
-            config.reward_coef,
-            config.value_coef,
-            config.termination_coef,
-        )
-        total = losses @ losses.new_tensor(coefficients)
-        return ModelLosses(total, consistency, reward, value, termination, latents), written
+        return _ModelResults(losses, latents, by_latent, by_next, Taken.of(written))
 
-    def _encode(self, batch: SequenceBatch, noise: UpdateNoise) -> tuple[th.Tensor, th.Tensor]:
-        """z_0, [B, Z], and the latents of the next observations, [T, B, Z]."""
-        model = self._model
-        first = observations_at(batch.observations, 0)
-        following = observations_at(batch.observations, slice(1, None))
-        if self._encoder is not None:
-            return self._encoder.evaluate(first, following)
-        latent = self._first_encoder.evaluate(model.encode, first, noise.first_offsets)
-        if self._classifies_encoded:
-            encode = self._next_encoder.evaluate
-            return latent, encode(model.encode, following, noise.next_offsets)
-        return latent, model.encode(following, noise.next_offsets).contiguous()
-
-    def _bootstrap(self, latents: th.Tensor, noise: th.Tensor, heads: th.Tensor) -> th.Tensor:
+    def _bootstrap(self, latents: th.Tensor, noise: th.Tensor, heads: tuple[int, ...]) -> th.Tensor:
         """The lesser of two target Q heads at the latents and actions of the policy prior.
 
         :param latents: [..., B, Z]
         :param noise: standard normal, [..., B, A]
-        :param heads: [2]
+        :param heads: two
         :return: [..., B]
         """
         draw = self._draw(latents, noise, _outputs(latents, self._policy.layers)[0])
-        logits = _outputs(draw.pairs, self._target_q, tuple(heads.tolist()))
-        values = kernels.two_hot_inverse(logits, self._model.bins).amin(0)
+        logits = _outputs(draw.pairs, self._target_q, heads)
+        values = kernels.least(kernels.two_hot_inverse(logits, self._model.bins))
         return values.view(latents.shape[:-1])
 
     def _draw(self, latents: th.Tensor, noise: th.Tensor, moments: th.Tensor) -> kernels.PolicyDraw:
@@ -365,7 +439,7 @@ class DirectGradients:
     def _termination_loss(
         self,
         head: DirectNetwork,
-        batch: SequenceBatch,
+        inputs: _ModelInputs,
         predicted: th.Tensor,
         encoded: th.Tensor,
         loss: th.Tensor,
@@ -375,28 +449,30 @@ class DirectGradients:
         encoded next observations.
 
         :param head: that classifies
+        :param inputs: of the losses
         :param predicted: z_1..z_T, [T, B, Z]
         :param encoded: the same shape
         :param loss: written to, []
         :param by_latents: gradients by z_0..z_T, added to, [1 + T, B, Z]
         :return: gradients by ``encoded`` if the head learns from it; those of the head
         """
-        classified = predicted
-        if self._classifies_encoded:
-            classified = th.stack([predicted, encoded])
-        rows = classified.view(-1, classified.shape[-1])
-        logits = head.evaluate(rows).view(-1, *batch.rewards.shape)  # [2 or 1, T, B]
-        ended = batch.terminations.expand_as(logits)
-        losses = F.binary_cross_entropy_with_logits(logits, ended, reduction="none")
-        by_logits = (logits.sigmoid() - ended) * (self._config.termination_coef / logits.numel())
-        if batch.valid is not None:
-            losses, by_logits = losses * batch.valid, by_logits * batch.valid
-        loss.copy_(losses.mean())
-        by_rows = th.zeros_like(rows)
-        written = head.backward(by_logits.reshape(1, -1, 1), by_rows)
-        by_classified = by_rows.view(-1, *predicted.shape)
-        by_latents[1:] += by_classified[0]
-        return by_classified[1] if self._classifies_encoded else None, written
+        classified = [predicted, encoded] if self._classifies_encoded else [predicted]
+        rows, by_rows = predicted.new_empty(2, len(classified), *predicted.shape)
+        for latents, row in zip(classified, rows, strict=True):
+            kernels.copy_(latents, row)
+        kernels.clear_(by_rows)
+        kernels.copy_(by_latents[1:], by_rows[0])
+        flat, by_flat = (each.view(-1, predicted.shape[-1]) for each in (rows, by_rows))
+        by_logits = kernels.termination_loss(
+            head.evaluate(flat),
+            inputs.terminations,
+            inputs.valid,
+            self._config.termination_coef,
+            loss,
+        )
+        written = head.backward(by_logits, by_flat)
+        kernels.copy_(by_rows[0], by_latents[1:])
+        return by_rows[1] if self._classifies_encoded else None, written
 
     @th.no_grad()
     def policy_loss(
@@ -407,7 +483,7 @@ class DirectGradients:
         weights: th.Tensor,
         tau: float,
         alive: th.Tensor | None = None,
-    ) -> tuple[PolicyLosses, Written]:
+    ) -> tuple[PolicyLosses, Taken]:
         """See :func:`tdmpc2_sb3.losses.policy_loss`.
 
         :param latents: z_0..z_T, [T + 1, B, Z]
@@ -418,27 +494,42 @@ class DirectGradients:
         :param alive: of :func:`alive_states`, [T + 1, B]; None if all states count
         :return: the loss; the gradients that the policy's parameters have now
         """
-        model, config = self._model, self._config
-        num_rows = latents.shape[1]
-        draw = self._draw(latents, noise.action, self._policy.evaluate(latents)[0])
+        row_weights = self._row_weights(weights, latents.shape[1], alive)
         heads = tuple(noise.heads.tolist())
-        q_networks = kernels.evaluation(draw.pairs, self._q.layers, noise.dropout, heads)
+        losses, taken = self._policy_results(
+            latents, scale, noise.action, heads, noise.dropout, row_weights, tau
+        )
+        return PolicyLosses(*(each.clone() for each in losses)), taken
+
+    def _take_policy_gradients(
+        self,
+        latents: th.Tensor,
+        scale: th.Tensor,
+        noise: th.Tensor,
+        heads: tuple[int, ...],
+        dropped: kernels.Dropped | None,
+        row_weights: th.Tensor,
+        tau: float,
+    ) -> tuple[PolicyLosses, Taken]:
+        draw = self._draw(latents, noise, self._policy.evaluate(latents)[0])
+        q_networks = kernels.evaluation(draw.pairs, self._q.layers, dropped, heads)
         logits = q_networks.forward(keep=True)  # [2, (T + 1) B, K]
+        bins = self._model.bins
         objective = kernels.policy_objective(
-            kernels.two_hot_inverse(logits, model.bins),
+            kernels.two_hot_inverse(logits, bins),
             draw,
-            self._row_weights(weights, num_rows, alive).view(-1),
+            row_weights.view(-1),
             scale,
             tau,
-            config.entropy_coef,
-            num_rows,
+            self._config.entropy_coef,
+            latents.shape[1],
         )
-        by_logits = kernels.two_hot_inverse_backward(objective.by_values, logits, model.bins)
+        by_logits = kernels.two_hot_inverse_backward(objective.by_values, logits, bins)
         by_actions, _ = q_networks.backward(by_logits, slice(latents.shape[-1], None), False)
         assert by_actions is not None
         by_moments = draw.backward(by_actions, objective.by_entropy)
         written = self._policy.backward(by_moments.unsqueeze(0))
-        return PolicyLosses(*objective[:4]), written
+        return PolicyLosses(*objective[:4]), Taken.of(written)
 
     def _row_weights(
         self, weights: th.Tensor, num_rows: int, counted: th.Tensor | None, num_heads: int = 1

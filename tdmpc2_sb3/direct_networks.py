@@ -71,7 +71,8 @@ class JoinedProducts(DirectNetwork):
 
     def evaluate(self, x: th.Tensor, dropped: kernels.Dropped | None = None) -> th.Tensor:
         """See :meth:`DirectNetwork.evaluate`."""
-        th.cat(self._weights, out=self._joined)  # type: ignore[arg-type]
+        for weight, part in zip(self._weights, self._joined.split(self._sizes), strict=True):
+            kernels.copy_(weight, part)
         return super().evaluate(x, dropped)
 
     def _parameter_gradients(self, gradients: Sequence[kernels.Gradients]) -> Pairs:
@@ -89,8 +90,10 @@ def parameter_gradients(layers: Sequence[Layer], gradients: Sequence[kernels.Gra
 
 def assign(gradients: Pairs) -> Written:
     """Gives each parameter its gradient."""
-    written = []
-    for parameter, gradient in gradients:
-        parameter.grad = gradient
-        written.append(gradient)
-    return written
+
+    def give() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+    kernels.with_calls(give)
+    return [gradient for _, gradient in gradients]

@@ -51,12 +51,12 @@ class _Layer:
         drive = products[:, : 2 * modes].view(*leading, -1)
         self._direct = products[:, 2 * modes : -layer.rank]
         selection = self._select.evaluate(products[:, -layer.rank :])[0].view(*leading, -1)
-        alpha = layer.nu.exp() + ALPHA_MIN
+        alpha = kernels.exponential(layer.nu, added=ALPHA_MIN)
         self._scanned = kernels.Scan(selection, drive, start, alpha, layer.omega, layer.beta)
         self._states = kernels.selective_scan(*self._scanned)
         self._read = self._readout.evaluate(self._states.view(-1, 2 * modes))[0]
         hidden = kernels.gelu_sum(self._read, self._direct)
-        return stream + self._mix.evaluate(hidden)[0].view_as(stream)
+        return kernels.add(stream, self._mix.evaluate(hidden)[0])
 
     def backward(self, by_stream: th.Tensor) -> tuple[th.Tensor, Written]:
         """Gives the parameters their gradients.
@@ -66,24 +66,25 @@ class _Layer:
         :return: by x_0, [B, 2P]; those of the parameters
         """
         layer, modes = self._layer, self._modes
-        by_hidden = th.zeros_like(self._read)
+        rows, width = self._read.shape
+        by_hidden = kernels.zeros(by_stream, rows, width)
         written = self._mix.backward(by_stream.unsqueeze(0), by_hidden)
         by_read = kernels.gelu_sum_backward(by_hidden, self._read, self._direct)
-        by_states = by_read.new_zeros(len(by_read), 2 * modes)
+        by_states = kernels.zeros(by_stream, rows, 2 * modes)
         written += self._readout.backward(by_read.unsqueeze(0), by_states)
         by_scan = kernels.selective_scan_backward(
             by_states.view_as(self._states), self._scanned, self._states
         )
-        by_chosen = by_read.new_zeros(len(by_read), layer.rank)
+        by_chosen = kernels.zeros(by_stream, rows, layer.rank)
         by_selection = by_scan.selection.view(1, -1, modes)
         written += self._select.backward(by_selection, by_chosen)
-        by_products = th.cat([by_scan.drive.view_as(by_states), by_read, by_chosen], dim=-1)
-        by_normed = th.zeros_like(by_stream)
+        by_products = kernels.join([by_scan.drive.view_as(by_states), by_read, by_chosen])
+        by_normed = kernels.zeros(by_stream, *by_stream.shape)
         written += self._products.backward(by_products.unsqueeze(0), by_normed)
 
         by_norm = by_stream.new_empty(3, by_stream.shape[-1])  # gain, shift and a bias in front
         gain, shift = layer.norm.weight, layer.norm.bias
-        by_stream += kernels.norm_backward(
+        by_input = kernels.norm_backward(
             by_normed,
             self._stream.view_as(by_normed),
             None,
@@ -93,8 +94,9 @@ class _Layer:
             by_norm,
             self._norm,
         )
+        kernels.add(by_stream, by_input, by_stream)
         by_alpha, by_omega, by_beta = by_scan.parameters
-        by_nu = by_alpha * (self._scanned.alpha - ALPHA_MIN)  # alpha is e^nu and a constant
+        by_nu = kernels.exponential(layer.nu, by_alpha)  # alpha is e^nu and a constant
         slow = [(layer.nu, by_nu), (layer.omega, by_omega), (layer.beta, by_beta)]
         written += assign([*slow, (gain, by_norm[0]), (shift, by_norm[1])])
         return by_scan.start, written
@@ -110,8 +112,12 @@ def with_inputs(
     :param actions: [T, B, A]
     :return: z_0..z_T, [1 + T, B, Z], and z_0..z_{T-1} beside the actions, [T B, Z + A]
     """
-    latents = th.cat([latent.unsqueeze(0), predicted])
-    return latents, th.cat([latents[:-1], actions], dim=-1).flatten(0, 1)
+    latents = latent.new_empty(1 + len(predicted), *latent.shape)
+    kernels.copy_(latent, latents[0])
+    kernels.copy_(predicted, latents[1:])
+    return latents, kernels.join([latents[:-1], actions]).view(
+        -1, latent.shape[-1] + actions.shape[-1]
+    )
 
 
 class StateSpaceRollout:
@@ -150,11 +156,11 @@ class StateSpaceRollout:
         """
         features = self._features.evaluate(latent)[0]
         context = self._context.evaluate(features)[0]
-        starts = self._starts.evaluate(features)[0].chunk(len(self._layers), dim=-1)
+        starts = self._starts.evaluate(features)[0].chunk(len(self._layers), dim=-1)  # [B, 2P]
         moved = self._action.evaluate(actions.reshape(-1, actions.shape[-1]))[0]
-        stream = moved.view(*actions.shape[:-1], -1) + context
+        stream = kernels.add(moved, context).view(*actions.shape[:-1], -1)
         for layer, start in zip(self._layers, starts, strict=True):
-            stream = layer.evaluate(stream, start.contiguous())
+            stream = layer.evaluate(stream, kernels.join([start]))
         predicted = self._out.evaluate(stream.view(-1, stream.shape[-1]))
         return with_inputs(latent, predicted.view(*actions.shape[:-1], -1), actions)
 
@@ -166,7 +172,7 @@ class StateSpaceRollout:
         :return: by z_0 in full, [B, Z]; those of the parameters
         """
         num_steps, num_rows = len(by_latents) - 1, by_latents.shape[1]
-        by_stream = by_latents.new_zeros(num_steps * num_rows, self._sizes.width)
+        by_stream = kernels.zeros(by_latents, num_steps * num_rows, self._sizes.width)
         written = self._out.backward(by_latents[1:].view(1, len(by_stream), -1), by_stream)
         by_starts: list[th.Tensor] = []
         for layer in reversed(self._layers):
@@ -174,9 +180,11 @@ class StateSpaceRollout:
             by_starts.insert(0, by_start)
             written += of_layer
         written += self._action.backward(by_stream.unsqueeze(0))
-        by_context = by_stream.view(1, num_steps, num_rows, -1).sum(1)
-        by_features = by_latents.new_zeros(num_rows, self._sizes.conditioning)
+        by_context = kernels.zeros(by_latents, 1, num_rows, self._sizes.width)
+        for by_step in by_stream.view(num_steps, 1, num_rows, -1):
+            kernels.add(by_context, by_step, by_context)
+        by_features = kernels.zeros(by_latents, num_rows, self._sizes.conditioning)
         written += self._context.backward(by_context, by_features)
-        written += self._starts.backward(th.cat(by_starts, dim=-1).unsqueeze(0), by_features)
+        written += self._starts.backward(kernels.join(by_starts).unsqueeze(0), by_features)
         written += self._features.backward(by_features.unsqueeze(0), by_latents[0])
         return by_latents[0], written

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import torch as th
-from torch.nn.utils import get_total_norm
 
 from tdmpc2_sb3.compilation import compiled
-from tdmpc2_sb3.direct_gradients import DirectGradients, has_direct_gradients
-from tdmpc2_sb3.kernels import lerp_, readable, total_norm, usable, weights_held
+from tdmpc2_sb3.direct_gradients import DirectGradients, Taken, has_direct_gradients
+from tdmpc2_sb3.kernels import Captured, lerp_, readable, usable, weights_held
 from tdmpc2_sb3.losses import (
     LossConfig,
     ModelLosses,
@@ -66,6 +65,7 @@ class UpdateStep:
 
         self._model_losses = compiled(model_losses, compile, model_backward)
         self._policy_loss = compiled(policy_loss, compile, policy_backward)
+        self._move_targets = Captured(self._lerp_targets, [*self._target, *self._online])
         self._direct: DirectGradients | None = None
         if compile is not True and has_direct_gradients(model):
             self._direct = DirectGradients(model, config)
@@ -82,20 +82,23 @@ class UpdateStep:
         direct = self._direct if usable(batch.rewards) and usable(model.bins) else None
         with weights_held():
             if direct is not None:
-                losses, gradients = direct.model_losses(batch, noise, self.model_weights)
+                losses, taken = direct.model_losses(batch, noise, self.model_weights)
             else:
                 losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
-                gradients = _gradients(policy.model_parameters)
-        grad_norm = self._step(policy.model_optimizer, gradients, losses.total)
-        statistics = self._model_statistics(losses, grad_norm)
+                taken = _taken(policy.model_parameters)
+        self._step(policy.model_optimizer, taken, losses.total)
+        statistics = self._model_statistics(losses, taken.norm)
         if noise.policy is not None:
             statistics.update(self._policy_step(losses.latents, batch, noise.policy, direct))
         with th.no_grad():
-            if readable(self._target) and readable(self._online):
-                lerp_(self._target, self._online, self.tau)
-            else:
-                th._foreach_lerp_(self._target, self._online, self.tau)
+            self._move_targets()
         return statistics
+
+    def _lerp_targets(self) -> None:
+        if readable(self._target) and readable(self._online):
+            lerp_(self._target, self._online, self.tau)
+        else:
+            th._foreach_lerp_(self._target, self._online, self.tau)
 
     def _policy_step(
         self,
@@ -109,32 +112,26 @@ class UpdateStep:
         settings = (self.policy_weights, self.tau, alive)
         with weights_held():
             if direct is not None:
-                prior, gradients = direct.policy_loss(latents, policy.scale, noise, *settings)
+                prior, taken = direct.policy_loss(latents, policy.scale, noise, *settings)
             else:
                 prior = self._policy_loss(
                     model, latents, policy.scale, noise, self.config, *settings
                 )
-                gradients = _gradients(policy.prior_parameters)
-        grad_norm = self._step(policy.prior_optimizer, gradients, prior.total)
+                taken = _taken(policy.prior_parameters)
+        self._step(policy.prior_optimizer, taken, prior.total)
         with th.no_grad():
             policy.scale.copy_(prior.scale)
         return {
             "train/policy_loss": prior.total,
             "train/policy_entropy": prior.entropy,
             "train/policy_scaled_entropy": prior.scaled_entropy,
-            "train/policy_grad_norm": grad_norm,
+            "train/policy_grad_norm": taken.norm.clone(),
             "train/q_scale": prior.scale,
         }
 
-    def _step(
-        self, optimizer: th.optim.Optimizer, gradients: list[th.Tensor], loss: th.Tensor
-    ) -> th.Tensor:
-        """
-        :param gradients: arrays that hold the parameters' gradients, each number once
-        """
-        norm = total_norm(gradients) if readable(gradients) else get_total_norm(gradients)
+    def _step(self, optimizer: th.optim.Optimizer, taken: Taken, loss: th.Tensor) -> None:
         # One transfer from the device; most gradients are short enough as they are.
-        loss_value, length = th.stack([loss.detach(), norm]).tolist()
+        loss_value, length = th.stack([loss.detach(), taken.norm]).tolist()
         if not math.isfinite(loss_value + length):
             optimizer.zero_grad()
             raise RuntimeError(
@@ -142,10 +139,9 @@ class UpdateStep:
                 "rate, or check the environment's rewards and observations for huge values."
             )
         if length > self.max_grad_norm:
-            th._foreach_mul_(gradients, self.max_grad_norm / (length + CLIPPING_EPSILON))
+            th._foreach_mul_(taken.arrays, self.max_grad_norm / (length + CLIPPING_EPSILON))
         optimizer.step()
         optimizer.zero_grad()
-        return norm
 
     def _model_statistics(self, losses: ModelLosses, grad_norm: th.Tensor) -> dict[str, th.Tensor]:
         statistics = {
@@ -153,12 +149,12 @@ class UpdateStep:
             "train/consistency_loss": losses.consistency,
             "train/reward_loss": losses.reward,
             "train/value_loss": losses.value,
-            "train/grad_norm": grad_norm,
+            "train/grad_norm": grad_norm.clone(),
         }
         if self.policy.world_model.episodic:
             statistics["train/termination_loss"] = losses.termination
         return statistics
 
 
-def _gradients(parameters: list[th.nn.Parameter]) -> list[th.Tensor]:
-    return [each.grad for each in parameters if each.grad is not None]
+def _taken(parameters: list[th.nn.Parameter]) -> Taken:
+    return Taken.of([each.grad for each in parameters if each.grad is not None])

@@ -10,6 +10,8 @@ Shapes: ``...`` any leading axes, B rows, Q members of an ensemble, K bins.
 from __future__ import annotations
 
 import enum
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -332,6 +334,84 @@ def squared_loss(
     )
 
 
+def termination_loss(
+    logits: th.Tensor,
+    terminations: th.Tensor,
+    valid: th.Tensor | None,
+    scale: float,
+    loss: th.Tensor,
+) -> th.Tensor:
+    """Gradients by the logits of their mean binary cross-entropy, times a scale.
+
+    :param logits: contiguous, [...]
+    :param terminations: targets that repeat, contiguous, [T, B]
+    :param valid: what each counts, 1 or 0, contiguous, [T, B]; None if all do
+    :param scale: of the gradients
+    :param loss: where the mean is written, []
+    :return: [...]
+    """
+    by_logits = th.empty_like(logits)
+    arrays = logits, terminations, valid, loss, by_logits
+    call("termination_loss", *arrays, logits.numel(), terminations.numel(), scale)
+    return by_logits
+
+
+def zeros(like: th.Tensor, *shape: int) -> th.Tensor:
+    """An array of zeros."""
+    x = like.new_empty(shape)
+    clear_(x)
+    return x
+
+
+def clear_(x: th.Tensor) -> None:
+    """``x.zero_()`` of a contiguous x."""
+    call("clear_array", x, x.numel())
+
+
+def copy_(x: th.Tensor, to: th.Tensor) -> None:
+    """``to.copy_(x)`` of arrays of one shape, of which each may be a cut of columns."""
+    x_row, to_row, cols = _even_rows(x), _even_rows(to), x.shape[-1]
+    call("copy_rows", x, x_row, to, to_row, x.numel() // cols, cols, _threads(x.numel()))
+
+
+def join(parts: Sequence[th.Tensor]) -> th.Tensor:
+    """``th.cat(parts, dim=-1)`` of parts that may be cuts of columns, [..., D] each."""
+    sizes = [part.shape[-1] for part in parts]
+    joined = parts[0].new_empty(*parts[0].shape[:-1], sum(sizes))
+    for part, columns in zip(parts, joined.split(sizes, dim=-1), strict=True):
+        copy_(part, columns)
+    return joined
+
+
+def add(a: th.Tensor, b: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+    """a + b of contiguous arrays.
+
+    :param a: [..., D]
+    :param b: whose axes are the last ones of a
+    :param y: where the sum is written, which may be a; made anew if None
+    """
+    if y is None:
+        y = th.empty_like(a)
+    cols = a.shape[-1]
+    sizes = a.numel() // cols, b.numel() // cols, cols
+    call("add_rows", a, b, y, *sizes, _threads(a.numel()))
+    return y
+
+
+def exponential(x: th.Tensor, factors: th.Tensor | None = None, added: float = 0.0) -> th.Tensor:
+    """factors e^x + added of contiguous arrays of one shape; without factors these are 1."""
+    y = th.empty_like(x)
+    call("exponential", x, factors, added, y, x.numel())
+    return y
+
+
+def least(values: th.Tensor) -> th.Tensor:
+    """``values.amin(0)`` of contiguous values, [Q', ...] to [...]."""
+    out = values.new_empty(values.shape[1:])
+    call("least_values", values, out, len(values), out.numel())
+    return out
+
+
 def lambda_returns(
     values: th.Tensor,
     rewards: th.Tensor,
@@ -508,17 +588,28 @@ def _gelu_sum_forward(a: th.Tensor, b: th.Tensor) -> th.Tensor:
     return y
 
 
+def _even_rows(x: th.Tensor) -> int:
+    """The elements from each row to the next; 0 if that differs, or numbers do not stand side by
+    side in a row."""
+    if x.stride(-1) != 1:
+        return 0
+    axes = [axis for axis in range(x.dim() - 1) if x.shape[axis] > 1]
+    even = all(
+        x.stride(outer) == x.stride(inner) * x.shape[inner]
+        for outer, inner in itertools.pairwise(axes)
+    )
+    if not axes:
+        return x.shape[-1]
+    return x.stride(axes[-1]) if even else 0
+
+
 def _with_even_rows(x: th.Tensor) -> tuple[th.Tensor, int]:
     """x, or a copy if need be, and the elements from each row to the next.
 
     A cut of columns needs no copy.
     """
-    even = x.stride(-1) == 1 and all(
-        x.stride(axis - 1) == x.stride(axis) * x.shape[axis] for axis in range(1, x.dim() - 1)
-    )
-    if even and x.dim() > 1:
-        return x, x.stride(-2)
-    return x.contiguous(), x.shape[-1]
+    distance = _even_rows(x)
+    return (x, distance) if distance else (x.contiguous(), x.shape[-1])
 
 
 def gelu_sum(a: th.Tensor, b: th.Tensor) -> th.Tensor:
@@ -582,7 +673,7 @@ def selective_scan_backward(grad: th.Tensor, scan: Scan, states: th.Tensor) -> S
     grad, modes = grad.contiguous(), len(scan.alpha)
     grad_selection, grad_start = th.empty_like(scan.selection), th.empty_like(scan.start)
     grad_drive = th.empty_like(states)
-    parameters = th.zeros(3, modes)
+    parameters = zeros(states, 3, modes)
     threads = _threads(scan.selection.numel())
     carry, sums = th.empty(threads, 2, modes), th.empty(threads, 3, modes)
     if scan.selection.numel():

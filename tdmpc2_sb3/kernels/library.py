@@ -6,6 +6,7 @@ the plain torch path goes on.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,10 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 
@@ -127,6 +129,12 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "two_hot_cross_entropy_backward": (*(POINTER,) * 5, *(INTEGER,) * 4),
     "two_hot_loss": (*(POINTER,) * 6, *(INTEGER,) * 3, REAL, INTEGER),
     "squared_loss": (*(POINTER,) * 5, *(INTEGER,) * 2, REAL, INTEGER),
+    "termination_loss": (*(POINTER,) * 5, *(INTEGER,) * 2, REAL),
+    "clear_array": (POINTER, INTEGER),
+    "copy_rows": (POINTER, INTEGER, POINTER, *(INTEGER,) * 4),
+    "add_rows": (*(POINTER,) * 3, *(INTEGER,) * 4),
+    "exponential": (POINTER, POINTER, REAL, POINTER, INTEGER),
+    "least_values": (POINTER, POINTER, INTEGER, INTEGER),
     "lambda_returns": (*(POINTER,) * 3, REAL, REAL, POINTER, INTEGER, INTEGER),
     "policy_objective": (*(POINTER,) * 5, REAL, REAL, *(POINTER,) * 3, *(INTEGER,) * 3),
     "policy_sample_forward": (*(POINTER,) * 7, *(INTEGER,) * 4),
@@ -166,13 +174,49 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+class Call(NamedTuple):
+    """A function and what it is called with."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+
+
+class _Thread(threading.local):
+    """What holds in one thread."""
+
+    written_down: list[Call] | None = None  # where calls are
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def calls_written_down() -> Iterator[list[Call]]:
+    """The calls of kernels.c within (in this thread), with addresses instead of tensors."""
+    before = _thread.written_down
+    calls = _thread.written_down = []
+    try:
+        yield calls
+    finally:
+        _thread.written_down = before
+
+
 def call(name: str, *arguments: th.Tensor | ctypes.Array[Any] | float | None) -> Any:
     """Calls a function of kernels.c; a tensor is handed over as the address of its numbers."""
     loaded = library()
     assert loaded is not None, "ask whether there is a library first"
-    return getattr(loaded, name)(
-        *[each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments]
-    )
+    function = getattr(loaded, name)
+    values = [each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments]
+    if _thread.written_down is not None and name not in SIZES:
+        _thread.written_down.append(Call(function, tuple(values)))
+    return function(*values)
+
+
+def with_calls(action: Callable[[], None]) -> None:
+    """Does something, and does it again whenever calls that are written down are made again."""
+    if _thread.written_down is not None:
+        _thread.written_down.append(Call(action))
+    action()
 
 
 def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:

@@ -51,11 +51,19 @@ def weights_held() -> Iterator[None]:
     if _thread.held is not None:
         yield
         return
+    with weights_held_anew():
+        yield
+
+
+@contextlib.contextmanager
+def weights_held_anew() -> Iterator[dict[object, Any]]:
+    """The same, but nothing counts as laid out that was so outside; yields what is made within."""
+    before = _thread.held
     holding = _thread.held = _Held()
     try:
-        yield
+        yield holding.made
     finally:
-        _thread.held = None
+        _thread.held = before
         holding.made.clear()
 
 
@@ -88,6 +96,11 @@ def operation_counter() -> Iterator[FlopCounterMode]:
             yield counter
     finally:
         _thread.by_torch = before
+
+
+def goes_by_torch() -> bool:
+    """Whether torch multiplies in this thread, so that its operations are counted."""
+    return _thread.by_torch
 
 
 @functools.cache

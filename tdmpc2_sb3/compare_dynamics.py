@@ -105,6 +105,7 @@ class _Arm:
         self.actions = 2 * th.rand(shape, device=self.device) - 1
         self._rollout = compiled(self._eager_rollout, compile)
         self.policy._plan = compiled(self.policy._plan, compile)
+        self.policy._plans_directly = not compile
         self.mean = self.policy.zero_plan(1)
         self.start = th.ones(1, dtype=th.bool, device=self.device)
 

@@ -22,7 +22,7 @@ from tdmpc2_sb3.direct_networks import DirectNetwork, Written, assign, parameter
 from tdmpc2_sb3.direct_state_space import StateSpaceRollout, with_inputs
 from tdmpc2_sb3.dynamics import LatentDynamics
 from tdmpc2_sb3.dynamics.mlp import MLPDynamics
-from tdmpc2_sb3.encoders import Encoder, Observation, StateEncoder, flatten_vectors
+from tdmpc2_sb3.encoders import Encoder
 from tdmpc2_sb3.kernels import Layer
 from tdmpc2_sb3.layers import MLP, QEnsemble
 from tdmpc2_sb3.losses import (
@@ -146,18 +146,11 @@ class _TracedRollout:
 class _KernelEncoder:
     """Latents of vectors.
 
-    :param model: whose encoder reads vectors alone
+    :param layers: of the encoder
     """
 
-    def __init__(self, model: WorldModel):
-        self._model = model
-        self._network = DirectNetwork(model.encoder.state.net.as_layers())
-
-    def rows(self, observations: Observation) -> th.Tensor:
-        """What the network reads, [..., in]."""
-        encoder = self._model.encoder
-        vectors = encoder.vectors(flatten_vectors(observations, self._model.observation_space))
-        return encoder.state.cast(vectors)
+    def __init__(self, layers: Sequence[Layer]):
+        self._network = DirectNetwork(layers)
 
     def evaluate(self, first: th.Tensor, following: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -227,25 +220,6 @@ def has_direct_gradients(model: WorldModel) -> bool:
     )
 
 
-def _encodes_by_kernels(encoder: Encoder) -> bool:
-    return (
-        not encoder.image_keys
-        and type(encoder.state) is StateEncoder
-        and type(encoder.state.net) is MLP
-        and encoder.state.net.has_kernels()
-    )
-
-
-def _latent_simplices(model: WorldModel) -> int:
-    """Of how many simplices (see :func:`tdmpc2_sb3.kernels.on_simplices`) every latent is known to
-    consist; 0 if it may be something else."""
-    dynamics = model.dynamics.as_kernel()
-    if dynamics is None or not _encodes_by_kernels(model.encoder):
-        return 0
-    encoded = model.encoder.state.net.as_layers()[-1]
-    return min(kernels.predicted_simplices(dynamics), encoded.count_simplices())
-
-
 class DirectGradients:
     """Losses that come with their gradients, of a model that :func:`has_direct_gradients` takes.
 
@@ -258,7 +232,7 @@ class DirectGradients:
     def __init__(self, model: WorldModel, config: LossConfig):
         self._model = model
         self._config = config
-        simplices = _latent_simplices(model)
+        simplices = model.latent_simplices()
 
         def of_latents(network: MLP | QEnsemble) -> kernels.KeptLayers:
             return kernels.on_simplices(network.as_layers(), simplices)
@@ -275,8 +249,9 @@ class DirectGradients:
         self._encoder: _KernelEncoder | None = None
         # The latents of next observations have gradients too where the termination head learns
         # from them; autograd adds those up.
-        if _encodes_by_kernels(model.encoder) and not self._classifies_encoded:
-            self._encoder = _KernelEncoder(model)
+        encoder = model.encoder.as_kernel()
+        if encoder is not None and not self._classifies_encoded:
+            self._encoder = _KernelEncoder(encoder)
         self._first_encoder, self._next_encoder = _Traced(model.encoder), _Traced(model.encoder)
         self._rollout: _KernelRollout | None = None
         if type(model.dynamics) is MLPDynamics and model.dynamics.net.has_kernels():
@@ -345,7 +320,7 @@ class DirectGradients:
         first = observations_at(batch.observations, 0)
         following = observations_at(batch.observations, slice(1, None))
         if self._encoder is not None:
-            return self._encoder.rows(first), self._encoder.rows(following)
+            return model.observation_rows(first), model.observation_rows(following)
         latent = self._first_encoder.evaluate(model.encode, first, noise.first_offsets)
         if self._classifies_encoded:
             encode = self._next_encoder.evaluate

@@ -6,6 +6,7 @@ Shapes: ``...`` leading axes, O observation, C, h, w image, Z latent.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch as th
@@ -13,6 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 
+from tdmpc2_sb3.kernels import Layer
 from tdmpc2_sb3.layers import MLP, NormedLinear, SimNorm
 
 Observation: TypeAlias = "th.Tensor | dict[str, th.Tensor]"
@@ -183,6 +185,14 @@ class Encoder(nn.Module):
             return observation
         vectors = [observation[key] for key in self.vector_keys]
         return vectors[0] if len(vectors) == 1 else th.cat(vectors, -1)
+
+    def as_kernel(self) -> Sequence[Layer] | None:
+        """What the CPU kernels encode :meth:`vectors` by; None if they cannot: images have no
+        kernels, and a subclass may compute something else."""
+        if type(self) is not Encoder or self.image_keys or type(self.state) is not StateEncoder:
+            return None
+        net = self.state.net
+        return net.as_layers() if type(net) is MLP and net.has_kernels() else None
 
     def sample_offsets(self, num_rows: int, generator: th.Generator) -> th.Tensor | None:
         """Random shifts for ``num_rows`` observations, [images, rows, 2]; None without images."""

@@ -462,6 +462,8 @@ class QEnsemble(nn.Module):
         # deviations more of them than expected never run out.
         expected = math.prod(shape) * self.dropout
         count = int(expected + 10.0 * math.sqrt(expected) + 10.0)
-        steps = th.empty(count, dtype=th.long, device=generator.device)
-        steps.geometric_(self.dropout, generator=generator)
+        # Geometric by its inverse distribution: a third of the time of torch's geometric_.
+        uniform = th.rand(count, generator=generator, device=generator.device)  # [0, 1)
+        logarithm = uniform.neg_().add_(1.0).log_()
+        steps = logarithm.mul_(1.0 / math.log1p(-self.dropout)).add_(1.0).long()
         return Dropped(steps.cumsum(0).sub_(1), 1.0 - self.dropout, shape)

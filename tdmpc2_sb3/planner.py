@@ -290,12 +290,13 @@ def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
     )
 
 
-def _planning_networks(model: WorldModel, latent: th.Tensor) -> kernels.PlanningNetworks | None:
+def planning_networks(model: WorldModel, simplices: int) -> kernels.PlanningNetworks | None:
     """The model as the CPU kernels plan with it; None if they cannot.
 
     A subclass may have changed any part, so it is evaluated by its own methods.
 
-    :param latent: z_0, [E, Z]
+    :param model: planned with
+    :param simplices: of how many z_0 consists, see :func:`tdmpc2_sb3.kernels.on_simplices`
     """
     if type(model) is not WorldModel:
         return None
@@ -308,7 +309,7 @@ def _planning_networks(model: WorldModel, latent: th.Tensor) -> kernels.Planning
         model.policy_net.as_layers(),
         model.q_ensemble.as_layers(),
         None if model.termination_net is None else model.termination_net.as_layers(),
-    ).from_latent(latent)
+    ).from_simplices(simplices)
     return networks if kernels.plans(networks) else None
 
 
@@ -319,7 +320,9 @@ def _search(
 
     :param mean: of the first Gaussian, [H, E, A]
     """
-    networks = _planning_networks(model, latent) if kernels.usable(latent) else None
+    networks: kernels.PlanningNetworks | None = None
+    if kernels.usable(latent):
+        networks = planning_networks(model, kernels.count_simplices(latent))
     if networks is None:
         return _Search(model, latent, config, noise.policy).run(mean, noise)
     return kernels.search(

@@ -15,8 +15,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, get_device
 from torch import nn
 
+from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.adam import Adam
 from tdmpc2_sb3.compilation import compiled
+from tdmpc2_sb3.direct_planning import DirectPlanning
 from tdmpc2_sb3.kernels import weights_held
 from tdmpc2_sb3.planner import (
     DEFAULT_ITERATIONS,
@@ -176,6 +178,8 @@ class TDMPC2Policy(BasePolicy):
         self._make_optimizers(lr_schedule(1.0), enc_lr_scale)
         self._generator: th.Generator | None = None
         self._plan = compiled(plan, compile)
+        self._plans_directly = compile is not True
+        self._direct_planning: DirectPlanning | None = None
 
     def _check_observations(self) -> None:
         found = "vectors"
@@ -275,9 +279,20 @@ class TDMPC2Policy(BasePolicy):
         noise: PlanNoise,
         explore: bool,
     ) -> Plan:
-        latent = self.world_model.encode(observation, noise.offsets)
         initial_mean = shift_plan(previous_mean, episode_start)
+        direct = self._find_direct_planning()
+        if direct is not None:
+            return direct.plan(observation, initial_mean, noise, self.planner, explore)
+        latent = self.world_model.encode(observation, noise.offsets)
         return self._plan(self.world_model, latent, initial_mean, noise, self.planner, explore)
+
+    def _find_direct_planning(self) -> DirectPlanning | None:
+        model = self.world_model
+        if not self._plans_directly or not kernels.usable(model.bins):
+            return None
+        if self._direct_planning is None or not self._direct_planning.is_of(model):
+            self._direct_planning = DirectPlanning(model)
+        return self._direct_planning if self._direct_planning.is_possible else None
 
     def _steady_noise(self, ages: np.ndarray) -> PlanNoise:
         """The random numbers of deterministic plans: functions of each plan's age alone.

@@ -80,10 +80,10 @@ class UpdateStep:
         """
         policy, model = self.policy, self.policy.world_model
         direct = self._direct if usable(batch.rewards) and usable(model.bins) else None
-        with weights_held():
-            if direct is not None:
-                losses, taken = direct.model_losses(batch, noise, self.model_weights)
-            else:
+        if direct is not None:
+            losses, taken = direct.model_losses(batch, noise, self.model_weights)
+        else:
+            with weights_held():
                 losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
                 taken = _taken(policy.model_parameters)
         self._step(policy.model_optimizer, taken, losses.total)
@@ -110,10 +110,10 @@ class UpdateStep:
         policy, model = self.policy, self.policy.world_model
         alive = alive_states(batch)
         settings = (self.policy_weights, self.tau, alive)
-        with weights_held():
-            if direct is not None:
-                prior, taken = direct.policy_loss(latents, policy.scale, noise, *settings)
-            else:
+        if direct is not None:
+            prior, taken = direct.policy_loss(latents, policy.scale, noise, *settings)
+        else:
+            with weights_held():
                 prior = self._policy_loss(
                     model, latents, policy.scale, noise, self.config, *settings
                 )

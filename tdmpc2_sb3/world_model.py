@@ -17,7 +17,7 @@ from torch import nn
 from tdmpc2_sb3.discrete_regression import make_bins, two_hot_inverse
 from tdmpc2_sb3.dynamics import DYNAMICS, LatentDynamics
 from tdmpc2_sb3.encoders import Encoder, Observation, flatten_vectors
-from tdmpc2_sb3.kernels import Dropped
+from tdmpc2_sb3.kernels import Dropped, predicted_simplices
 from tdmpc2_sb3.layers import MLP, QEnsemble
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # kernels.c has them too
@@ -107,8 +107,12 @@ class WorldModel(nn.Module):
         self.register_buffer(
             "bins", make_bins(arch.num_bins, arch.vmin, arch.vmax), persistent=False
         )
+        heads = range(arch.num_q)
+        pairs = [(one, other) for one in heads for other in heads if one != other]
+        self.register_buffer("head_pairs", th.tensor(pairs or [(0, 0)]), persistent=False)
 
     bins: th.Tensor
+    head_pairs: th.Tensor  # of different Q heads; the only one twice if there is one
 
     @property
     def episodic(self) -> bool:
@@ -125,6 +129,19 @@ class WorldModel(nn.Module):
         return self.encoder(  # type: ignore[no-any-return]
             flatten_vectors(observation, self.observation_space), offsets
         )
+
+    def observation_rows(self, observation: Observation) -> th.Tensor:
+        """What the state encoder reads of an observation, [..., O], without images."""
+        vectors = self.encoder.vectors(flatten_vectors(observation, self.observation_space))
+        return self.encoder.state.cast(vectors)
+
+    def latent_simplices(self) -> int:
+        """Of how many simplices (see :func:`tdmpc2_sb3.kernels.on_simplices`) every latent is
+        known to consist; 0 if it may be something else."""
+        dynamics, encoder = self.dynamics.as_kernel(), self.encoder.as_kernel()
+        if dynamics is None or encoder is None:
+            return 0
+        return min(predicted_simplices(dynamics), encoder[-1].count_simplices())
 
     def reward_logits(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
         """R(z, a) as logits over bins, [..., K]; the leading axes of z may broadcast."""
@@ -198,13 +215,10 @@ class WorldModel(nn.Module):
 
     def sample_heads(self, generator: th.Generator, rows: int = 1) -> th.Tensor:
         """Two different random Q heads a row (the only one twice if num_q is 1), [rows, 2]."""
-        num_q = self.architecture.num_q
-        device = generator.device
-        if num_q == 1:
-            return th.zeros(rows, 2, dtype=th.long, device=device)
-        first = th.randint(num_q, (rows,), generator=generator, device=device)
-        second = th.randint(num_q - 1, (rows,), generator=generator, device=device)
-        return th.stack([first, second + (second >= first)], dim=-1)
+        number = th.randint(
+            len(self.head_pairs), (rows,), generator=generator, device=generator.device
+        )
+        return self.head_pairs.index_select(0, number)
 
 
 def check_architecture(arch: Architecture) -> None:

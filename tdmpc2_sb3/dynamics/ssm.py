@@ -178,15 +178,20 @@ class SSMLayer(nn.Module):
 
     def as_kernel(self) -> kernels.StateSpaceLayer:
         """The layer as the CPU kernels take it."""
+        alpha: th.Tensor
+        if kernels.usable(self.nu):  # torch's operation could not be replayed
+            alpha = kernels.exponential(self.nu, added=ALPHA_MIN)
+        else:
+            alpha = self._alpha()
         return kernels.StateSpaceLayer(
             self.norm.weight,
             self.norm.bias,
             self.norm.eps,
-            products=Layer(th.cat(self._joined_weights()), None),
+            products=Layer(kernels.join(self._joined_weights(), dim=0), None),
             selection=self.select_out.as_layer() if self.rank else None,
             readout=self.readout.as_layer(),
             mix=self.mix.as_layer(),
-            alpha=self._alpha(),
+            alpha=alpha,
             omega=self.omega,
             beta=self.beta,
         )

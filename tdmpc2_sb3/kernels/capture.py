@@ -18,13 +18,15 @@ import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdmpc2_sb3.kernels.library import Call, calls_written_down
-from tdmpc2_sb3.kernels.products import goes_by_torch, weights_held_anew
+from tdmpc2_sb3.kernels.products import goes_by_torch, weights_held, weights_held_anew
 
 Result = TypeVar("Result")
 
 MAX_CAPTURES = 256  # of a function; heads of an ensemble of five are chosen in twenty ways
 ATTEMPTS = 2  # the first one may make what is kept
-ALIGNMENT = 64  # bytes
+CHUNK = 128 * 2**20  # bytes, of which the system gives what is written to
+ALIGNMENT = 64
+PADDING = 128  # so that arrays of whole pages do not all begin at the same place of one
 
 _ALLOCATIONS = (
     th.ops.aten.empty.memory_format,
@@ -33,55 +35,69 @@ _ALLOCATIONS = (
 )
 
 
-class _Memory:
-    """Blocks for the arrays that a function makes on its way.
+class _Memory(threading.local):
+    """Room for the arrays that functions make on their way, of each thread its own.
 
-    A capture makes them in the same order as the one before, so that it finds the same blocks, and
-    an array that is let go of leaves its block to the next, as with malloc.
+    A capture writes an array before it reads it, so whatever no object is in any more is free for
+    others, and what was used last is still in the caches.
     """
 
     def __init__(self) -> None:
-        self._blocks: list[Any] = []  # NumPy's: whether one is in use shows in its references
+        self._chunks: list[th.Tensor] = []
+        self._views: list[Any] = []  # of NumPy: whether one is in use shows in its references
+        self._places: list[tuple[int, int, int]] = []  # their chunk, begin and end
 
     def like(self, x: th.Tensor) -> th.Tensor:
-        """An array of the same shape and type in a block that no other array is in."""
+        """An array of the same shape and type where no other array is."""
         size = x.numel() * x.element_size()
         if not size:
             return x
-        flat = th.from_numpy(self._block(size))  # refers to the block for as long as it lives
+        self._forget_idle()
+        chunk, begin, end = place = self._find(size + PADDING)
+        self._views.append(self._chunks[chunk][begin:end].numpy())
+        self._places.append(place)
+        flat = th.from_numpy(self._views[-1])  # refers to the view for as long as it lives
         return flat[:size].view(x.dtype).view(x.shape)
 
-    def _block(self, size: int) -> Any:
-        sizes = [len(block) for block in self._blocks]
-        fitting = [  # by positions: a name for a block would be one more reference
-            (found, position)
-            for position, found in enumerate(sizes)
-            if size <= found <= 2 * size and self._is_idle(position)
+    def _forget_idle(self) -> None:
+        used = [  # by positions: a name for a view would be one more reference
+            position
+            for position in range(len(self._views))
+            if _references(self._views, position) > _REFERENCES_OF_LIST
         ]
-        if fitting:
-            return self._blocks[min(fitting)[1]]
-        rounded = -(-size // ALIGNMENT) * ALIGNMENT
-        block = th.empty(rounded, dtype=th.uint8).numpy()
-        self._blocks.append(block)
-        return block
+        self._views = [self._views[position] for position in used]
+        self._places = [self._places[position] for position in used]
 
-    def _is_idle(self, position: int) -> bool:
-        return _references(self._blocks, position) == _REFERENCES_OF_LIST
+    def _find(self, size: int) -> tuple[int, int, int]:
+        """The first place that is large enough."""
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        for chunk, memory in enumerate(self._chunks):
+            begin = 0
+            for other, taken_from, taken_to in sorted(self._places):
+                if other != chunk:
+                    continue
+                if taken_from - begin >= size:
+                    break
+                begin = taken_to
+            if begin + size <= len(memory):
+                return chunk, begin, begin + size
+        self._chunks.append(th.empty(max(size, CHUNK), dtype=th.uint8))  # and kept
+        return len(self._chunks) - 1, 0, size
 
 
-def _references(blocks: list[Any], position: int) -> int:
-    return sys.getrefcount(blocks[position])
+def _references(views: list[Any], position: int) -> int:
+    return sys.getrefcount(views[position])
 
 
 _REFERENCES_OF_LIST = _references([th.empty(1).numpy()], 0)
+_memory = _Memory()
 
 
 class _Watch(TorchDispatchMode):
     """Notes what torch computes itself, and takes new arrays from the memory of captures."""
 
-    def __init__(self, memory: _Memory):
+    def __init__(self) -> None:
         super().__init__()
-        self._memory = memory
         self.computed: list[str] = []
 
     def __torch_dispatch__(
@@ -89,7 +105,7 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and result.is_cpu:
-            return self._memory.like(result)
+            return _memory.like(result)
         if not func.is_view:
             self.computed.append(str(func))
         return result
@@ -109,8 +125,8 @@ class Captured(Generic[Result]):
     It may make arrays and views, call ``kernels.c``, and act by :func:`with_calls`. If torch
     computes anything in it, it is called as it is; what it reads by ``tolist`` or ``numpy`` stays
     as it was, unseen. Arguments are tensors, which are read only, other hashable values, and tuples
-    of them; the values are part of what the capture is for. What a result's tensors hold is good
-    until the next call.
+    of them; the values are part of what the capture is for. Weights are held within. What a
+    result's tensors hold is good until the thread's next call of a captured function.
 
     :param function: to be called without recording gradients
     :param parameters: what the function reads and writes besides: a capture holds while their
@@ -125,7 +141,6 @@ class Captured(Generic[Result]):
     def _forget(self) -> None:
         self._places: list[int] = []
         self._captures: dict[Hashable, _Capture[Result]] = {}
-        self._memory = _Memory()
         self._failures: Counter[Hashable] = Counter()
         self.replays = 0
         self.computed_by_torch: list[str] = []  # in the last attempt at a capture that failed
@@ -139,7 +154,8 @@ class Captured(Generic[Result]):
     def __call__(self, *arguments: object) -> Result:
         """What the function makes of the arguments."""
         if goes_by_torch():
-            return self._function(*arguments)
+            with weights_held():
+                return self._function(*arguments)
         tensors: list[th.Tensor] = []
         key = threading.get_ident(), th.get_num_threads(), _without_tensors(arguments, tensors)
         places = list(map(th.Tensor.data_ptr, self._parameters))
@@ -155,7 +171,8 @@ class Captured(Generic[Result]):
             self.replays += 1
             return captured.result
         if self._failures[key] == ATTEMPTS:
-            return self._function(*arguments)
+            with weights_held():
+                return self._function(*arguments)
         return self._capture(key, arguments, tensors)
 
     def _capture(
@@ -163,7 +180,7 @@ class Captured(Generic[Result]):
     ) -> Result:
         inputs = [each.clone(memory_format=th.contiguous_format) for each in tensors]
         rebuilt = _with_tensors(arguments, iter(inputs))
-        watch = _Watch(self._memory)
+        watch = _Watch()
         with weights_held_anew() as made, calls_written_down() as calls, watch:
             result = self._function(*rebuilt)
             kept = list(made.values())

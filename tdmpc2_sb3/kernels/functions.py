@@ -371,15 +371,24 @@ def clear_(x: th.Tensor) -> None:
 def copy_(x: th.Tensor, to: th.Tensor) -> None:
     """``to.copy_(x)`` of arrays of one shape, of which each may be a cut of columns."""
     x_row, to_row, cols = _even_rows(x), _even_rows(to), x.shape[-1]
+    assert x_row, "rows lie at uneven distances"
+    assert to_row, "rows lie at uneven distances"
     call("copy_rows", x, x_row, to, to_row, x.numel() // cols, cols, _threads(x.numel()))
 
 
-def join(parts: Sequence[th.Tensor]) -> th.Tensor:
-    """``th.cat(parts, dim=-1)`` of parts that may be cuts of columns, [..., D] each."""
-    sizes = [part.shape[-1] for part in parts]
-    joined = parts[0].new_empty(*parts[0].shape[:-1], sum(sizes))
-    for part, columns in zip(parts, joined.split(sizes, dim=-1), strict=True):
-        copy_(part, columns)
+def join(parts: Sequence[th.Tensor], dim: int = -1) -> th.Tensor:
+    """``th.cat(parts, dim)`` of parts that may be cuts of columns.
+
+    :param dim: the last axis, or the first one of contiguous parts
+    """
+    if not usable(parts[0]):
+        return th.cat(list(parts), dim)
+    sizes = [part.shape[dim] for part in parts]
+    shape = list(parts[0].shape)
+    shape[dim] = sum(sizes)
+    joined = parts[0].new_empty(shape)
+    for part, place in zip(parts, joined.split(sizes, dim), strict=True):
+        copy_(part, place)
     return joined
 
 

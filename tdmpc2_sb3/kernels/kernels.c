@@ -1943,7 +1943,7 @@ typedef struct {
     float *prior_latents;        /* z_H of the policy's sequences, [E, P, Z] or reduced */
     float *rewards, *discounts;  /* on the way, and of what follows, [E, N] */
     float *values;               /* [E, N] */
-    float *means, *stds;         /* of the Gaussians, the first given, [I + 1, H, E, A] */
+    float *means, *stds; /* of the Gaussians, the first mean given, [I + 1, H, E, A] */
     float *elite_values;         /* the highest first, [E, K] */
     float *weights;              /* [E, K] */
     float *first_actions;        /* [E, K, A] */
@@ -2192,6 +2192,7 @@ static void refit(const search *s, int64_t iteration, int64_t env) {
 void plan_search(const search *s, int64_t threads) {
     int64_t size = planning_scratch(s);
     memset(s->valued, 0, sizeof(int64_t) * (size_t)s->envs);
+    for (int64_t i = 0; i < s->horizon * s->envs * s->action_dim; i++) s->stds[i] = s->max_std;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < s->iterations; i++) {
 #pragma omp for schedule(static)
@@ -2209,5 +2210,53 @@ void plan_search(const search *s, int64_t threads) {
                 at += b.count;
             }
         }
+    }
+}
+
+/* What planner.py's plan makes of a search's elites: an action of one that is chosen by its weight,
+ * which with exploration (null for none) is moved by the first deviation, and statistics. */
+void choose_action(const float *elite_values, const float *weights, const float *first_actions,
+                   const float *previous_mean, const float *mean, const float *std,
+                   const float *gumbel, const float *exploration, float *action,
+                   float *mean_by_env, float *std_by_env, float *value, float *elite_std,
+                   float *effective_samples, float *mean_change, int64_t envs, int64_t elites,
+                   int64_t horizon, int64_t a_dim) {
+    for (int64_t e = 0; e < envs; e++) {
+        const float *w = weights + e * elites, *v = elite_values + e * elites;
+        int64_t chosen = 0;
+        float best = 0.0f;
+        double weighted = 0.0, sum = 0.0, squares = 0.0, distances = 0.0, changes = 0.0;
+        for (int64_t k = 0; k < elites; k++) {
+            float score = logf(w[k]) + gumbel[e * elites + k];
+            if (k == 0 || score > best || (isnan(score) && !isnan(best))) { /* torch's argmax */
+                best = score;
+                chosen = k;
+            }
+            weighted += w[k] * v[k];
+            squares += w[k] * w[k];
+            sum += v[k];
+        }
+        for (int64_t k = 0; k < elites; k++) {
+            double distance = v[k] - sum / (double)elites;
+            distances += distance * distance;
+        }
+        for (int64_t h = 0; h < horizon; h++)
+            for (int64_t j = 0; j < a_dim; j++) {
+                int64_t from = (h * envs + e) * a_dim + j, to = (e * horizon + h) * a_dim + j;
+                float change = mean[from] - previous_mean[from];
+                changes += change * change;
+                mean_by_env[to] = mean[from];
+                std_by_env[to] = std[from];
+            }
+        for (int64_t j = 0; j < a_dim; j++) {
+            float a = first_actions[(e * elites + chosen) * a_dim + j];
+            if (exploration) a += std[e * a_dim + j] * exploration[e * a_dim + j];
+            a = a < -1.0f ? -1.0f : a;
+            action[e * a_dim + j] = a > 1.0f ? 1.0f : a; /* NaN stays */
+        }
+        value[e] = (float)weighted;
+        elite_std[e] = (float)sqrt(distances / (double)elites);
+        effective_samples[e] = (float)(1.0 / squares);
+        mean_change[e] = (float)(changes / (double)(horizon * a_dim));
     }
 }

@@ -148,6 +148,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "selective_scan_backward": (*(POINTER,) * 14, *(INTEGER,) * 5),
     "plan_search": (POINTER, INTEGER),
     "planning_scratch": (POINTER,),
+    "choose_action": (*(POINTER,) * 15, *(INTEGER,) * 4),
     "panel_width": (),
 }
 SIZES = ("workspace_size", "scratch_size", "planning_scratch", "panel_width")  # what they return

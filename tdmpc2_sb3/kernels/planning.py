@@ -26,6 +26,7 @@ from tdmpc2_sb3.kernels.arguments import (
     on_simplices,
     widest,
 )
+from tdmpc2_sb3.kernels.functions import copy_, join
 from tdmpc2_sb3.kernels.library import (
     DynamicsArgument,
     LayerArgument,
@@ -34,7 +35,7 @@ from tdmpc2_sb3.kernels.library import (
     StateSpaceLayerArgument,
     call,
 )
-from tdmpc2_sb3.kernels.products import MIN_ROWS, product_threads
+from tdmpc2_sb3.kernels.products import MIN_ROWS, held, product_threads
 
 NUM_SINGLE = 5  # layers of state-space dynamics outside their stack
 SIMPLEX_TOLERANCE = 1e-5  # of the sum of a simplex
@@ -100,15 +101,14 @@ class PlanningNetworks(NamedTuple):
         others = (self.reward, self.policy, self.q, self.termination)
         return [self.dynamics_layers(), *(each for each in others if each is not None)]
 
-    def from_latent(self, latent: th.Tensor) -> PlanningNetworks:
-        """The same, known to be evaluated on simplices if these latents and all that are predicted
-        from them consist of such.
+    def from_simplices(self, simplices: int) -> PlanningNetworks:
+        """The same, known to be evaluated on that many simplices if all that are predicted from
+        such latents consist of them too.
 
-        :param latent: z_0, [E, Z]
+        :param simplices: of z_0, see :func:`tdmpc2_sb3.kernels.on_simplices`
         """
         dynamics = self.dynamics
-        simplices = predicted_simplices(dynamics)
-        if not simplices or not _consist_of_simplices(latent):
+        if not simplices or predicted_simplices(dynamics) != simplices:
             return self
 
         def of(layers: Sequence[Layer]) -> Sequence[Layer]:
@@ -125,13 +125,16 @@ class PlanningNetworks(NamedTuple):
         )
 
 
-def _by_simplex(latent: th.Tensor) -> th.Tensor:
-    return latent.unflatten(-1, (-1, SIMPLEX))
+def count_simplices(latent: th.Tensor) -> int:
+    """Of how many simplices (see :func:`tdmpc2_sb3.kernels.on_simplices`) every latent consists; 0
+    if one does not.
 
-
-def _consist_of_simplices(latent: th.Tensor) -> bool:
+    :param latent: [E, Z]
+    """
+    if latent.shape[-1] % SIMPLEX:
+        return 0
     distances = latent.reshape(-1, SIMPLEX).sum(1).sub_(1.0).abs_()
-    return distances.max().item() < SIMPLEX_TOLERANCE
+    return latent.shape[-1] // SIMPLEX if distances.max().item() < SIMPLEX_TOLERANCE else 0
 
 
 def plans(networks: PlanningNetworks) -> bool:
@@ -260,21 +263,21 @@ def search(
     draws = Draws(*(each.contiguous() for each in draws))
     start = start.contiguous()
     simplices = networks.reward[0].simplices
-    if simplices:
-        start = _by_simplex(start)[..., :-1].contiguous()  # without the last number of each
+    if simplices:  # without the last number of each
+        start = join([start.unflatten(-1, (-1, SIMPLEX))[..., :-1]])
 
     parts = networks.parts()
     dynamics, reward, policy, q, *termination = map(arguments_of, parts)
-    heads = tuple(sorted(set(draws.heads.flatten().tolist())))
-    lay_out(*((each, (0,)) for each in (dynamics, reward, policy, *termination)), (q, heads))
+    every_head = tuple(range(q.num_networks))  # each is drawn in one iteration or another
+    lay_out(*((each, (0,)) for each in (dynamics, reward, policy, *termination)), (q, every_head))
     stack = _stack_argument(networks.dynamics, dynamics)
+    held((search, id(stack)), lambda: (stack, networks))  # to which the call points
     step = sum(each.multiply_adds for each in (dynamics, reward, *termination))
     value = policy.multiply_adds + 2 * q.multiply_adds
 
     empty = start.new_empty
     means, stds = empty(2, num_iterations + 1, horizon, num_envs, action_dim)
-    means[0] = initial_mean
-    stds[0] = max_std
+    copy_(initial_mean.contiguous(), means[0])
     result = Elites(
         empty(num_envs, num_elites),
         empty(num_envs, num_elites),
@@ -337,4 +340,38 @@ def search(
     scratch = empty(threads * call("planning_scratch", arguments))
     arguments[0].scratch = scratch.data_ptr()
     call("plan_search", arguments, threads)
+    return result
+
+
+class ChosenAction(NamedTuple):
+    """What comes of a search, see :class:`tdmpc2_sb3.planner.Plan`."""
+
+    action: th.Tensor  # [E, A]
+    mean: th.Tensor  # [E, H, A]
+    std: th.Tensor  # [E, H, A]
+    value: th.Tensor  # [E]
+    elite_std: th.Tensor  # [E]
+    effective_samples: th.Tensor  # [E]
+    mean_change: th.Tensor  # [E]
+
+
+def chosen_action(elites: Elites, gumbel: th.Tensor, exploration: th.Tensor | None) -> ChosenAction:
+    """The action of an elite that is chosen by its weight, and what the elites tell.
+
+    :param elites: of :func:`search`
+    :param gumbel: standard Gumbel, [E, K]
+    :param exploration: standard normal, times the first step's deviation, [E, A]; None for no
+        exploration
+    """
+    horizon, num_envs, action_dim = elites.mean.shape
+    empty = elites.mean.new_empty
+    result = ChosenAction(
+        empty(num_envs, action_dim),
+        empty(num_envs, horizon, action_dim),
+        empty(num_envs, horizon, action_dim),
+        *empty(4, num_envs),
+    )
+    sizes = num_envs, elites.weights.shape[1], horizon, action_dim
+    drawn = gumbel.contiguous(), None if exploration is None else exploration.contiguous()
+    call("choose_action", *elites, *drawn, *result, *sizes)
     return result

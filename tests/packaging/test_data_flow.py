@@ -63,7 +63,7 @@ ROWS = {
             "losses",
             ["losses", "direct_networks", "direct_state_space", "direct_gradients"],
         ),
-        ("planner", ["planner"]),
+        ("planner", ["planner", "direct_planning"]),
         ("policy", ["policies"]),
         ("update", ["update"]),
         ("algorithm", ["tdmpc2"]),

@@ -10,14 +10,15 @@ import torch as th
 from gymnasium import spaces
 
 from tdmpc2_sb3.dynamics import LatentDynamics, MLPDynamics
+from tdmpc2_sb3.kernels import count_simplices
 from tdmpc2_sb3.kernels.arguments import SIMPLEX
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
 from tdmpc2_sb3.planner import (
     PlannerConfig,
     PlanNoise,
-    _planning_networks,
     check_planner,
     plan,
+    planning_networks,
     sample_plan_noise,
     shift_plan,
 )
@@ -150,7 +151,7 @@ def assert_planned_as_by_torch(model, config, num_envs, of_simplices=True):
     if not of_simplices:
         latents = latents + 0.1
     initial = th.rand(num_envs, config.horizon, ACTION_DIM, generator=generator(3)) - 0.5
-    networks = _planning_networks(model, latents)
+    networks = planning_networks(model, count_simplices(latents))
     assert networks is not None
     known = model.architecture.latent_dim // SIMPLEX if of_simplices else 0
     networks_of_latents = [networks.reward, networks.policy, networks.q]
@@ -213,7 +214,7 @@ def kernel_plan(model, config, num_envs, shared=False):
         pytest.skip("no products by kernels here: torch alone plans, which the other tests cover")
     noise = sample_plan_noise(model, config, num_envs, generator(1), shared)
     latents = model.encode(th.randn(num_envs, OBS_DIM, generator=generator(2))).detach()
-    assert _planning_networks(model, latents) is not None
+    assert planning_networks(model, count_simplices(latents)) is not None
     initial = th.zeros(num_envs, config.horizon, ACTION_DIM)
     return plan(model, latents, initial, noise, config, True), noise
 
@@ -259,24 +260,23 @@ def test_threads_and_shared_noise_do_not_change_a_bit(roughen, dynamics, num_env
 
 
 def test_what_the_kernels_do_not_plan_with(roughen):
-    latent = th.full((1, 16), 1 / SIMPLEX)
     wide = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 800, 2, 4))
-    assert _planning_networks(wide, latent) is None  # torch multiplies those faster
+    assert planning_networks(wide, 2) is None  # torch multiplies those faster
     hand_made = HandMade(lambda z, a: a[..., 0])  # has methods of its own
-    assert _planning_networks(hand_made, latent) is None
+    assert planning_networks(hand_made, 2) is None
     own = make_model(roughen)
     own.dynamics = Adding(16, ACTION_DIM, 8)
-    assert _planning_networks(own, latent) is None
+    assert planning_networks(own, 2) is None
 
     class Bold(MLPDynamics):
         def step(self, state, action):
             return super().step(state, 2 * action)
 
     own.dynamics = Bold(16, ACTION_DIM, 8)
-    assert _planning_networks(own, latent) is None
+    assert planning_networks(own, 2) is None
     fed_back = {"autoregressive": True}
     ssm = WorldModel(SPACE, ACTION_DIM, Architecture(16, 12, 14, 2, 4), "ssm", fed_back)
-    assert _planning_networks(ssm, latent) is None
+    assert planning_networks(ssm, 2) is None
 
 
 @pytest.mark.parametrize("dynamics", ["mlp", "ssm"])

@@ -1,0 +1,136 @@
+"""Plans from vectors by the CPU kernels alone, which are captured once and then replayed.
+
+See :mod:`tdmpc2_sb3.planner` for the algorithm and :mod:`tdmpc2_sb3.kernels.capture` for why.
+
+Shapes: E environments, I iterations, H horizon, N samples, P policy trajectories, S = N - P
+Gaussian samples, A action, Z latent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.encoders import Observation
+from tdmpc2_sb3.planner import Plan, PlannerConfig, PlanNoise, planning_networks
+from tdmpc2_sb3.world_model import WorldModel
+
+
+class DirectPlanning:
+    """Plans of one model, as long as its parts stay the same objects.
+
+    :param model: planned with
+    """
+
+    def __init__(self, model: WorldModel):
+        self._model = model
+        self._parts = _parts(model)
+        self._simplices = model.latent_simplices()
+        self._encoder = model.encoder.as_kernel()
+        self._captured = kernels.Captured(
+            self._plan_from_rows, [*model.parameters(), *model.buffers()]
+        )
+        #: Whether the kernels know every part.
+        self.is_possible = (
+            self._encoder is not None and planning_networks(model, self._simplices) is not None
+        )
+
+    def is_of(self, model: WorldModel) -> bool:
+        """Whether the model is this one with the parts that it had."""
+        return model is self._model and all(
+            each.get(key) is part for each, key, part in self._parts
+        )
+
+    def plan(
+        self,
+        observation: Observation,
+        initial_mean: th.Tensor,
+        noise: PlanNoise,
+        config: PlannerConfig,
+        explore: bool,
+    ) -> Plan:
+        """See :func:`tdmpc2_sb3.planner.plan`, without gradients.
+
+        :param observation: of E environments
+        """
+        result = self._captured(
+            self._model.observation_rows(observation),
+            initial_mean,
+            _shared(noise.policy, 1),
+            _shared(noise.samples, 2),
+            _shared(noise.terminal, 1),
+            noise.heads,
+            noise.gumbel,
+            noise.exploration if explore else None,
+            config,
+        )
+        return Plan(*(each.clone() for each in result))
+
+    def _plan_from_rows(
+        self,
+        rows: th.Tensor,
+        initial_mean: th.Tensor,
+        policy: th.Tensor,
+        samples: th.Tensor,
+        terminal: th.Tensor,
+        heads: th.Tensor,
+        gumbel: th.Tensor,
+        exploration: th.Tensor | None,
+        config: PlannerConfig,
+    ) -> Plan:
+        """
+        :param rows: observations, [E, in]
+        :param initial_mean: [E, H, A]
+        :param policy: of :class:`PlanNoise` like all that follow; without the axis of environments
+            being repeated where they share it
+        """
+        networks = planning_networks(self._model, self._simplices)
+        assert self._encoder is not None
+        assert networks is not None
+        num_envs = len(rows)
+        latent = kernels.evaluation(rows, self._encoder).forward(keep=False)[0]
+        draws = kernels.Draws(
+            policy.expand(-1, num_envs, -1, -1),
+            samples.expand(-1, -1, num_envs, -1, -1),
+            terminal.expand(-1, num_envs, -1, -1),
+            heads,
+        )
+        by_step = latent.new_empty(config.horizon, num_envs, initial_mean.shape[-1])
+        for mean, to in zip(initial_mean.unbind(1), by_step, strict=True):
+            kernels.copy_(mean, to)
+        return Plan(
+            *kernels.chosen_action(
+                kernels.search(
+                    networks,
+                    self._model.bins,
+                    latent,
+                    by_step,
+                    draws,
+                    config.num_elites,
+                    config.gamma,
+                    config.temperature,
+                    config.min_std,
+                    config.max_std,
+                ),
+                gumbel,
+                exploration,
+            )
+        )
+
+
+def _shared(noise: th.Tensor, axis: int) -> th.Tensor:
+    """The noise of one environment if all share it."""
+    return noise.narrow(axis, 0, 1) if noise.stride(axis) == 0 else noise
+
+
+def _parts(model: WorldModel) -> list[tuple[dict[str, Any], str, nn.Module | th.Tensor | None]]:
+    """Every module's table of parameters and submodules with their keys and values."""
+    return [
+        (table, key, part)
+        for module in model.modules()
+        for table in (module._parameters, module._modules)
+        for key, part in table.items()
+    ]

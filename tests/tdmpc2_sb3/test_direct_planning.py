@@ -1,0 +1,184 @@
+"""Captured plans against the planner in double precision, whatever changed since the capture."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+
+from tdmpc2_sb3.direct_planning import DirectPlanning
+from tdmpc2_sb3.kernels import capture
+from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
+from tdmpc2_sb3.layers import MLP
+from tdmpc2_sb3.planner import Plan, PlannerConfig, PlanNoise, plan, sample_plan_noise
+from tdmpc2_sb3.world_model import Architecture, WorldModel
+
+ACTION_DIM = 2
+VECTOR = spaces.Box(-np.inf, np.inf, (5,), np.float32)
+VECTORS = spaces.Dict({"one": VECTOR, "other": spaces.Box(-1, 1, (2, 2), np.float64)})
+CONFIG = PlannerConfig(3, 64, 12, 8, 4, 0.5, 0.05, 2.0, 0.9)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_multiply():
+    if not multiplies(MIN_ROWS, 16):
+        pytest.skip("no products by kernels here: torch alone plans, which the other tests cover")
+
+
+def generator(seed):
+    return th.Generator().manual_seed(seed)
+
+
+def make_model(roughen, space=VECTOR, dynamics="mlp", episodic=False, **dynamics_kwargs):
+    th.manual_seed(0)
+    sizes = Architecture(16, 12, 14, 2, 4)
+    model = WorldModel(space, ACTION_DIM, sizes, dynamics, dynamics_kwargs, episodic)
+    roughen(model)
+    return model
+
+
+def draw(space, num_envs, seed):
+    if isinstance(space, spaces.Dict):
+        return {key: draw(each, num_envs, seed) for key, each in space.items()}
+    dtype = th.float32 if space.dtype == np.float32 else th.float64
+    return th.randn(num_envs, *space.shape, generator=generator(seed), dtype=dtype)
+
+
+def in_double(values):
+    if isinstance(values, dict):
+        return {key: each.double() for key, each in values.items()}
+    return values.double()
+
+
+def exact_plan(model, observation, mean, noise, config, explore):
+    exact = copy.deepcopy(model).double()
+    exact.bins = model.bins.double()
+    heads = noise.heads
+    noise = PlanNoise(*(each if each is None else each.double() for each in noise))
+    latent = exact.encode(in_double(observation))
+    return plan(exact, latent, mean.double(), noise._replace(heads=heads), config, explore)
+
+
+def assert_same(ours, exact):
+    for name in Plan._fields:
+        expected = getattr(exact, name)
+        th.testing.assert_close(getattr(ours, name).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def make_inputs(model, config, num_envs, seed, shared=False):
+    """An observation, the mean that a plan starts from, and random numbers."""
+    noise = sample_plan_noise(model, config, num_envs, generator(seed), shared)
+    # Gumbel noise goes by rank, which rounding changes for two elites of nearly the same value.
+    noise = noise._replace(gumbel=th.zeros_like(noise.gumbel))
+    mean = th.rand(num_envs, config.horizon, ACTION_DIM, generator=generator(seed)) - 0.5
+    return draw(model.observation_space, num_envs, seed), mean, noise
+
+
+CASES = {
+    "mlp": {},
+    "vectors": {"space": VECTORS},
+    "episodic": {"episodic": True},
+    "ssm": {"dynamics": "ssm"},
+    "time-invariant ssm": {"dynamics": "ssm", "selective": False, "depth": 3},
+}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("attempts", [0, capture.ATTEMPTS])
+def test_replayed_plans(roughen, threads, monkeypatch, attempts, case, num_envs, shared):
+    """And those that are not, without an attempt at a capture."""
+    monkeypatch.setattr(capture, "ATTEMPTS", attempts)
+    model = make_model(roughen, **CASES[case])
+    direct = DirectPlanning(model)
+    assert direct.is_possible
+    for turn in range(3):
+        roughen(model, 0.02, seed=turn)
+        observation, mean, noise = make_inputs(model, CONFIG, num_envs, turn, shared)
+        ours = direct.plan(observation, mean, noise, CONFIG, explore=True)
+        assert_same(ours, exact_plan(model, observation, mean, noise, CONFIG, True))
+    assert direct._captured.replays == (2 if attempts else 0), direct._captured.computed_by_torch
+
+
+def test_settings_may_change_between_plans(roughen):
+    model = make_model(roughen)
+    direct = DirectPlanning(model)
+    longer = CONFIG._replace(horizon=5, num_iterations=2, num_pi_trajs=0)
+    settings = [(CONFIG, 1, True), (CONFIG, 1, False), (longer, 2, True), (CONFIG, 1, True)]
+    for turn, (config, num_envs, explore) in enumerate(settings):
+        observation, mean, noise = make_inputs(model, config, num_envs, turn)
+        ours = direct.plan(observation, mean, noise, config, explore)
+        assert_same(ours, exact_plan(model, observation, mean, noise, config, explore))
+    assert direct._captured.replays == 1
+
+
+def test_plans_are_kept_by_whoever_got_them(roughen):
+    model = make_model(roughen)
+    direct = DirectPlanning(model)
+    plans = [direct.plan(*make_inputs(model, CONFIG, 1, turn), CONFIG, True) for turn in (0, 1, 0)]
+    for name in Plan._fields:
+        first, second, third = (getattr(each, name) for each in plans)
+        assert th.equal(first, third), name
+        assert not th.equal(first, second), name
+
+
+def test_the_most_likely_elite_by_gumbel_numbers(roughen):
+    """By the kernel and by torch, from the same elites."""
+    model = make_model(roughen)
+    config = CONFIG._replace(num_iterations=1, num_pi_trajs=0)
+    for seed in range(20):
+        observation, mean, noise = make_inputs(model, config, 2, seed)
+        noise = noise._replace(gumbel=-th.log(-th.log(th.rand(2, 12, generator=generator(seed)))))
+        ours = DirectPlanning(model).plan(observation, mean, noise, config, False)
+        theirs = plan(model, model.encode(observation), mean, noise, config, False)
+        th.testing.assert_close(ours.action, theirs.action, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_that_were_put_in_are_planned_with(make_agent):
+    """Another network, another parameter, or parameters that stand elsewhere."""
+    policy = make_agent().policy
+    model = policy.world_model
+
+    def value(of=policy):
+        mean, start = of.zero_plan(1), th.ones(1, dtype=th.bool)
+        observation = th.ones(1, *of.observation_space.shape)
+        return of.plan(observation, mean, start, generator(0), explore=False).value
+
+    def assert_changed(before):
+        now = value()
+        assert not th.equal(now, before)
+        assert th.equal(now, value(copy.deepcopy(policy)))  # which knows of no capture
+        return now
+
+    first = value()
+    with th.no_grad():
+        model.reward_net[-1].bias.add_(th.arange(len(model.bins)) * 0.1)
+    second = assert_changed(first)
+    layer = model.q_ensemble.layers[-1]
+    layer.bias = th.nn.Parameter(layer.bias + th.arange(len(model.bins)) * 0.1)
+    third = assert_changed(second)
+    for parameter in policy.parameters():
+        parameter.data = 1.1 * parameter.data
+    fourth = assert_changed(third)
+    arch = model.architecture
+    model.reward_net = MLP(arch.latent_dim + model.action_dim, [arch.mlp_dim] * 2, arch.num_bins)
+    assert_changed(fourth)
+
+
+def test_what_has_no_kernels_is_planned_as_before(roughen):
+    image = spaces.Dict({"seen": spaces.Box(0, 255, (3, 64, 64), np.uint8), "felt": VECTOR})
+    assert not DirectPlanning(make_model(roughen, image)).is_possible
+    fed_back = make_model(roughen, dynamics="ssm", autoregressive=True)
+    assert not DirectPlanning(fed_back).is_possible
+
+    class Other(MLP):
+        def forward(self, x):
+            return 2.0 * super().forward(x)
+
+    model = make_model(roughen)
+    model.encoder.state.net.__class__ = Other
+    assert not DirectPlanning(model).is_possible

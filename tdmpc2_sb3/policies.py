@@ -288,7 +288,8 @@ class TDMPC2Policy(BasePolicy):
 
     def _find_direct_planning(self) -> DirectPlanning | None:
         model = self.world_model
-        if not self._plans_directly or not kernels.usable(model.bins):
+        by_kernels = kernels.usable(model.bins) and not kernels.goes_by_torch()
+        if not self._plans_directly or not by_kernels:
             return None
         if self._direct_planning is None or not self._direct_planning.is_of(model):
             self._direct_planning = DirectPlanning(model)

@@ -65,7 +65,7 @@ from tdmpc2_sb3.kernels.planning import (
     predicted_simplices,
     search,
 )
-from tdmpc2_sb3.kernels.products import weights_held
+from tdmpc2_sb3.kernels.products import goes_by_torch, weights_held
 from tdmpc2_sb3.kernels.rollouts import Rollout, rollout, rolls_out
 
 __all__ = [
@@ -100,6 +100,7 @@ __all__ = [
     "exponential",
     "gelu_sum",
     "gelu_sum_backward",
+    "goes_by_torch",
     "held_layers",
     "join",
     "lambda_returns",

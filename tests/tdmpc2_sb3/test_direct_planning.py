@@ -11,7 +11,7 @@ from gymnasium import spaces
 
 from tdmpc2_sb3.direct_planning import DirectPlanning
 from tdmpc2_sb3.kernels import capture
-from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
+from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
 from tdmpc2_sb3.layers import MLP
 from tdmpc2_sb3.planner import Plan, PlannerConfig, PlanNoise, plan, sample_plan_noise
 from tdmpc2_sb3.world_model import Architecture, WorldModel
@@ -167,6 +167,25 @@ def test_parts_that_were_put_in_are_planned_with(make_agent):
     arch = model.architecture
     model.reward_net = MLP(arch.latent_dim + model.action_dim, [arch.mlp_dim] * 2, arch.num_bins)
     assert_changed(fourth)
+
+
+def test_operations_are_counted_by_torch(make_agent):
+    """As many as the networks have, by the very plan."""
+    policy = make_agent(num_samples=32, num_pi_trajs=0, num_iterations=2, horizon=1).policy
+    mean, start = policy.zero_plan(1), th.ones(1, dtype=th.bool)
+    observation = th.ones(1, *policy.observation_space.shape)
+    plans = [policy.plan(observation, mean, start, generator(0), explore=False)]
+    with operation_counter() as counter:
+        plans.append(policy.plan(observation, mean, start, generator(0), explore=False))
+    assert_same(plans[0], plans[1]._replace(**in_double(plans[1]._asdict())))
+    model = policy.world_model
+    layers = [*model.reward_net, *model.dynamics.net, *model.policy_net]
+    once = sum(layer.weight.numel() for layer in layers)
+    once += 2 * sum(layer.weight[0].numel() for layer in model.q_ensemble.layers)
+    shared = sum(net[0].weight[:, : model.architecture.latent_dim].numel()
+                 for net in (model.reward_net, model.dynamics.net))  # fmt: skip
+    encoder = sum(layer.weight.numel() for layer in model.encoder.state.net)
+    assert counter.get_total_flops() == 2 * (2 * (32 * once - 31 * shared) + encoder)
 
 
 def test_what_has_no_kernels_is_planned_as_before(roughen):

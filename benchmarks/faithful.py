@@ -366,6 +366,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="of the authors' repository")
     parser.add_argument("--models", type=int, nargs="+", default=[1, 5], help="million parameters")
     parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the updates")
     parser.add_argument("--plans", type=int, default=10)
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     args = parser.parse_args()
@@ -393,13 +394,15 @@ def main() -> None:
         "",
         f"## {args.updates} updates",
         "",
-        "| agent | largest relative difference of anything logged "
+        "| agent | seed | largest relative difference of anything logged "
         "| difference of the weights / how far they moved |",
-        "|---|---|---|",
+        "|---|---|---|---|",
     ]
     for kind in kinds:
-        logged, weights = compare_updates(Pair(args.checkout, *kind), args.updates)
-        lines.append(f"| {label(*kind)} | {logged:.1e} | {weights:.1e} |")
+        for seed in args.seeds:
+            pair = Pair(args.checkout, *kind, seed=seed)
+            logged, weights = compare_updates(pair, args.updates)
+            lines.append(f"| {label(*kind)} | {seed} | {logged:.1e} | {weights:.1e} |")
     lines += [
         "",
         f"## {args.plans} plans in a row, in float64",

@@ -197,6 +197,7 @@ class _ModelInputs(NamedTuple):
     q_dropout: kernels.Dropped | None
     row_weights: th.Tensor  # what each row counts, [T, B]
     head_weights: th.Tensor  # the same of each Q head's
+    bins: th.Tensor  # [K]
 
 
 class _ModelResults(NamedTuple):
@@ -269,7 +270,7 @@ class DirectGradients:
                 config.termination_coef,
             ]
         )
-        numbers = [*model.parameters(), *model.buffers()]
+        numbers = list(model.parameters())
         self._model_results = kernels.Captured(self._take_model_gradients, numbers)
         self._policy_results = kernels.Captured(self._take_policy_gradients, numbers)
 
@@ -300,6 +301,7 @@ class DirectGradients:
                 noise.q_dropout,
                 self._row_weights(weights, num_rows, batch.valid),
                 self._row_weights(weights, num_rows, batch.valid, self._num_q),
+                self._model.bins,
             )
         )
         taken = result.taken
@@ -334,7 +336,7 @@ class DirectGradients:
         if self._encoder is not None:
             latent, next_latents = self._encoder.evaluate(latent, next_latents)
         used = bootstrapped_steps(config)
-        values = self._bootstrap(next_latents[used], inputs.next_action[used], inputs.target_heads)
+        values = self._bootstrap(next_latents[used], inputs.next_action[used], inputs)
         targets = kernels.lambda_returns(
             values, rewards, inputs.terminations, config.gamma, config.td_lambda
         )
@@ -362,7 +364,7 @@ class DirectGradients:
             by_latents[1:],
         )
 
-        bins = self._model.bins
+        bins = inputs.bins
         logits = self._reward.evaluate(pairs)  # [1, T B, K]
         by_logits = kernels.two_hot_loss(
             logits, rewards, inputs.row_weights, bins, config.reward_coef, reward
@@ -388,17 +390,17 @@ class DirectGradients:
             written += self._encoder.backward(by_latent)
         return _ModelResults(losses, latents, by_latent, by_next, Taken.of(written))
 
-    def _bootstrap(self, latents: th.Tensor, noise: th.Tensor, heads: tuple[int, ...]) -> th.Tensor:
+    def _bootstrap(self, latents: th.Tensor, noise: th.Tensor, inputs: _ModelInputs) -> th.Tensor:
         """The lesser of two target Q heads at the latents and actions of the policy prior.
 
         :param latents: [..., B, Z]
         :param noise: standard normal, [..., B, A]
-        :param heads: two
+        :param inputs: of the losses
         :return: [..., B]
         """
         draw = self._draw(latents, noise, _outputs(latents, self._policy.layers)[0])
-        logits = _outputs(draw.pairs, self._target_q, heads)
-        values = kernels.least(kernels.two_hot_inverse(logits, self._model.bins))
+        logits = _outputs(draw.pairs, self._target_q, inputs.target_heads)
+        values = kernels.least(kernels.two_hot_inverse(logits, inputs.bins))
         return values.view(latents.shape[:-1])
 
     def _draw(self, latents: th.Tensor, noise: th.Tensor, moments: th.Tensor) -> kernels.PolicyDraw:
@@ -472,7 +474,7 @@ class DirectGradients:
         row_weights = self._row_weights(weights, latents.shape[1], alive)
         heads = tuple(noise.heads.tolist())
         losses, taken = self._policy_results(
-            latents, scale, noise.action, heads, noise.dropout, row_weights, tau
+            latents, scale, noise.action, heads, noise.dropout, row_weights, tau, self._model.bins
         )
         return PolicyLosses(*(each.clone() for each in losses)), taken
 
@@ -485,11 +487,11 @@ class DirectGradients:
         dropped: kernels.Dropped | None,
         row_weights: th.Tensor,
         tau: float,
+        bins: th.Tensor,
     ) -> tuple[PolicyLosses, Taken]:
         draw = self._draw(latents, noise, self._policy.evaluate(latents)[0])
         q_networks = kernels.evaluation(draw.pairs, self._q.layers, dropped, heads)
         logits = q_networks.forward(keep=True)  # [2, (T + 1) B, K]
-        bins = self._model.bins
         objective = kernels.policy_objective(
             kernels.two_hot_inverse(logits, bins),
             draw,

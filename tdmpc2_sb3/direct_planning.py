@@ -30,9 +30,7 @@ class DirectPlanning:
         self._parts = _parts(model)
         self._simplices = model.latent_simplices()
         self._encoder = model.encoder.as_kernel()
-        self._captured = kernels.Captured(
-            self._plan_from_rows, [*model.parameters(), *model.buffers()]
-        )
+        self._captured = kernels.Captured(self._plan_from_rows, list(model.parameters()))
         #: Whether the kernels know every part.
         self.is_possible = (
             self._encoder is not None and planning_networks(model, self._simplices) is not None
@@ -66,6 +64,7 @@ class DirectPlanning:
             noise.gumbel,
             noise.exploration if explore else None,
             config,
+            self._model.bins,
         )
         return Plan(*(each.clone() for each in result))
 
@@ -80,6 +79,7 @@ class DirectPlanning:
         gumbel: th.Tensor,
         exploration: th.Tensor | None,
         config: PlannerConfig,
+        bins: th.Tensor,
     ) -> Plan:
         """
         :param rows: observations, [E, in]
@@ -105,7 +105,7 @@ class DirectPlanning:
             *kernels.chosen_action(
                 kernels.search(
                     networks,
-                    self._model.bins,
+                    bins,
                     latent,
                     by_step,
                     draws,

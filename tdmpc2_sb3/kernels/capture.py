@@ -178,7 +178,8 @@ class Captured(Generic[Result]):
     def _capture(
         self, key: Hashable, arguments: tuple[object, ...], tensors: list[th.Tensor]
     ) -> Result:
-        inputs = [each.clone(memory_format=th.contiguous_format) for each in tensors]
+        with th.inference_mode(False):  # or they could not be written to outside that mode
+            inputs = [each.clone(memory_format=th.contiguous_format) for each in tensors]
         rebuilt = _with_tensors(arguments, iter(inputs))
         watch = _Watch()
         with weights_held_anew() as made, calls_written_down() as calls, watch:

@@ -19,6 +19,7 @@ from tdmpc2_sb3.kernels.products import operation_counter
 def _kernels_are_built():
     if library() is None:
         pytest.skip("no C compiler here: nothing is captured")
+    th.manual_seed(0)
 
 
 class Sums:
@@ -271,4 +272,4 @@ def test_termination_loss(counted):
     loss = th.empty(())
     gradients = kernels.termination_loss(logits, ended, valid, 0.7, loss)
     th.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-9)
-    th.testing.assert_close(gradients.double(), leaf.grad, rtol=1e-5, atol=1e-9)
+    th.testing.assert_close(gradients.double(), leaf.grad, rtol=1e-5, atol=1e-8)

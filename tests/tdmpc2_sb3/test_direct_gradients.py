@@ -192,6 +192,8 @@ def compare(case, roughen, by_torch):
     # Captured, replayed over the first one's gradients, captured for other heads, replayed again.
     for turn, heads_of in enumerate((0, 0, 1, 0)):
         roughen(model, 0.02, seed=turn)
+        model.bins = model.bins * 1.01  # a new array
+        exact.bins = model.bins.to(exact.bins.dtype)
         exact.load_state_dict(model.state_dict())
         batch = make_batch(space, steps, rows, past_terminations, seed=turn)
         noise = make_noise(model, steps, rows, turn, heads_of)

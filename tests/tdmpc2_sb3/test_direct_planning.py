@@ -164,9 +164,21 @@ def test_parts_that_were_put_in_are_planned_with(make_agent):
     for parameter in policy.parameters():
         parameter.data = 1.1 * parameter.data
     fourth = assert_changed(third)
+    model.bins = model.bins * 2.0
+    fifth = assert_changed(fourth)
     arch = model.architecture
     model.reward_net = MLP(arch.latent_dim + model.action_dim, [arch.mlp_dim] * 2, arch.num_bins)
-    assert_changed(fourth)
+    assert_changed(fifth)
+
+
+def test_a_first_plan_in_inference_mode(make_agent):
+    agent = make_agent()
+    observation = np.ones((1, *agent.observation_space.shape), np.float32)
+    with th.inference_mode():
+        first, _ = agent.predict(observation, deterministic=True)
+    for value in (0.5, 1.0):
+        again, _ = agent.predict(value * observation, deterministic=True)
+    np.testing.assert_array_equal(again, first)
 
 
 def test_operations_are_counted_by_torch(make_agent):

@@ -90,7 +90,7 @@ class _Arm:
         entries = isinstance(env.observation_space, gym.spaces.Dict)
         policy = "MultiInputPolicy" if entries else "MlpPolicy"
         agent = TDMPC2(
-            policy, env, dynamics=kind, horizon=horizon, compile=False, **settings
+            policy, env, dynamics=kind, horizon=horizon, compile=compile, **settings
         )  # fmt: skip
         assert isinstance(agent.policy, TDMPC2Policy)
         self.device, self.policy = agent.device, agent.policy
@@ -104,8 +104,6 @@ class _Arm:
         shape = (horizon, 1, agent.num_samples, self.policy.world_model.action_dim)
         self.actions = 2 * th.rand(shape, device=self.device) - 1
         self._rollout = compiled(self._eager_rollout, compile)
-        self.policy._plan = compiled(self.policy._plan, compile)
-        self.policy._plans_directly = not compile
         self.mean = self.policy.zero_plan(1)
         self.start = th.ones(1, dtype=th.bool, device=self.device)
 

@@ -56,7 +56,7 @@ class DirectPlanning:
         """
         result = self._captured(
             self._model.observation_rows(observation),
-            initial_mean,
+            initial_mean.transpose(0, 1),
             _shared(noise.policy, 1),
             _shared(noise.samples, 2),
             _shared(noise.terminal, 1),
@@ -83,7 +83,7 @@ class DirectPlanning:
     ) -> Plan:
         """
         :param rows: observations, [E, in]
-        :param initial_mean: [E, H, A]
+        :param initial_mean: [H, E, A]
         :param policy: of :class:`PlanNoise` like all that follow; without the axis of environments
             being repeated where they share it
         """
@@ -98,27 +98,19 @@ class DirectPlanning:
             terminal.expand(-1, num_envs, -1, -1),
             heads,
         )
-        by_step = latent.new_empty(config.horizon, num_envs, initial_mean.shape[-1])
-        for mean, to in zip(initial_mean.unbind(1), by_step, strict=True):
-            kernels.copy_(mean, to)
-        return Plan(
-            *kernels.chosen_action(
-                kernels.search(
-                    networks,
-                    bins,
-                    latent,
-                    by_step,
-                    draws,
-                    config.num_elites,
-                    config.gamma,
-                    config.temperature,
-                    config.min_std,
-                    config.max_std,
-                ),
-                gumbel,
-                exploration,
-            )
+        elites = kernels.search(
+            networks,
+            bins,
+            latent,
+            initial_mean,
+            draws,
+            config.num_elites,
+            config.gamma,
+            config.temperature,
+            config.min_std,
+            config.max_std,
         )
+        return Plan(*kernels.choose_action(elites, gumbel, exploration))
 
 
 def _shared(noise: th.Tensor, axis: int) -> th.Tensor:

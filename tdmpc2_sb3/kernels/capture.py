@@ -153,27 +153,24 @@ class Captured(Generic[Result]):
 
     def __call__(self, *arguments: object) -> Result:
         """What the function makes of the arguments."""
-        if goes_by_torch():
-            with weights_held():
-                return self._function(*arguments)
         tensors: list[th.Tensor] = []
         key = threading.get_ident(), th.get_num_threads(), _without_tensors(arguments, tensors)
         places = list(map(th.Tensor.data_ptr, self._parameters))
         if places != self._places:
             self._forget()
             self._places = places
-        captured = self._captures.get(key)
-        if captured is not None:
-            for static, tensor in zip(captured.inputs, tensors, strict=True):
-                static.copy_(tensor)
-            for function, values in captured.calls:
-                function(*values)
-            self.replays += 1
-            return captured.result
-        if self._failures[key] == ATTEMPTS:
+        if goes_by_torch() or self._failures[key] == ATTEMPTS:
             with weights_held():
                 return self._function(*arguments)
-        return self._capture(key, arguments, tensors)
+        captured = self._captures.get(key)
+        if captured is None:
+            return self._capture(key, arguments, tensors)
+        for static, tensor in zip(captured.inputs, tensors, strict=True):
+            static.copy_(tensor)
+        for function, values in captured.calls:
+            function(*values)
+        self.replays += 1
+        return captured.result
 
     def _capture(
         self, key: Hashable, arguments: tuple[object, ...], tensors: list[th.Tensor]

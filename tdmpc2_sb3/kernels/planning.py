@@ -343,20 +343,11 @@ def search(
     return result
 
 
-class ChosenAction(NamedTuple):
-    """What comes of a search, see :class:`tdmpc2_sb3.planner.Plan`."""
-
-    action: th.Tensor  # [E, A]
-    mean: th.Tensor  # [E, H, A]
-    std: th.Tensor  # [E, H, A]
-    value: th.Tensor  # [E]
-    elite_std: th.Tensor  # [E]
-    effective_samples: th.Tensor  # [E]
-    mean_change: th.Tensor  # [E]
-
-
-def chosen_action(elites: Elites, gumbel: th.Tensor, exploration: th.Tensor | None) -> ChosenAction:
-    """The action of an elite that is chosen by its weight, and what the elites tell.
+def choose_action(
+    elites: Elites, gumbel: th.Tensor, exploration: th.Tensor | None
+) -> tuple[th.Tensor, ...]:
+    """The fields of :class:`tdmpc2_sb3.planner.Plan`, with the action of an elite that is chosen by
+    its weight.
 
     :param elites: of :func:`search`
     :param gumbel: standard Gumbel, [E, K]
@@ -365,13 +356,9 @@ def chosen_action(elites: Elites, gumbel: th.Tensor, exploration: th.Tensor | No
     """
     horizon, num_envs, action_dim = elites.mean.shape
     empty = elites.mean.new_empty
-    result = ChosenAction(
-        empty(num_envs, action_dim),
-        empty(num_envs, horizon, action_dim),
-        empty(num_envs, horizon, action_dim),
-        *empty(4, num_envs),
-    )
+    action, (mean, std) = empty(num_envs, action_dim), empty(2, num_envs, horizon, action_dim)
+    fields = action, mean, std, *empty(4, num_envs)
     sizes = num_envs, elites.weights.shape[1], horizon, action_dim
     drawn = gumbel.contiguous(), None if exploration is None else exploration.contiguous()
-    call("choose_action", *elites, *drawn, *result, *sizes)
-    return result
+    call("choose_action", *elites, *drawn, *fields, *sizes)
+    return fields

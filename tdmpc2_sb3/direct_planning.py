@@ -8,13 +8,11 @@ Gaussian samples, A action, Z latent.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch as th
-from torch import nn
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.encoders import Observation
+from tdmpc2_sb3.parts import Parts
 from tdmpc2_sb3.planner import Plan, PlannerConfig, PlanNoise, planning_networks
 from tdmpc2_sb3.world_model import WorldModel
 
@@ -27,7 +25,7 @@ class DirectPlanning:
 
     def __init__(self, model: WorldModel):
         self._model = model
-        self._parts = _parts(model)
+        self._parts = Parts(model)
         self._simplices = model.latent_simplices()
         self._encoder = model.encoder.as_kernel()
         self._captured = kernels.Captured(self._plan_from_rows, list(model.parameters()))
@@ -38,9 +36,7 @@ class DirectPlanning:
 
     def is_of(self, model: WorldModel) -> bool:
         """Whether the model is this one with the parts that it had."""
-        return model is self._model and all(
-            each.get(key) is part for each, key, part in self._parts
-        )
+        return model is self._model and self._parts.are_the_same()
 
     def plan(
         self,
@@ -116,13 +112,3 @@ class DirectPlanning:
 def _shared(noise: th.Tensor, axis: int) -> th.Tensor:
     """The noise of one environment if all share it."""
     return noise.narrow(axis, 0, 1) if noise.stride(axis) == 0 else noise
-
-
-def _parts(model: WorldModel) -> list[tuple[dict[str, Any], str, nn.Module | th.Tensor | None]]:
-    """Every module's table of parameters and submodules with their keys and values."""
-    return [
-        (table, key, part)
-        for module in model.modules()
-        for table in (module._parameters, module._modules)
-        for key, part in table.items()
-    ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch as th
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdmpc2_sb3.kernels.library import Call, calls_written_down
 from tdmpc2_sb3.kernels.products import goes_by_torch, weights_held, weights_held_anew
+from tdmpc2_sb3.nested import with_tensors, without_tensors
 
 Result = TypeVar("Result")
 
@@ -154,7 +155,7 @@ class Captured(Generic[Result]):
     def __call__(self, *arguments: object) -> Result:
         """What the function makes of the arguments."""
         tensors: list[th.Tensor] = []
-        key = threading.get_ident(), th.get_num_threads(), _without_tensors(arguments, tensors)
+        key = threading.get_ident(), th.get_num_threads(), without_tensors(arguments, tensors)
         places = list(map(th.Tensor.data_ptr, self._parameters))
         if places != self._places:
             self._forget()
@@ -177,7 +178,7 @@ class Captured(Generic[Result]):
     ) -> Result:
         with th.inference_mode(False):  # or they could not be written to outside that mode
             inputs = [each.clone(memory_format=th.contiguous_format) for each in tensors]
-        rebuilt = _with_tensors(arguments, iter(inputs))
+        rebuilt = with_tensors(arguments, iter(inputs))
         watch = _Watch()
         with weights_held_anew() as made, calls_written_down() as calls, watch:
             result = self._function(*rebuilt)
@@ -190,26 +191,3 @@ class Captured(Generic[Result]):
                 self._captures.clear()
             self._captures[key] = _Capture(inputs, calls, result, kept)
         return result
-
-
-def _without_tensors(value: object, tensors: list[th.Tensor]) -> Hashable:
-    """The value with its tensors' sizes and types in their place.
-
-    :param tensors: to which they are added
-    """
-    if isinstance(value, th.Tensor):
-        tensors.append(value)
-        return value.shape, value.dtype
-    if isinstance(value, tuple):
-        return type(value), tuple([_without_tensors(each, tensors) for each in value])
-    return value  # type: ignore[return-value]
-
-
-def _with_tensors(value: Any, tensors: Iterator[th.Tensor]) -> Any:
-    """The value with the next tensors in the place of its own."""
-    if isinstance(value, th.Tensor):
-        return next(tensors)
-    if isinstance(value, tuple):
-        parts = [_with_tensors(each, tensors) for each in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value

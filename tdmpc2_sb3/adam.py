@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
+from torch.optim.adam import adam
 
 from tdmpc2_sb3.kernels import AdamArrays, adam_step, readable
 
@@ -33,6 +34,42 @@ class Adam(th.optim.Adam):
         arrays, rates = found
         adam_step(arrays, rates, first["betas"], first["eps"])
         return None
+
+    @th.no_grad()
+    def step_unless(self, failed: th.Tensor, rates: Sequence[th.Tensor]) -> None:
+        """A step that is taken or not without anyone waiting for the device to know.
+
+        :param failed: 1 if no parameter may change, else 0, [], float32
+        :param rates: learning rates of the groups, [] each, instead of their own
+        """
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            beta1, beta2 = group["betas"]
+            parameters: list[th.Tensor] = []
+            gradients: list[th.Tensor] = []
+            averages: list[th.Tensor] = []
+            squares: list[th.Tensor] = []
+            maxima: list[th.Tensor] = []
+            steps: list[th.Tensor] = []
+            arrays = (parameters, gradients, averages, squares, maxima, steps)
+            has_complex = self._init_group(group, *arrays)
+            adam(
+                parameters,
+                gradients,
+                averages,
+                squares,
+                maxima,
+                steps,
+                fused=True,
+                found_inf=failed,
+                has_complex=has_complex,
+                amsgrad=group["amsgrad"],
+                beta1=beta1,
+                beta2=beta2,
+                lr=rate,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
 
     def _find(self) -> tuple[AdamArrays, list[float]] | None:
         """Arrays and learning rates of the parameters that have gradients; None if torch has to

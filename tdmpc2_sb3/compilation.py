@@ -20,7 +20,7 @@ def compiled(
     """The function, compiled at its first call if asked for and possible.
 
     Compiling takes minutes and is not faster than :mod:`tdmpc2_sb3.kernels` on a CPU, so "auto"
-    leaves functions as they are.
+    leaves functions as they are. (On CUDA :mod:`tdmpc2_sb3.cuda_graphs` records them.)
 
     :param function: pure, of tensors
     :param compile: True compiles; False and "auto" do not

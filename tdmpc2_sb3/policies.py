@@ -18,8 +18,10 @@ from torch import nn
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.adam import Adam
 from tdmpc2_sb3.compilation import compiled
+from tdmpc2_sb3.cuda_graphs import Graphed, recorder_for
 from tdmpc2_sb3.direct_planning import DirectPlanning
 from tdmpc2_sb3.kernels import weights_held
+from tdmpc2_sb3.parts import Parts
 from tdmpc2_sb3.planner import (
     DEFAULT_ITERATIONS,
     EXTRA_ITERATIONS,
@@ -92,7 +94,8 @@ class TDMPC2Policy(BasePolicy):
     :param min_std: smallest standard deviation of a plan
     :param max_std: initial and largest standard deviation of a plan
     :param enc_lr_scale: the encoder's learning rate relative to the others'
-    :param compile: whether planning is compiled, see :func:`tdmpc2_sb3.compilation.compiled`
+    :param compile: whether planning is compiled, see :func:`tdmpc2_sb3.compilation.compiled`; on
+        CUDA it is also recorded as a graph, unless this is False
     """
 
     DEFAULT_DYNAMICS = "mlp"
@@ -180,6 +183,8 @@ class TDMPC2Policy(BasePolicy):
         self._plan = compiled(plan, compile)
         self._plans_directly = compile is not True
         self._direct_planning: DirectPlanning | None = None
+        self._records = compile is not False
+        self._graphed: tuple[th.device, Graphed[Plan] | None] | None = None
 
     def _check_observations(self) -> None:
         found = "vectors"
@@ -279,12 +284,40 @@ class TDMPC2Policy(BasePolicy):
         noise: PlanNoise,
         explore: bool,
     ) -> Plan:
-        initial_mean = shift_plan(previous_mean, episode_start)
         direct = self._find_direct_planning()
         if direct is not None:
+            initial_mean = shift_plan(previous_mean, episode_start)
             return direct.plan(observation, initial_mean, noise, self.planner, explore)
-        latent = self.world_model.encode(observation, noise.offsets)
-        return self._plan(self.world_model, latent, initial_mean, noise, self.planner, explore)
+        given = (observation, previous_mean, episode_start, noise, self.planner, explore)
+        graphed = self._find_graphed()
+        return self._plan_by_torch(*given) if graphed is None else graphed(*given)
+
+    def _plan_by_torch(
+        self,
+        observation: PyTorchObs,
+        previous_mean: th.Tensor,
+        episode_start: th.Tensor,
+        noise: PlanNoise,
+        config: PlannerConfig,
+        explore: bool,
+    ) -> Plan:
+        model = self.world_model
+        latent = model.encode(observation, noise.offsets)
+        initial_mean = shift_plan(previous_mean, episode_start)
+        return self._plan(model, latent, initial_mean, noise, config, explore)
+
+    def _find_graphed(self) -> Graphed[Plan] | None:
+        """Plans by CUDA graphs, if there are such where the policy is."""
+        if not self._records:
+            return None
+        if self._graphed is None or self._graphed[0] != self.device:
+            recorder = recorder_for(self.device)
+            graphed = None
+            if recorder is not None:
+                parts = Parts(self.world_model)
+                graphed = Graphed(self._plan_by_torch, parts.tensors, recorder)
+            self._graphed = self.device, graphed
+        return self._graphed[1]
 
     def _find_direct_planning(self) -> DirectPlanning | None:
         model = self.world_model

@@ -156,8 +156,9 @@ class TDMPC2(OffPolicyAlgorithm):
         sub-sequences also start at the last steps before one and run past it, and the termination
         head learns from encoded states besides predicted ones
     :param use_planner: if False, the policy prior acts alone; may be changed at any time
-    :param compile: whether planning and updates go through ``torch.compile``, which takes minutes
-        at the start and falls back with a warning if it fails; "auto": they do not
+    :param compile: True: planning and updates go through ``torch.compile``, which takes minutes at
+        the start, and on CUDA become CUDA graphs; "auto": the graphs alone; False: neither. What
+        fails is left out with a warning
     :param stats_window_size: episodes that the rollout statistics are averaged over
     :param tensorboard_log: folder of the TensorBoard log, None for none
     :param policy_kwargs: arguments of the policy, over those given here

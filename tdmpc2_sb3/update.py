@@ -6,7 +6,9 @@ import math
 
 import torch as th
 
+from tdmpc2_sb3.adam import Adam
 from tdmpc2_sb3.compilation import compiled
+from tdmpc2_sb3.cuda_graphs import Graphed, recorder_for
 from tdmpc2_sb3.direct_gradients import DirectGradients, Taken, has_direct_gradients
 from tdmpc2_sb3.kernels import Captured, lerp_, readable, usable, weights_held
 from tdmpc2_sb3.losses import (
@@ -19,6 +21,7 @@ from tdmpc2_sb3.losses import (
     model_losses,
     policy_loss,
 )
+from tdmpc2_sb3.parts import Parts
 from tdmpc2_sb3.policies import TDMPC2Policy
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
 
@@ -34,7 +37,8 @@ class UpdateStep:
     :param policy_weights: the same in the policy's loss, [T + 1]
     :param tau: rate of the target Q heads and of the running scale
     :param max_grad_norm: gradients are clipped to this norm
-    :param compile: whether losses and gradients are compiled
+    :param compile: whether losses and gradients are compiled; on CUDA the whole step is also
+        recorded as a graph, unless this is False
     """
 
     def __init__(
@@ -69,6 +73,14 @@ class UpdateStep:
         self._direct: DirectGradients | None = None
         if compile is not True and has_direct_gradients(model):
             self._direct = DirectGradients(model, config)
+        recorder = None if compile is False else recorder_for(policy.device)
+        self._graphed: Graphed[dict[str, th.Tensor]] | None = None
+        if recorder is not None:
+            self._graphed = Graphed(self._without_waiting, self._state, recorder)
+            self._parts = Parts(policy)
+            num_groups = sum(len(each.param_groups) for each in self._optimizers)
+            self._known_rates: list[float] = []
+            self._rates = th.zeros(num_groups, device=policy.device)
 
     def __call__(self, batch: SequenceBatch, noise: UpdateNoise) -> dict[str, th.Tensor]:
         """
@@ -78,21 +90,51 @@ class UpdateStep:
         :return: losses and norms by their names in the log
         :raises RuntimeError: if a loss or gradient is not finite; nothing has changed then
         """
+        if self._graphed is not None:
+            return self._by_graph(self._graphed, batch, noise)
         policy, model = self.policy, self.policy.world_model
         direct = self._direct if usable(batch.rewards) and usable(model.bins) else None
-        if direct is not None:
-            losses, taken = direct.model_losses(batch, noise, self.model_weights)
-        else:
-            with weights_held():
-                losses = self._model_losses(model, batch, noise, self.config, self.model_weights)
-                taken = _taken(policy.model_parameters)
+        losses, taken = self._model_gradients(batch, noise, direct)
         self._step(policy.model_optimizer, taken, losses.total)
         statistics = self._model_statistics(losses, taken.norm)
         if noise.policy is not None:
-            statistics.update(self._policy_step(losses.latents, batch, noise.policy, direct))
+            prior, taken = self._policy_gradients(losses.latents, batch, noise.policy, direct)
+            self._step(policy.prior_optimizer, taken, prior.total)
+            with th.no_grad():
+                policy.scale.copy_(prior.scale)
+            statistics.update(_policy_statistics(prior, taken.norm))
         with th.no_grad():
             self._move_targets()
         return statistics
+
+    def _model_gradients(
+        self, batch: SequenceBatch, noise: UpdateNoise, direct: DirectGradients | None
+    ) -> tuple[ModelLosses, Taken]:
+        if direct is not None:
+            return direct.model_losses(batch, noise, self.model_weights)
+        policy = self.policy
+        with weights_held():
+            losses = self._model_losses(
+                policy.world_model, batch, noise, self.config, self.model_weights
+            )
+            return losses, _taken(policy.model_parameters)
+
+    def _policy_gradients(
+        self,
+        latents: th.Tensor,
+        batch: SequenceBatch,
+        noise: PolicyNoise,
+        direct: DirectGradients | None,
+    ) -> tuple[PolicyLosses, Taken]:
+        policy = self.policy
+        settings = (self.policy_weights, self.tau, alive_states(batch))
+        if direct is not None:
+            return direct.policy_loss(latents, policy.scale, noise, *settings)
+        with weights_held():
+            losses = self._policy_loss(
+                policy.world_model, latents, policy.scale, noise, self.config, *settings
+            )
+            return losses, _taken(policy.prior_parameters)
 
     def _lerp_targets(self) -> None:
         if readable(self._target) and readable(self._online):
@@ -100,48 +142,99 @@ class UpdateStep:
         else:
             th._foreach_lerp_(self._target, self._online, self.tau)
 
-    def _policy_step(
-        self,
-        latents: th.Tensor,
-        batch: SequenceBatch,
-        noise: PolicyNoise,
-        direct: DirectGradients | None,
-    ) -> dict[str, th.Tensor]:
-        policy, model = self.policy, self.policy.world_model
-        alive = alive_states(batch)
-        settings = (self.policy_weights, self.tau, alive)
-        if direct is not None:
-            prior, taken = direct.policy_loss(latents, policy.scale, noise, *settings)
-        else:
-            with weights_held():
-                prior = self._policy_loss(
-                    model, latents, policy.scale, noise, self.config, *settings
-                )
-                taken = _taken(policy.prior_parameters)
-        self._step(policy.prior_optimizer, taken, prior.total)
-        with th.no_grad():
-            policy.scale.copy_(prior.scale)
-        return {
-            "train/policy_loss": prior.total,
-            "train/policy_entropy": prior.entropy,
-            "train/policy_scaled_entropy": prior.scaled_entropy,
-            "train/policy_grad_norm": taken.norm.clone(),
-            "train/q_scale": prior.scale,
-        }
-
     def _step(self, optimizer: th.optim.Optimizer, taken: Taken, loss: th.Tensor) -> None:
         # One transfer from the device; most gradients are short enough as they are.
         loss_value, length = th.stack([loss.detach(), taken.norm]).tolist()
-        if not math.isfinite(loss_value + length):
+        try:
+            _check_finite(loss_value, length)
+        except RuntimeError:
             optimizer.zero_grad()
-            raise RuntimeError(
-                f"loss {loss_value}, gradient norm {length}: not finite. Lower the learning "
-                "rate, or check the environment's rewards and observations for huge values."
-            )
+            raise
         if length > self.max_grad_norm:
             th._foreach_mul_(taken.arrays, self.max_grad_norm / (length + CLIPPING_EPSILON))
         optimizer.step()
         optimizer.zero_grad()
+
+    # -- on CUDA -------------------------------------------------------------------------------
+
+    def _by_graph(
+        self, graphed: Graphed[dict[str, th.Tensor]], batch: SequenceBatch, noise: UpdateNoise
+    ) -> dict[str, th.Tensor]:
+        """The step by one launch and one transfer from the device."""
+        groups = [group for each in self._optimizers for group in each.param_groups]
+        rates = [group["lr"] for group in groups]
+        if rates != self._known_rates:
+            self._rates.copy_(th.tensor(rates))
+            self._known_rates = rates
+        statistics = graphed(batch, noise)
+        values = th.stack(list(statistics.values())).cpu()
+        statistics = dict(zip(statistics, values, strict=True))
+        _check_finite(statistics["train/loss"].item(), statistics["train/grad_norm"].item())
+        if noise.policy is not None:
+            _check_finite(
+                statistics["train/policy_loss"].item(), statistics["train/policy_grad_norm"].item()
+            )
+        return statistics
+
+    @property
+    def _optimizers(self) -> tuple[Adam, Adam]:
+        return self.policy.model_optimizer, self.policy.prior_optimizer
+
+    def _state(self) -> list[th.Tensor]:
+        """All that a step reads and writes besides its batch and noise."""
+        moments = [
+            each
+            for optimizer in self._optimizers
+            for of_one in optimizer.state.values()
+            for each in of_one.values()
+        ]
+        return [*self._parts.tensors(), *moments]
+
+    def _without_waiting(self, batch: SequenceBatch, noise: UpdateNoise) -> dict[str, th.Tensor]:
+        """The step without a look at what came out: where a loss or gradient is not finite, it
+        changes nothing from there on."""
+        policy = self.policy
+        num_rates = len(policy.model_optimizer.param_groups)
+        model_rates, prior_rates = self._rates[:num_rates], self._rates[num_rates:]
+        try:
+            losses, taken = self._model_gradients(batch, noise, None)
+            statistics = self._model_statistics(losses, taken.norm)
+            failed = self._step_unless(
+                policy.model_optimizer, taken, losses.total.isfinite().logical_not(), model_rates
+            )
+            policy.model_optimizer.zero_grad()
+            if noise.policy is not None:
+                prior, taken = self._policy_gradients(losses.latents, batch, noise.policy, None)
+                statistics.update(_policy_statistics(prior, taken.norm))
+                failed = failed.logical_or(prior.total.isfinite().logical_not())
+                failed = self._step_unless(policy.prior_optimizer, taken, failed, prior_rates)
+                with th.no_grad():
+                    policy.scale.copy_(th.where(failed, policy.scale, prior.scale))
+            with th.no_grad():
+                rate = failed.logical_not() * self.tau
+                moves = th._foreach_sub(self._online, self._target)
+                th._foreach_mul_(moves, rate)
+                th._foreach_add_(self._target, moves)
+        finally:
+            for optimizer in self._optimizers:
+                optimizer.zero_grad()
+        return {name: value.detach() for name, value in statistics.items()}
+
+    def _step_unless(
+        self, optimizer: Adam, taken: Taken, failed: th.Tensor, rates: th.Tensor
+    ) -> th.Tensor:
+        """A step unless there is a reason against it; whether there was one.
+
+        :param failed: whether there already is, []
+        :param rates: of the optimiser's groups
+        """
+        failed = failed.logical_or(taken.norm.isfinite().logical_not())
+        shrunk = self.max_grad_norm / (taken.norm + CLIPPING_EPSILON)
+        th._foreach_mul_(
+            taken.arrays, th.where(taken.norm > self.max_grad_norm, shrunk, th.ones_like(shrunk))
+        )
+        optimizer.step_unless(failed.float(), rates.unbind())
+        return failed
 
     def _model_statistics(self, losses: ModelLosses, grad_norm: th.Tensor) -> dict[str, th.Tensor]:
         statistics = {
@@ -154,6 +247,27 @@ class UpdateStep:
         if self.policy.world_model.episodic:
             statistics["train/termination_loss"] = losses.termination
         return statistics
+
+
+def _policy_statistics(losses: PolicyLosses, grad_norm: th.Tensor) -> dict[str, th.Tensor]:
+    return {
+        "train/policy_loss": losses.total,
+        "train/policy_entropy": losses.entropy,
+        "train/policy_scaled_entropy": losses.scaled_entropy,
+        "train/policy_grad_norm": grad_norm.clone(),
+        "train/q_scale": losses.scale,
+    }
+
+
+def _check_finite(loss: float, gradient_norm: float) -> None:
+    """
+    :raises RuntimeError: if one of them is not
+    """
+    if not math.isfinite(loss + gradient_norm):
+        raise RuntimeError(
+            f"loss {loss}, gradient norm {gradient_norm}: not finite. Lower the learning "
+            "rate, or check the environment's rewards and observations for huge values."
+        )
 
 
 def _taken(parameters: list[th.nn.Parameter]) -> Taken:

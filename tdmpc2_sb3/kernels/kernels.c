@@ -99,63 +99,84 @@ static inline float mish_slope_f(float h) {
 #define LESSER(A, B) ((vector)_mm256_min_ps((__m256)(A), (__m256)(B)))
 #define GREATER(A, B) ((vector)_mm256_max_ps((__m256)(A), (__m256)(B)))
 #endif
-#define CHAINS 4 /* vectors side by side: the steps of one wait for each other */
-#define EACH _Pragma("GCC unroll 8") for (int64_t v = 0; v < CHAINS; v++)
+#define AT(ARRAY, J) (*(const loose_vector *)((ARRAY) + (J)))
+#define TO(ARRAY, J) (*(loose_vector *)((ARRAY) + (J)))
 
 typedef uint32_t whole_vector __attribute__((vector_size(4 * LANES)));
 
-/* mish_exp_f of CHAINS vectors. */
-static inline __attribute__((always_inline)) void mish_exp_chains(const vector *h, vector *u) {
-    const float magic = 12582912.0f;
-    vector x[CHAINS], shifted[CHAINS], n[CHAINS], p[CHAINS];
-    EACH x[v] = LESSER(h[v], (vector){0} + MISH_CLAMP);
-    EACH x[v] = GREATER(x[v], (vector){0} - 87.0f);
-    EACH shifted[v] = x[v] * 1.44269504f + magic;
-    EACH n[v] = shifted[v] - magic;
-    EACH x[v] = x[v] - n[v] * 0.693359375f;
-    EACH x[v] = x[v] + n[v] * 2.12194440e-4f;
-    EACH p[v] = x[v] * 1.9875691500e-4f + 1.3981999507e-3f;
-    EACH p[v] = p[v] * x[v] + 8.3334519073e-3f;
-    EACH p[v] = p[v] * x[v] + 4.1665795894e-2f;
-    EACH p[v] = p[v] * x[v] + 1.6666665459e-1f;
-    EACH p[v] = p[v] * x[v] + 5.0000001201e-1f;
-    EACH p[v] = p[v] * x[v] * x[v] + x[v] + 1.0f;
-    EACH shifted[v] = (vector)(((whole_vector)shifted[v] - 0x4B400000u + 127u) << 23);
-    EACH u[v] = p[v] * shifted[v];
+/* Columns of a row that Mish takes at a time, step after step: what one step leaves for the next is
+ * in the first cache. If a vector went through all steps at once, it would mostly wait for itself, and
+ * no processor looks far enough ahead to have enough others under way. */
+#define MISH_COLS 256
+#define EACH(J) _Pragma("GCC unroll 4") for (int64_t J = 0; J < cols; J += LANES)
+
+/* h = (x - mean) * rstd * gain + shift and u = e^h of cols numbers, at most MISH_COLS and whole
+ * vectors; e^h to 2 ulp or three, h being taken as the nearer end of [-80, MISH_CLAMP] beyond; not
+ * NaN for NaN. With h / ln 2 = n + f, n whole: e^h = 2^n 2^f, a polynomial in f of relative error
+ * 1e-7, and n added to the exponent. */
+static inline void norm_exp(const float *x, float mean, float rstd, const float *gain,
+                            const float *shift, float *restrict h, float *restrict u,
+                            int64_t cols) {
+    const float log2_e = 1.44269504f, magic = 12582912.0f; /* adding it rounds to an integer */
+    float exponents[MISH_COLS], less = -mean * rstd;
+    EACH(j) {
+        vector y = (AT(x, j) * rstd + less) * AT(gain, j) + AT(shift, j);
+        TO(h, j) = y;
+        y = GREATER(LESSER(y, (vector){0} + MISH_CLAMP), (vector){0} - 80.0f);
+        vector shifted = y * log2_e + magic;
+        TO(exponents, j) = shifted; /* n in the last bits */
+        TO(u, j) = y * log2_e - (shifted - magic);
+    }
+    EACH(j) {
+        vector f = AT(u, j), square = f * f;
+        vector high = (f * 1.3264673e-3f + 9.6715550e-3f) * square;
+        high = (high + (f * 5.5507343e-2f + 2.4022241e-1f)) * square;
+        vector power = high + (f * 6.9314700e-1f + 1.0f);
+        TO(u, j) = (vector)((whole_vector)power + ((whole_vector)AT(exponents, j) << 23));
+    }
 }
 
-/* y = mish((x - mean) * rstd * gain + shift) for CHAINS vectors. */
-static inline void norm_mish_chains(const float *x, float mean, float rstd, const float *gain,
-                                    const float *shift, float *y) {
-    vector h[CHAINS], u[CHAINS];
-#define AT(ARRAY) (*(const loose_vector *)((ARRAY) + v * LANES))
-    EACH h[v] = (AT(x) - mean) * rstd * AT(gain) + AT(shift);
-    mish_exp_chains(h, u);
-    EACH u[v] = u[v] * (u[v] + 2.0f);
-    EACH u[v] = u[v] / (u[v] + 2.0f);
-    EACH *(loose_vector *)(y + v * LANES) = h[v] * u[v];
+/* y = mish((x - mean) * rstd * gain + shift), as norm_exp takes them; y may be x. With u = e^h and w
+ * = u (u + 2): tanh(softplus(h)) = w / (w + 2). */
+static inline void norm_mish(const float *x, float mean, float rstd, const float *gain,
+                             const float *shift, float *y, int64_t cols) {
+    float h[MISH_COLS], u[MISH_COLS];
+    norm_exp(x, mean, rstd, gain, shift, h, u, cols);
+    EACH(j) {
+        vector e = AT(u, j), more = e + 2.0f;
+        TO(y, j) = AT(h, j) * e * more / (e * more + 2.0f);
+    }
 }
 
-/* Gradients of CHAINS vectors of norm_forward with Mish, grad those by its output: added to dgain
- * and dshift; into out those by hat, the normed x, whose sums are added to s1 and those of their
+/* Gradients of norm_forward with Mish, grad those by its output, as norm_exp takes them: added to
+ * dgain and dshift; into out those by hat, the normed x, whose sums are added to s1 and those of their
  * products with hat to s2. */
-static inline void norm_mish_back_chains(const float *grad, const float *x, float mean, float rstd,
-                                         const float *gain, const float *shift, float *dgain,
-                                         float *dshift, float *out, vector *s1, vector *s2) {
-    vector hat[CHAINS], h[CHAINS], u[CHAINS], w[CHAINS], d[CHAINS];
-    EACH hat[v] = (AT(x) - mean) * rstd;
-    EACH h[v] = hat[v] * AT(gain) + AT(shift);
-    mish_exp_chains(h, u);
-    EACH w[v] = u[v] * (u[v] + 2.0f);
-    EACH d[v] = 1.0f / (w[v] + 2.0f);
-    EACH h[v] = w[v] * d[v] + h[v] * 4.0f * u[v] * (u[v] + 1.0f) * d[v] * d[v]; /* the slope */
-    EACH d[v] = AT(grad) * h[v];
-    EACH *(loose_vector *)(dgain + v * LANES) += d[v] * hat[v];
-    EACH *(loose_vector *)(dshift + v * LANES) += d[v];
-    EACH d[v] *= AT(gain);
-    EACH *(loose_vector *)(out + v * LANES) = d[v];
-    EACH s1[v] += d[v];
-    EACH s2[v] += d[v] * hat[v];
+static inline void norm_mish_back(const float *grad, const float *x, float mean, float rstd,
+                                  const float *gain, const float *shift, float *dgain,
+                                  float *dshift, float *out, vector *s1, vector *s2,
+                                  int64_t cols) {
+    float h[MISH_COLS], u[MISH_COLS], less = -mean * rstd;
+    norm_exp(x, mean, rstd, gain, shift, h, u, cols);
+    vector sum1 = *s1, sum2 = *s2;
+    EACH(j) {
+        vector e = AT(u, j), w = e * e + (e + e), inverse = 1.0f / (w + 2.0f);
+        vector slope = (AT(h, j) * 4.0f * (e * e + e) * inverse + w) * inverse;
+        vector hat = AT(x, j) * rstd + less, d = AT(grad, j) * slope;
+        TO(dgain, j) += d * hat;
+        TO(dshift, j) += d;
+        d *= AT(gain, j);
+        TO(out, j) = d;
+        sum1 += d;
+        sum2 += d * hat;
+    }
+    *s1 = sum1;
+    *s2 = sum2;
+}
+
+/* How many of the columns from begin on the two above take next. */
+static inline int64_t next_mish_cols(int64_t begin, int64_t cols) {
+    int64_t rest = (cols - begin) / LANES * LANES;
+    return rest < MISH_COLS ? rest : MISH_COLS;
 }
 #endif
 
@@ -276,8 +297,8 @@ static inline void activate_row(const float *x, moments of, const float *gain, c
     if (activation == ACTIVATION_MISH) {
         int64_t begin = 0;
 #if LANES >= 8
-        for (; begin + CHAINS * LANES <= cols; begin += CHAINS * LANES)
-            norm_mish_chains(x + begin, mean, rstd, gain + begin, shift + begin, y + begin);
+        for (int64_t next; (next = next_mish_cols(begin, cols)); begin += next)
+            norm_mish(x + begin, mean, rstd, gain + begin, shift + begin, y + begin, next);
 #endif
 #pragma omp simd
         for (int64_t j = begin; j < cols; j++)
@@ -428,22 +449,29 @@ typedef struct {
 
 static const columns no_columns = {0, 0, 0};
 
-/* sum += a times a panel, gathered columns having their rows side by side. */
+/* sum += a times a panel, gathered columns having their rows side by side. Of whole tiles four columns
+ * are taken between two looks at whether there are more. */
 static inline __attribute__((always_inline)) void add_product(const int64_t rows,
                                                               const int64_t vectors,
                                                               const int gathered, columns a,
                                                               const float *panel,
                                                               vector sum[][2]) {
     const float *at = a.at;
-    for (int64_t k = 0; k < a.depth; k++, at += gathered ? rows : 1, panel += PANEL) {
-        vector left = ((const loose_vector *)panel)[0], right = ((const loose_vector *)panel)[1];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < rows; i++) {
-            vector entry = at[gathered ? i : i * a.row] - (vector){0}; /* in every lane */
-            sum[i][0] += entry * left;
-            if (vectors == 2) sum[i][1] += entry * right;
-        }
+#define ADD_COLUMNS                                                                               \
+    for (int64_t k = 0; k < a.depth; k++, at += gathered ? rows : 1, panel += PANEL) {            \
+        vector left = ((const loose_vector *)panel)[0], right = ((const loose_vector *)panel)[1]; \
+        _Pragma("GCC unroll 16") for (int64_t i = 0; i < rows; i++) {                             \
+            vector entry = at[gathered ? i : i * a.row] - (vector){0}; /* in every lane */        \
+            sum[i][0] += entry * left;                                                            \
+            if (vectors == 2) sum[i][1] += entry * right;                                         \
+        }                                                                                         \
     }
+    if (rows == TILE_ROWS && vectors == 2) {
+        _Pragma("GCC unroll 4") ADD_COLUMNS
+    } else {
+        ADD_COLUMNS
+    }
+#undef ADD_COLUMNS
 }
 
 static inline __attribute__((always_inline)) void tile_of(
@@ -570,11 +598,10 @@ static void norm_backward_rows(const float *grad, const float *x, const float *y
     }
         if (activation == ACTIVATION_MISH) {
 #if LANES >= 8
-            vector sums1[4] = {{0}}, sums2[4] = {{0}};
-            _Static_assert(CHAINS <= 4, "added_up adds four");
-            for (; done + CHAINS * LANES <= cols; done += CHAINS * LANES)
-                norm_mish_back_chains(di + done, xi + done, mean, rstd, gain + done, shift + done,
-                                      dgain + done, dshift + done, out + done, sums1, sums2);
+            vector sums1[4] = {{0}}, sums2[4] = {{0}}; /* added_up adds four */
+            for (int64_t next; (next = next_mish_cols(done, cols)); done += next)
+                norm_mish_back(di + done, xi + done, mean, rstd, gain + done, shift + done,
+                               dgain + done, dshift + done, out + done, sums1, sums2, next);
             s1 = added_up(sums1, 0.0f);
             s2 = added_up(sums2, 0.0f);
 #endif
@@ -584,10 +611,10 @@ static void norm_backward_rows(const float *grad, const float *x, const float *y
         }
         s1 /= (float)cols;
         s2 /= (float)cols;
+        float by_distance = -rstd * rstd * s2, by_all = -rstd * s1;
 #pragma omp simd
         for (int64_t j = 0; j < cols; j++) {
-            float hat = (xi[j] - mean) * rstd;
-            out[j] = rstd * (out[j] - s1 - hat * s2);
+            out[j] = rstd * out[j] + (by_distance * (xi[j] - mean) + by_all);
             dbias[j] += out[j];
         }
     }

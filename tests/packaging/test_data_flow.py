@@ -30,7 +30,18 @@ ROWS = {
         ("programs", ["preview", "__main__"]),
     ],
     "tdmpc2_sb3": [
-        ("tools", ["statistics", "compilation", "interrupts", "pink_noise"]),
+        (
+            "tools",
+            [
+                "statistics",
+                "nested",
+                "parts",
+                "compilation",
+                "cuda_graphs",
+                "interrupts",
+                "pink_noise",
+            ],
+        ),
         (
             "files",
             [

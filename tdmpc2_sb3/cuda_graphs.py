@@ -149,7 +149,8 @@ class Graphed(Generic[Result]):
         self.replays += 1
         results: list[th.Tensor] = []
         without_tensors(graph.result, results)
-        return with_tensors(graph.result, iter(th._foreach_clone(results)))  # type: ignore[no-any-return]
+        kept = [each.clone() for each in results]  # the next replay writes to them
+        return with_tensors(graph.result, iter(kept))  # type: ignore[no-any-return]
 
     def _record(self, arguments: tuple[object, ...], tensors: list[th.Tensor]) -> _Graph[Result]:
         with th.inference_mode(False):  # or they could not be written to outside that mode

@@ -67,7 +67,10 @@ def compare(fast, plain, inputs, rtol=1e-5):
 
 
 @pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize(("rows", "cols", "simnorm_dim"), [(3, 8, 8), (5, 24, 4), (700, 256, 8)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "simnorm_dim"),
+    [(3, 8, 8), (5, 24, 4), (700, 256, 8), (4, 300, 4), (2, 520, 8)],  # Mish takes 256 at a time
+)
 def test_normed_linear(threads, activation, rows, cols, simnorm_dim):
     inputs = [
         randn(2, rows, 6, scale=3.0, seed=1),

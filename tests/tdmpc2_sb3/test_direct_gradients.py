@@ -20,7 +20,7 @@ from tdmpc2_sb3.direct_gradients import (
 )
 from tdmpc2_sb3.dynamics.mlp import MLPDynamics
 from tdmpc2_sb3.kernels import PolicyDraw, library, weights_held
-from tdmpc2_sb3.kernels.products import operation_counter
+from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
 from tdmpc2_sb3.layers import MLP, SimNorm
 from tdmpc2_sb3.losses import (
     LossConfig,
@@ -236,7 +236,8 @@ def compare(case, roughen, by_torch):
             if not name.startswith("policy_net"):
                 each.grad = None
         assert_same_gradients(model, exact, taken, ("policy_net",))
-    if by_torch:
+    if by_torch or not multiplies(MIN_ROWS, 16):  # as on a Mac: torch's operations are not captured
+        assert direct._policy_results.replays == direct._model_results.replays == 0
         return
     assert direct._policy_results.replays == 4 - len(policy_heads)
     is_captured = direct._rollout is not None or direct._state_space is not None

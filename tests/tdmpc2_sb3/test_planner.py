@@ -194,7 +194,9 @@ def test_latents_may_lie_apart(roughen):
     apart = latents.t().contiguous().t()
     assert not apart.is_contiguous()
     plans = [plan(model, each, initial, noise, CONFIG, True) for each in (latents, apart)]
-    assert th.equal(plans[0].mean, plans[1].mean)
+    # torch's products, where the kernels have none, round by where numbers lie.
+    tolerance = 0.0 if multiplies(MIN_ROWS, 16) else 1e-4
+    th.testing.assert_close(plans[0].mean, plans[1].mean, rtol=0.0, atol=tolerance)
 
 
 @pytest.mark.parametrize(

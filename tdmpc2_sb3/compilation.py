@@ -53,14 +53,24 @@ def compiled(
             return run(fast, *args, **kwargs)
         except Exception as error:  # a compiler may fail in any way
             failed = True
-            reason = (str(error).splitlines() or ["no message"])[0]
             name = getattr(function, "__name__", "a function")
-            warnings.warn(
-                f"torch.compile failed on {name} ({type(error).__name__}: {reason}); going on "
-                "without compiling. Pass compile=False to silence this.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_of_failure(f"torch.compile failed on {name}", error, "without compiling")
             return plain(*args, **kwargs)
 
     return call
+
+
+def warn_of_failure(failure: str, error: Exception, goes_on: str) -> None:
+    """Says that something which makes plans and updates faster failed, as a RuntimeWarning.
+
+    :param failure: what failed
+    :param error: why, of which the first line is told
+    :param goes_on: how the run goes on
+    """
+    reason = (str(error).splitlines() or ["no message"])[0]
+    warnings.warn(
+        f"{failure} ({type(error).__name__}: {reason}); going on {goes_on}. Pass compile=False to "
+        "silence this.",
+        RuntimeWarning,
+        stacklevel=3,
+    )

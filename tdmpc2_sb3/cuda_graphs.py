@@ -8,12 +8,12 @@ at those addresses.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch as th
 
+from tdmpc2_sb3.compilation import warn_of_failure
 from tdmpc2_sb3.nested import with_tensors, without_tensors
 
 Result = TypeVar("Result")
@@ -139,7 +139,11 @@ class Graphed(Generic[Result]):
             try:
                 graph = self._record(arguments, tensors)
             except Exception as error:  # a driver may fail in any way
-                return self._go_on_without(error, arguments)
+                self._failed = True
+                self._forget()
+                failure = "A CUDA graph could not be recorded"
+                warn_of_failure(failure, error, "without, which is slower")
+                return self._function(*arguments)
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.clear()
             self._graphs[key] = graph
@@ -158,15 +162,3 @@ class Graphed(Generic[Result]):
         rebuilt = with_tensors(arguments, iter(inputs))
         replay, result = self._recorder.record(lambda: self._function(*rebuilt))
         return _Graph(inputs, replay, result)
-
-    def _go_on_without(self, error: Exception, arguments: tuple[object, ...]) -> Result:
-        self._failed = True
-        self._forget()
-        reason = (str(error).splitlines() or ["no message"])[0]
-        warnings.warn(
-            f"A CUDA graph could not be recorded ({type(error).__name__}: {reason}); going on "
-            "without, which is slower. Pass compile=False to silence this.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return self._function(*arguments)

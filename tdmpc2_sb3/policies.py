@@ -314,8 +314,8 @@ class TDMPC2Policy(BasePolicy):
             recorder = recorder_for(self.device)
             graphed = None
             if recorder is not None:
-                parts = Parts(self.world_model)
-                graphed = Graphed(self._plan_by_torch, parts.tensors, recorder)
+                # Of the policy: another world model in place of this one is a part replaced.
+                graphed = Graphed(self._plan_by_torch, Parts(self).tensors, recorder)
             self._graphed = self.device, graphed
         return self._graphed[1]
 

@@ -244,16 +244,20 @@ static void simnorm_grad_eights(const float *grad, const float *y, float *out, i
 }
 #endif
 
-/* Sums in four registers, whose additions need not wait for each other; rest is added to them. */
-static inline float added_up(const vector *sums, float rest) {
-    vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+/* The sum of a register's numbers. */
+static inline float lanes_added_up(vector all) {
     float parts[LANES];
     memcpy(parts, &all, sizeof parts);
 #pragma GCC unroll 4
     for (int64_t half = LANES / 2; half; half /= 2)
 #pragma GCC unroll 8
         for (int64_t l = 0; l < half; l++) parts[l] += parts[half + l];
-    return rest + parts[0];
+    return parts[0];
+}
+
+/* Sums in four registers, whose additions need not wait for each other; rest is added to them. */
+static inline float added_up(const vector *sums, float rest) {
+    return rest + lanes_added_up((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 static inline float sum_of(const float *x, int64_t cols) {
@@ -598,12 +602,12 @@ static void norm_backward_rows(const float *grad, const float *x, const float *y
     }
         if (activation == ACTIVATION_MISH) {
 #if LANES >= 8
-            vector sums1[4] = {{0}}, sums2[4] = {{0}}; /* added_up adds four */
+            vector sum1 = {0}, sum2 = {0};
             for (int64_t next; (next = next_mish_cols(done, cols)); done += next)
                 norm_mish_back(di + done, xi + done, mean, rstd, gain + done, shift + done,
-                               dgain + done, dshift + done, out + done, sums1, sums2, next);
-            s1 = added_up(sums1, 0.0f);
-            s2 = added_up(sums2, 0.0f);
+                               dgain + done, dshift + done, out + done, &sum1, &sum2, next);
+            s1 = lanes_added_up(sum1);
+            s2 = lanes_added_up(sum2);
 #endif
             PASS(mish_slope_f(h))
         } else {

@@ -279,6 +279,19 @@ def _stack(observations):
     return np.stack(observations)
 
 
+def test_plans_are_those_of_another_world_model_in_its_place(make_agent, recorders, roughen):
+    recorders()
+    agent, other = make_agent(compile="auto"), make_agent(compile="auto")
+    roughen(other.policy.world_model)
+    observation = np.zeros(3, np.float32)
+    before = [agent.predict(observation, deterministic=True)[0] for _ in range(3)]
+    expected = other.predict(observation, deterministic=True)[0]
+    assert not np.array_equal(before[-1], expected)
+    agent.policy.world_model = other.policy.world_model
+    for _ in range(3):
+        assert np.array_equal(agent.predict(observation, deterministic=True)[0], expected)
+
+
 def test_compile_false_records_nothing(make_agent, recorders):
     made = recorders()
     agent = make_agent(compile=False)

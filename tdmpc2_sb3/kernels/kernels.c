@@ -479,11 +479,13 @@ static inline __attribute__((always_inline)) void add_product(const int64_t rows
 }
 
 static inline __attribute__((always_inline)) void tile_of(
-    const int64_t rows, const int64_t vectors, const int gathered, columns a, columns more,
-    const float *panel, const float *start, int64_t start_row, float *c, int64_t c_row) {
+    const int64_t rows, const int64_t vectors, const int gathered, const int fetched, columns a,
+    columns more, const float *panel, const float *start, int64_t start_row, float *c,
+    int64_t c_row) {
     vector sum[TILE_ROWS][2];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; i++) {
+        if (fetched) __builtin_prefetch(c + i * c_row, 1);
         sum[i][0] = sum[i][1] = (vector){0};
         if (start) {
             sum[i][0] = *(const loose_vector *)(start + i * start_row);
@@ -521,9 +523,9 @@ static inline __attribute__((always_inline)) void tile(int64_t rows, const int g
 #define TILE(ROWS)                                                                             \
     case ROWS:                                                                                 \
         if (gathered || cols > LANES)                                                          \
-            tile_of(ROWS, 2, gathered, a, more, panel, start, start_row, c, c_row);            \
+            tile_of(ROWS, 2, gathered, 0, a, more, panel, start, start_row, c, c_row);            \
         else /* a vector is enough */                                                          \
-            tile_of(ROWS, 1, gathered, a, more, panel, start, start_row, c, c_row);            \
+            tile_of(ROWS, 1, gathered, 0, a, more, panel, start, start_row, c, c_row);            \
         break;
     switch (rows) { /* so that the sums are registers */
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
@@ -535,6 +537,62 @@ static inline __attribute__((always_inline)) void tile(int64_t rows, const int g
         copy_few(narrow + i * narrow_row, edge + i * PANEL, cols);
 }
 
+static inline int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+/* The first row of the t-th of tiles of nearly as many rows, the larger ones in front. */
+static inline int64_t tile_start(int64_t rows, int64_t tiles, int64_t t) {
+    int64_t larger = rows % tiles;
+    return rows / tiles * t + (t < larger ? t : larger);
+}
+
+/* From this many tiles of rows on they take a panel in turn; then none has less than TILE_ROWS - 1. */
+#define MANY_TILES 16
+
+/* Rows of the product of a, and more behind it, with b, into c, whose rows are c_row apart. Where there
+ * are many, each panel of b goes through all their tiles while it is in the first cache, and meanwhile
+ * the next one is fetched, and what will be written: all of b may be too large for the second cache. A
+ * few leave that to the processor. Gathered rows of a are tile after tile, [depth, rows]. */
+static inline __attribute__((always_inline)) void product(const int gathered, columns a,
+                                                          columns more, const float *packed,
+                                                          int64_t panel_depth, const float *start,
+                                                          int64_t start_row, float *c,
+                                                          int64_t c_row, int64_t rows,
+                                                          int64_t cols) {
+    if (!rows) return;
+    int64_t tiles = tiles_of(rows), least = rows / tiles, larger = rows % tiles, done = 0;
+    int64_t lines = (a.depth + more.depth) * PANEL / LINE / tiles + 1; /* to be fetched by a tile */
+    columns left = a, right = more;
+    for (; tiles >= MANY_TILES && done + PANEL <= cols; done += PANEL) {
+        const float *panel = packed + done * panel_depth, *next = panel + PANEL * panel_depth;
+        const float *from = start ? start + done : 0;
+        float *to = c + done;
+        left.at = a.at, right.at = more.at;
+        for (int64_t t = 0; t < tiles; t++) {
+            int64_t count = least + (t < larger);
+            for (int64_t l = 0; l < lines; l++, next += LINE) __builtin_prefetch(next);
+            if (count == TILE_ROWS)
+                tile_of(TILE_ROWS, 2, gathered, 1, left, right, panel, from, start_row, to, c_row);
+            else
+                tile_of(TILE_ROWS - 1, 2, gathered, 1, left, right, panel, from, start_row, to, c_row);
+            left.at += count * (gathered ? a.depth : a.row);
+            right.at += count * more.row;
+            from = start ? from + count * start_row : 0;
+            to += count * c_row;
+        }
+    }
+    left.at = a.at, right.at = more.at;
+    for (int64_t t = 0; t < tiles && done < cols; t++) {
+        int64_t count = least + (t < larger);
+        for (int64_t p = done; p < cols; p += PANEL)
+            tile(count, gathered, left, right, packed + p * panel_depth, start ? start + p : 0,
+                 start_row, c + p, c_row, cols - p);
+        left.at += count * (gathered ? a.depth : a.row);
+        right.at += count * more.row;
+        start = start ? start + count * start_row : 0;
+        c += count * c_row;
+    }
+}
+
 /* Of functions that hold every kind of tile, of which copies would keep the compiler busy. */
 #ifdef __clang__
 #define ONE_COPY __attribute__((noinline))
@@ -542,33 +600,24 @@ static inline __attribute__((always_inline)) void tile(int64_t rows, const int g
 #define ONE_COPY __attribute__((noinline, noclone))
 #endif
 
-/* Rows begin..end, at most TILE_ROWS, of the product of a, and more behind it, with b, into c, [rows,
- * cols]. The panels of b are panel_depth deep; fewer columns than that take as many rows of them from
- * packed on. start: what the product is added to, rows start_row floats apart: a bias where that is
- * 0, what is in c already where it is c; null for nothing. */
+/* Rows begin..end of the product of a, and more behind it, with b, into c, [rows, cols]. The panels of
+ * b are panel_depth deep; fewer columns than that take as many rows of them from packed on. start: what
+ * the product is added to, rows start_row floats apart: a bias where that is 0, what is in c already
+ * where it is c; null for nothing. */
 static ONE_COPY void product_rows(columns a, columns more, const float *packed,
                                   int64_t panel_depth, const float *start, int64_t start_row,
                                   float *c, int64_t begin, int64_t end, int64_t cols) {
     a.at += begin * a.row;
     if (more.depth) more.at += begin * more.row;
-    for (int64_t p = 0; p < cols; p += PANEL)
-        tile(end - begin, 0, a, more, packed + p * panel_depth,
-             start ? start + begin * start_row + p : 0, start_row, c + begin * cols + p, cols,
-             cols - p);
+    product(0, a, more, packed, panel_depth, start ? start + begin * start_row : 0, start_row,
+            c + begin * cols, cols, end - begin, cols);
 }
 
-/* The same of at most TILE_ROWS rows that are gathered, [depth, rows]: a product with the whole b,
- * added to c if adds. */
+/* The same of gathered rows with the whole b, into rows of c that are c_row apart. */
 static ONE_COPY void gathered_rows(const float *a, int64_t rows, int64_t depth,
-                                   const float *packed, int64_t panel_depth, int adds, float *c,
-                                   int64_t cols) {
-    columns all = {a, 0, depth};
-    for (int64_t p = 0; p < cols; p += PANEL)
-        tile(rows, 1, all, no_columns, packed + p * panel_depth, adds ? c + p : 0, cols, c + p,
-             cols, cols - p);
+                                   const float *packed, float *c, int64_t c_row, int64_t cols) {
+    product(1, (columns){a, 0, depth}, no_columns, packed, depth, 0, 0, c, c_row, rows, cols);
 }
-
-static inline int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 /* Gradients of rows begin..end of norm_forward by its input into grad_x, which may be grad; added
  * to sums, [3, cols], those by gain, by shift and by a bias in front. */
@@ -833,6 +882,10 @@ static void drop(dropout d, float *x, int64_t begin, int64_t end, float *sums, i
     }
 }
 
+/* Rows that go through networks together: few enough for their activations to stay near, and many, lest
+ * the weights have to come from afar too often. */
+#define BLOCK_ROWS 256
+
 /* Where a layer writes. */
 typedef struct {
     dropout dropped;
@@ -887,19 +940,34 @@ static inline int64_t packed_input_size(const layer *it, int64_t rows) {
     return whole_lines(panels_of(it->depth) * rows * PANEL);
 }
 
-static void find_gradient_places(const layer *layers, int64_t count, int64_t rows,
-                                 int64_t threads, float *scratch, gradient_place *places) {
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Numbers that a thread needs for itself: gathered columns, a share of the widest layer's, or reduced
+ * rows of the gradients by an input, a block at a time. */
+static int64_t own_size(const layer *layers, int64_t count, int64_t rows, int64_t threads) {
+    int64_t size = 0, share = (rows + threads - 1) / threads;
+    for (int64_t l = 0; l < count; l++) {
+        int64_t columns = (tiles_of(layers[l].cols) + threads - 1) / threads * TILE_ROWS;
+        size = most(size, most(columns * rows, share * layers[l].depth));
+    }
+    return whole_lines(size);
+}
+
+/* Places of a network's layers in its scratch. What is behind them is the threads' own. */
+static float *find_gradient_places(const layer *layers, int64_t count, int64_t rows,
+                                   int64_t threads, float *scratch, gradient_place *places) {
     for (int64_t l = 0; l < count; l++) {
         const layer *it = layers + l;
         places[l].by_product = scratch, scratch += whole_lines(rows * it->cols);
         places[l].sums = scratch, scratch += whole_lines(threads * 3 * it->cols);
         places[l].packed_input = scratch, scratch += packed_input_size(it, rows);
     }
+    return scratch;
 }
 
 /* Numbers of a network's scratch for its gradients. */
 int64_t scratch_size(const layer *layers, int64_t count, int64_t rows, int64_t threads) {
-    int64_t size = 0;
+    int64_t size = threads * own_size(layers, count, rows, threads);
     for (int64_t l = 0; l < count; l++)
         size += whole_lines(rows * layers[l].cols) + whole_lines(threads * 3 * layers[l].cols) +
                 packed_input_size(layers + l, rows);
@@ -913,34 +981,32 @@ int64_t scratch_size(const layer *layers, int64_t count, int64_t rows, int64_t t
 static void layer_forward(const layer *it, const place *to, const float *x, int64_t x_row,
                           int64_t x_dim, const float *shared, const float *a, int64_t begin,
                           int64_t end, int64_t rows) {
-    int64_t tiles = tiles_of(end - begin), cols = it->cols, depth = reduced_depth(it);
-    int64_t a_dim = depth - x_dim;
+    int64_t cols = it->cols, depth = reduced_depth(it), a_dim = depth - x_dim;
     columns left = {x, x_row, x_dim}, right = {a, a_dim, a_dim};
-    for (int64_t t = 0; t < tiles; t++) {
-        int64_t from = begin + (end - begin) * t / tiles;
-        int64_t until = begin + (end - begin) * (t + 1) / tiles;
-        if (shared)
-            product_rows(right, no_columns, it->packed + x_dim * PANEL, depth, shared, 0,
-                         to->product, from, until, cols);
-        else
-            product_rows(left, right, it->packed, depth, product_bias(it), 0, to->product, from,
-                         until, cols);
-        if (!it->gain) continue;
-        drop(to->dropped, to->product, from * cols, until * cols, 0, cols);
-        norm_rows(to->product, it->gain, it->shift, to->output, to->statistics, from, until, rows,
-                  cols, it->eps * to->dropped.keep * to->dropped.keep, it->activation,
-                  it->simplex);
-    }
+    if (shared)
+        product_rows(right, no_columns, it->packed + x_dim * PANEL, depth, shared, 0, to->product,
+                     begin, end, cols);
+    else
+        product_rows(left, right, it->packed, depth, product_bias(it), 0, to->product, begin, end,
+                     cols);
+    if (!it->gain) return;
+    drop(to->dropped, to->product, begin * cols, end * cols, 0, cols);
+    norm_rows(to->product, it->gain, it->shift, to->output, to->statistics, begin, end, rows, cols,
+              it->eps * to->dropped.keep * to->dropped.keep, it->activation, it->simplex);
 }
+
+/* Rows begin..end in blocks of nearly the same size. */
+#define FOR_EACH_BLOCK(FROM, UNTIL)                                                               \
+    for (int64_t left_ = (end - begin + BLOCK_ROWS - 1) / BLOCK_ROWS, FROM = begin, UNTIL;        \
+         left_ && (UNTIL = FROM + (end - FROM + left_ - 1) / left_, 1); FROM = UNTIL, left_--)
 
 /* A network's layers in turn on rows begin..end of x. */
 static void layers_forward(const layer *net, const place *to, int64_t count, const float *x,
                            int64_t x_row, int64_t begin, int64_t end, int64_t rows) {
-    for (int64_t l = 0; l < count; l++) {
-        layer_forward(net + l, to + l, x, x_row, reduced_depth(net + l), 0, 0, begin, end, rows);
-        x = to[l].output;
-        x_row = net[l].cols;
-    }
+    FOR_EACH_BLOCK(from, until)
+        for (int64_t l = 0; l < count; l++)
+            layer_forward(net + l, to + l, l ? to[l - 1].output : x, l ? net[l - 1].cols : x_row,
+                          reduced_depth(net + l), 0, 0, from, until, rows);
 }
 
 /* Networks of count layers each on the same x, [rows, depth], whose rows are x_row floats apart.
@@ -1019,54 +1085,51 @@ static const float *layer_backward(const layer *it, const place *kept, const gra
     return grad;
 }
 
-#define GATHERED_ROWS 256 /* of by_product at a time */
-
-/* At most TILE_ROWS rows, begin..end, of the transposed by_product, [rows, cols], by a packed
- * input: into c those rows of a weight's gradient, of depth numbers. They are gathered first: as
- * columns of by_product their numbers lie so far apart that they fall out of the first cache before
- * the next panel. */
-static void weight_gradient_rows(const float *by_product, int64_t cols, const float *packed_input,
-                                 float *c, int64_t begin, int64_t end, int64_t rows,
-                                 int64_t depth) {
-    float gathered[GATHERED_ROWS * TILE_ROWS];
-    int64_t width = end - begin;
-    for (int64_t from = 0; from < rows; from += GATHERED_ROWS) {
-        int64_t count = rows - from < GATHERED_ROWS ? rows - from : GATHERED_ROWS;
-        const float *in = by_product + from * cols + begin;
-        if (width == TILE_ROWS) /* of a known width: copied without a call */
-            for (int64_t i = 0; i < count; i++)
-                memcpy(gathered + i * TILE_ROWS, in + i * cols, sizeof(float) * TILE_ROWS);
-        else
-            for (int64_t i = 0; i < count; i++)
-                copy_few(gathered + i * width, in + i * cols, width);
-        gathered_rows(gathered, width, count, packed_input + from * PANEL, rows, from > 0, c,
-                      depth);
+/* Columns begin..end of by_product, [rows, cols], as gathered rows: in place their numbers lie so far
+ * apart that they fall out of the first cache before the next panel. */
+static void gather_columns(const float *by_product, int64_t cols, int64_t begin, int64_t end,
+                           int64_t rows, float *gathered) {
+    int64_t tiles = tiles_of(end - begin);
+    for (int64_t from = 0; from < rows; from += LINE) { /* some rows, for all cache lines of theirs */
+        int64_t until = from + LINE < rows ? from + LINE : rows;
+        for (int64_t t = 0; t < tiles; t++) {
+            int64_t j = tile_start(end - begin, tiles, t);
+            int64_t width = tile_start(end - begin, tiles, t + 1) - j;
+            float *tile = gathered + j * rows;
+            const float *in = by_product + begin + j;
+            if (width == TILE_ROWS) /* of a known width: copied without a call */
+                for (int64_t i = from; i < until; i++)
+                    memcpy(tile + i * TILE_ROWS, in + i * cols, sizeof(float) * TILE_ROWS);
+            else
+                for (int64_t i = from; i < until; i++)
+                    copy_few(tile + i * width, in + i * cols, width);
+        }
     }
 }
 
-/* A row of a weight's gradient from that by the weight of reduced rows and that by their bias. */
-static void expand_weight_gradient(const layer *it, const float *reduced, float by_bias,
-                                   float *by_weight) {
-    for (int64_t g = 0; g < it->simplices; g++, reduced += SIMPLEX - 1, by_weight += SIMPLEX) {
-        by_weight[SIMPLEX - 1] = by_bias;
-        for (int64_t k = 0; k < SIMPLEX - 1; k++) {
-            by_weight[k] = reduced[k];
-            by_weight[SIMPLEX - 1] -= reduced[k];
-        }
+/* A row of a weight's gradient, in place, from that by the weight of reduced rows and that by their
+ * bias. */
+static void expand_weight_gradient(const layer *it, float by_bias, float *by_weight) {
+    int64_t inner = reduced_depth(it), outside = it->depth - it->simplices * SIMPLEX;
+    memmove(by_weight + it->depth - outside, by_weight + inner - outside,
+            sizeof(float) * (size_t)outside);
+    for (int64_t g = it->simplices - 1; g >= 0; g--) { /* from behind: each moves by g numbers */
+        float *to = by_weight + g * SIMPLEX, last = by_bias;
+        memmove(to, by_weight + g * (SIMPLEX - 1), sizeof(float) * (SIMPLEX - 1));
+        for (int64_t k = 0; k < SIMPLEX - 1; k++) last -= to[k];
+        to[SIMPLEX - 1] = last;
     }
-    memcpy(by_weight, reduced, sizeof(float) * (size_t)(it->depth - it->simplices * SIMPLEX));
 }
 
 /* Gradients of layers_forward, by_output those by its output. x is reduced if the first layer's input
  * is. by_input: by input_cols columns of x from input_from on, from which packed_back of the first
  * layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs,
  * packs_x: whether the layers' inputs, and the first's, are packed for parameter_gradients. */
-static void layers_backward(const layer *net, const place *kept, const gradient_place *to,
+static void block_backward(const layer *net, const place *kept, const gradient_place *to,
                             int64_t count, const float *x, int64_t x_row, const float *by_output,
                             float *by_input, int64_t input_from, int64_t input_cols,
-                            int add_up_inputs, int packs, int packs_x, int64_t thread,
-                            int64_t begin, int64_t end, int64_t rows) {
-    int64_t tiles = tiles_of(end - begin);
+                            int add_up_inputs, int packs, int packs_x, float *own,
+                            int64_t thread, int64_t begin, int64_t end, int64_t rows) {
     for (int64_t l = count - 1; l >= 0; l--) {
         const layer *it = net + l;
         int64_t cols = it->cols, input_row = l ? net[l - 1].cols : x_row;
@@ -1079,24 +1142,26 @@ static void layers_backward(const layer *net, const place *kept, const gradient_
         float *by_x = l ? to[l - 1].by_product : by_input;
         int64_t width = l ? it->depth : input_cols, simplices = input_from ? 0 : it->simplices;
         int64_t inner = width - simplices, adds = !l && add_up_inputs;
-        float reduced[simplices ? TILE_ROWS * inner : 1];
-        columns a = {by_product, cols, cols};
-        for (int64_t i = 0; by_x && i < tiles; i++) {
-            int64_t from = begin + (end - begin) * i / tiles;
-            int64_t until = begin + (end - begin) * (i + 1) / tiles;
-            if (!simplices) {
-                product_rows(a, no_columns, it->packed_back, cols, adds ? by_x : 0, width, by_x,
-                             from, until, width);
-                continue;
-            }
-            a.at = by_product + from * cols;
-            product_rows(a, no_columns, it->packed_back, cols, 0, 0, reduced, 0, until - from,
-                         inner);
-            expand_rows(reduced, inner, by_x + from * width, width, simplices, until - from,
-                        (int)adds);
+        columns a = {by_product, cols, cols}, block = {by_product + begin * cols, cols, cols};
+        if (by_x && !simplices) {
+            product_rows(a, no_columns, it->packed_back, cols, adds ? by_x : 0, width, by_x, begin,
+                         end, width);
+        } else if (by_x) {
+            product_rows(block, no_columns, it->packed_back, cols, 0, 0, own, 0, end - begin, inner);
+            expand_rows(own, inner, by_x + begin * width, width, simplices, end - begin, (int)adds);
         }
         by_output = by_x;
     }
+}
+
+static void layers_backward(const layer *net, const place *kept, const gradient_place *to,
+                            int64_t count, const float *x, int64_t x_row, const float *by_output,
+                            float *by_input, int64_t input_from, int64_t input_cols,
+                            int add_up_inputs, int packs, int packs_x, float *own,
+                            int64_t thread, int64_t begin, int64_t end, int64_t rows) {
+    FOR_EACH_BLOCK(from, until)
+        block_backward(net, kept, to, count, x, x_row, by_output, by_input, input_from, input_cols,
+                       add_up_inputs, packs, packs_x, own, thread, from, until, rows);
 }
 
 static void clear_sums(const layer *net, const gradient_place *to, int64_t count, int64_t thread) {
@@ -1108,12 +1173,11 @@ static void clear_sums(const layer *net, const gradient_place *to, int64_t count
  * n-th of all networks by the parameters. by_output: by its output. */
 static void parameter_gradients(const layer *net, const gradient_place *to, int64_t count,
                                 const float *by_output, int64_t n, int64_t networks,
-                                float *const *by_parameters, int64_t rows, int64_t thread,
-                                int64_t threads) {
+                                float *const *by_parameters, float *own, int64_t rows,
+                                int64_t thread, int64_t threads) {
     for (int64_t l = 0; l < count; l++) {
         const layer *it = net + l;
         int64_t cols = it->cols, depth = it->depth, tiles = tiles_of(cols);
-        int64_t inner = reduced_depth(it);
         const float *by_product =
             l == count - 1 && !it->gain ? by_output : to[l].by_product;
         float *by_weight = by_parameters[l] + n * cols * depth;
@@ -1121,18 +1185,15 @@ static void parameter_gradients(const layer *net, const gradient_place *to, int6
         for (int64_t v = 0; v < 3; v++)
             add_up(to[l].sums + v * cols, by_vectors + v * networks * cols,
                    cols * thread / threads, cols * (thread + 1) / threads, 3 * cols, threads);
-        float reduced[it->simplices ? TILE_ROWS * inner : 1];
-        for (int64_t i = tiles * thread / threads; i < tiles * (thread + 1) / threads; i++) {
-            int64_t begin = cols * i / tiles, end = cols * (i + 1) / tiles;
-            weight_gradient_rows(by_product, cols, to[l].packed_input,
-                                 it->simplices ? reduced : by_weight + begin * depth, begin, end,
-                                 rows, inner);
-            for (int64_t j = begin; it->simplices && j < end; j++) {
-                float by_bias;
-                add_up(to[l].sums + 2 * cols + j, &by_bias, 0, 1, 3 * cols, threads);
-                expand_weight_gradient(it, reduced + (j - begin) * inner, by_bias,
-                                       by_weight + j * depth);
-            }
+        int64_t begin = cols * (tiles * thread / threads) / tiles;
+        int64_t end = cols * (tiles * (thread + 1) / threads) / tiles;
+        gather_columns(by_product, cols, begin, end, rows, own);
+        gathered_rows(own, end - begin, rows, to[l].packed_input, by_weight + begin * depth,
+                      depth, reduced_depth(it));
+        for (int64_t j = begin; it->simplices && j < end; j++) {
+            float by_bias;
+            add_up(to[l].sums + 2 * cols + j, &by_bias, 0, 1, 3 * cols, threads);
+            expand_weight_gradient(it, by_bias, by_weight + j * depth);
         }
     }
 }
@@ -1154,12 +1215,15 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
     int64_t input_row = layers->simplices ? reduced_depth(layers) : x_row;
     place all_places[networks * count], *kept = all_places;
     gradient_place all_gradients[networks * count], *to = all_gradients;
+    int64_t own_numbers = own_size(layers, count, rows, threads);
+    float *own = 0; /* for one network after the other */
     for (int64_t n = 0; n < networks; n++) {
         find_places(layers + n * count, count, 1, rows,
                     dropout_of(dropped, count_dropped, share, n * rows * first), workspaces[n],
                     result + n * rows * last, kept + n * count);
-        find_gradient_places(layers + n * count, count, rows, threads, scratches[n],
-                             to + n * count);
+        float *behind = find_gradient_places(layers + n * count, count, rows, threads,
+                                             scratches[n], to + n * count);
+        own = n ? own : behind;
         to[n * count].packed_input = to[0].packed_input; /* x is the same for all */
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -1168,7 +1232,8 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
             clear_sums(layers + l, to + l, count, t);
             layers_backward(layers + l, kept + l, to + l, count, input, input_row,
                             grad + l / count * rows * last, by_input, input_from, input_cols,
-                            adds || l, by_parameters != 0, by_parameters && !l, t,
+                            adds || l, by_parameters != 0, by_parameters && !l,
+                            own + t * own_numbers, t,
                             rows * t / threads, rows * (t + 1) / threads, rows);
         }
     if (!by_parameters) return;
@@ -1176,8 +1241,8 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
     for (int64_t t = 0; t < threads; t++)
         for (int64_t n = 0; n < networks; n++)
             parameter_gradients(layers + n * count, to + n * count, count,
-                                grad + n * rows * last, n, networks, by_parameters, rows, t,
-                                threads);
+                                grad + n * rows * last, n, networks, by_parameters,
+                                own + t * own_numbers, rows, t, threads);
 }
 
 /* Gradients of rollout_forward with keep, whose inputs, workspace and latents these are. by_latents:
@@ -1190,20 +1255,22 @@ void rollout_backward(const layer *layers, int64_t count, const float *inputs, f
     place all_places[count], *kept = all_places;
     gradient_place all_gradients[count], *to = all_gradients;
     find_places(layers, count, 1, all, nothing_dropped, workspace, latents, kept);
-    find_gradient_places(layers, count, all, threads, scratch, to);
+    int64_t own_numbers = own_size(layers, count, all, threads);
+    float *own = find_gradient_places(layers, count, all, threads, scratch, to);
     const float *by_next = by_latents + rows * z_dim; /* a step's input is row for row its output's */
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {
         clear_sums(layers, to, count, t);
         for (int64_t h = steps - 1; h >= 0; h--)
             layers_backward(layers, kept, to, count, layers->simplices ? workspace : inputs, inner,
-                            by_next, by_latents, 0, z_dim, 1, 1, 1, t,
+                            by_next, by_latents, 0, z_dim, 1, 1, 1, own + t * own_numbers, t,
                             h * rows + rows * t / threads, h * rows + rows * (t + 1) / threads,
                             all);
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        parameter_gradients(layers, to, count, by_next, 0, 1, by_parameters, all, t, threads);
+        parameter_gradients(layers, to, count, by_next, 0, 1, by_parameters, own + t * own_numbers,
+                            all, t, threads);
 }
 
 static inline float row_max(const float *restrict x, int64_t cols) {
@@ -1819,10 +1886,6 @@ typedef struct {
     int64_t count;
 } network;
 
-/* Sequences that go through the networks together: few enough for their activations to stay in the
- * second cache, and many, lest the weights have to come from afar too often. */
-#define BLOCK_ROWS (20 * TILE_ROWS)
-
 /* A block: count sequences of one environment, from its first on. */
 typedef struct {
     int64_t env, first, count;
@@ -1922,7 +1985,7 @@ static state_space_memory state_space_start(const dynamics *d, const float *z, i
 
 static void state_space_step(const dynamics *d, const state_space_memory *m, const float *a,
                              int64_t count, float *next) {
-    int64_t width = d->action.cols, tiles = tiles_of(count);
+    int64_t width = d->action.cols;
     layer_rows(&d->action, 0, 0, m->context, a, count, m->stream); /* u^0 */
     for (int64_t l = 0; l < d->depth; l++) {
         const state_space_layer *it = d->stack + l;
@@ -1945,10 +2008,8 @@ static void state_space_step(const dynamics *d, const state_space_memory *m, con
         for (int64_t i = 0; i < count; i++)
             gelu_sum_row(m->hidden + i * hidden, m->products + i * all + 2 * modes,
                          m->hidden + i * hidden, hidden);
-        for (int64_t t = 0; t < tiles; t++) /* the residual stream */
-            product_rows((columns){m->hidden, hidden, hidden}, no_columns, it->mix.packed, hidden,
-                         m->stream, width, m->stream, count * t / tiles, count * (t + 1) / tiles,
-                         width);
+        product_rows((columns){m->hidden, hidden, hidden}, no_columns, it->mix.packed, hidden,
+                     m->stream, width, m->stream, 0, count, width); /* the residual stream */
     }
     layer_rows(&d->out, m->stream, width, 0, 0, count, next);
 }

@@ -523,9 +523,9 @@ static inline __attribute__((always_inline)) void tile(int64_t rows, const int g
 #define TILE(ROWS)                                                                             \
     case ROWS:                                                                                 \
         if (gathered || cols > LANES)                                                          \
-            tile_of(ROWS, 2, gathered, 0, a, more, panel, start, start_row, c, c_row);            \
+            tile_of(ROWS, 2, gathered, 0, a, more, panel, start, start_row, c, c_row);         \
         else /* a vector is enough */                                                          \
-            tile_of(ROWS, 1, gathered, 0, a, more, panel, start, start_row, c, c_row);            \
+            tile_of(ROWS, 1, gathered, 0, a, more, panel, start, start_row, c, c_row);         \
         break;
     switch (rows) { /* so that the sums are registers */
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
@@ -539,10 +539,9 @@ static inline __attribute__((always_inline)) void tile(int64_t rows, const int g
 
 static inline int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
-/* The first row of the t-th of tiles of nearly as many rows, the larger ones in front. */
-static inline int64_t tile_start(int64_t rows, int64_t tiles, int64_t t) {
-    int64_t larger = rows % tiles;
-    return rows / tiles * t + (t < larger ? t : larger);
+/* Rows of the t-th of tiles of nearly the same size, the larger ones in front. */
+static inline int64_t tile_rows(int64_t rows, int64_t tiles, int64_t t) {
+    return rows / tiles + (t < rows % tiles);
 }
 
 /* From this many tiles of rows on they take a panel in turn; then none has less than TILE_ROWS - 1. */
@@ -558,17 +557,16 @@ static inline __attribute__((always_inline)) void product(const int gathered, co
                                                           int64_t start_row, float *c,
                                                           int64_t c_row, int64_t rows,
                                                           int64_t cols) {
-    if (!rows) return;
-    int64_t tiles = tiles_of(rows), least = rows / tiles, larger = rows % tiles, done = 0;
-    int64_t lines = (a.depth + more.depth) * PANEL / LINE / tiles + 1; /* to be fetched by a tile */
+    int64_t tiles = tiles_of(rows), done = 0;
     columns left = a, right = more;
     for (; tiles >= MANY_TILES && done + PANEL <= cols; done += PANEL) {
+        int64_t lines = (a.depth + more.depth) * PANEL / LINE / tiles + 1; /* fetched by a tile */
         const float *panel = packed + done * panel_depth, *next = panel + PANEL * panel_depth;
         const float *from = start ? start + done : 0;
         float *to = c + done;
         left.at = a.at, right.at = more.at;
         for (int64_t t = 0; t < tiles; t++) {
-            int64_t count = least + (t < larger);
+            int64_t count = tile_rows(rows, tiles, t);
             for (int64_t l = 0; l < lines; l++, next += LINE) __builtin_prefetch(next);
             if (count == TILE_ROWS)
                 tile_of(TILE_ROWS, 2, gathered, 1, left, right, panel, from, start_row, to, c_row);
@@ -582,7 +580,7 @@ static inline __attribute__((always_inline)) void product(const int gathered, co
     }
     left.at = a.at, right.at = more.at;
     for (int64_t t = 0; t < tiles && done < cols; t++) {
-        int64_t count = least + (t < larger);
+        int64_t count = tile_rows(rows, tiles, t);
         for (int64_t p = done; p < cols; p += PANEL)
             tile(count, gathered, left, right, packed + p * panel_depth, start ? start + p : 0,
                  start_row, c + p, c_row, cols - p);
@@ -1092,17 +1090,18 @@ static void gather_columns(const float *by_product, int64_t cols, int64_t begin,
     int64_t tiles = tiles_of(end - begin);
     for (int64_t from = 0; from < rows; from += LINE) { /* some rows, for all cache lines of theirs */
         int64_t until = from + LINE < rows ? from + LINE : rows;
+        const float *in = by_product + begin;
+        float *to = gathered;
         for (int64_t t = 0; t < tiles; t++) {
-            int64_t j = tile_start(end - begin, tiles, t);
-            int64_t width = tile_start(end - begin, tiles, t + 1) - j;
-            float *tile = gathered + j * rows;
-            const float *in = by_product + begin + j;
+            int64_t width = tile_rows(end - begin, tiles, t);
             if (width == TILE_ROWS) /* of a known width: copied without a call */
                 for (int64_t i = from; i < until; i++)
-                    memcpy(tile + i * TILE_ROWS, in + i * cols, sizeof(float) * TILE_ROWS);
+                    memcpy(to + i * TILE_ROWS, in + i * cols, sizeof(float) * TILE_ROWS);
             else
                 for (int64_t i = from; i < until; i++)
-                    copy_few(tile + i * width, in + i * cols, width);
+                    copy_few(to + i * width, in + i * cols, width);
+            to += width * rows;
+            in += width;
         }
     }
 }
@@ -1121,15 +1120,16 @@ static void expand_weight_gradient(const layer *it, float by_bias, float *by_wei
     }
 }
 
-/* Gradients of layers_forward, by_output those by its output. x is reduced if the first layer's input
+/* Gradients of layers_forward of a block, by_output those by its output. x is reduced if the first layer's input
  * is. by_input: by input_cols columns of x from input_from on, from which packed_back of the first
  * layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs,
- * packs_x: whether the layers' inputs, and the first's, are packed for parameter_gradients. */
+ * packs_x: whether the layers' inputs, and the first's, are packed for parameter_gradients. own: what
+ * the thread has for itself. */
 static void block_backward(const layer *net, const place *kept, const gradient_place *to,
-                            int64_t count, const float *x, int64_t x_row, const float *by_output,
-                            float *by_input, int64_t input_from, int64_t input_cols,
-                            int add_up_inputs, int packs, int packs_x, float *own,
-                            int64_t thread, int64_t begin, int64_t end, int64_t rows) {
+                           int64_t count, const float *x, int64_t x_row, const float *by_output,
+                           float *by_input, int64_t input_from, int64_t input_cols,
+                           int add_up_inputs, int packs, int packs_x, float *own, int64_t thread,
+                           int64_t begin, int64_t end, int64_t rows) {
     for (int64_t l = count - 1; l >= 0; l--) {
         const layer *it = net + l;
         int64_t cols = it->cols, input_row = l ? net[l - 1].cols : x_row;
@@ -1154,6 +1154,7 @@ static void block_backward(const layer *net, const place *kept, const gradient_p
     }
 }
 
+/* The same of all rows. */
 static void layers_backward(const layer *net, const place *kept, const gradient_place *to,
                             int64_t count, const float *x, int64_t x_row, const float *by_output,
                             float *by_input, int64_t input_from, int64_t input_cols,
@@ -1170,7 +1171,7 @@ static void clear_sums(const layer *net, const gradient_place *to, int64_t count
 }
 
 /* A thread's part of the sums over rows, once layers_backward is through with all: gradients of the
- * n-th of all networks by the parameters. by_output: by its output. */
+ * n-th of all networks by the parameters. by_output: by its output. own: what it has for itself. */
 static void parameter_gradients(const layer *net, const gradient_place *to, int64_t count,
                                 const float *by_output, int64_t n, int64_t networks,
                                 float *const *by_parameters, float *own, int64_t rows,

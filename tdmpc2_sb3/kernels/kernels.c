@@ -318,21 +318,21 @@ static inline void activate_row(const float *x, moments of, const float *gain, c
 /* Rows that are normed together: the moments of one need not wait for the activations of another. */
 #define NORM_ROWS 16
 
-/* Rows begin..end of norm_forward. */
-static inline void norm_rows(const float *x, const float *gain, const float *shift, float *y,
-                             float *statistics, int64_t begin, int64_t end, int64_t rows,
+/* Rows begin..end of norm_forward, of x and y row floats apart. */
+static inline void norm_rows(const float *x, int64_t row, const float *gain, const float *shift,
+                             float *y, float *statistics, int64_t begin, int64_t end, int64_t rows,
                              int64_t cols, float eps, int64_t activation, int64_t simplex) {
     moments of[NORM_ROWS];
     for (; begin < end; begin += NORM_ROWS) {
-        int64_t count = end - begin < NORM_ROWS ? end - begin : NORM_ROWS, at = begin * cols;
+        int64_t count = end - begin < NORM_ROWS ? end - begin : NORM_ROWS, at = begin * row;
         for (int64_t i = 0; i < count; i++)
-            of[i] = row_moments(x + at + i * cols, cols, eps);
+            of[i] = row_moments(x + at + i * row, cols, eps);
         for (int64_t i = 0; statistics && i < count; i++) {
             statistics[begin + i] = of[i].mean;
             statistics[rows + begin + i] = of[i].rstd;
         }
         for (int64_t i = 0; i < count; i++)
-            activate_row(x + at + i * cols, of[i], gain, shift, y + at + i * cols, cols, activation,
+            activate_row(x + at + i * row, of[i], gain, shift, y + at + i * row, cols, activation,
                          simplex);
     }
 }
@@ -344,8 +344,8 @@ void norm_forward(const float *x, const float *gain, const float *shift, float *
                   int64_t simplex, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        norm_rows(x, gain, shift, y, statistics, rows * t / threads, rows * (t + 1) / threads, rows,
-                  cols, eps, activation, simplex);
+        norm_rows(x, cols, gain, shift, y, statistics, rows * t / threads,
+                  rows * (t + 1) / threads, rows, cols, eps, activation, simplex);
 }
 
 /* Matrix products: a [rows, depth] by b [depth, cols].
@@ -459,10 +459,11 @@ static inline __attribute__((always_inline)) void add_product(const int64_t rows
                                                               const int64_t vectors,
                                                               const int gathered, columns a,
                                                               const float *panel,
+                                                              int64_t panel_row,
                                                               vector sum[][2]) {
     const float *at = a.at;
 #define ADD_COLUMNS                                                                               \
-    for (int64_t k = 0; k < a.depth; k++, at += gathered ? rows : 1, panel += PANEL) {            \
+    for (int64_t k = 0; k < a.depth; k++, at += gathered ? rows : 1, panel += panel_row) {        \
         vector left = ((const loose_vector *)panel)[0], right = ((const loose_vector *)panel)[1]; \
         _Pragma("GCC unroll 16") for (int64_t i = 0; i < rows; i++) {                             \
             vector entry = at[gathered ? i : i * a.row] - (vector){0}; /* in every lane */        \
@@ -480,8 +481,8 @@ static inline __attribute__((always_inline)) void add_product(const int64_t rows
 
 static inline __attribute__((always_inline)) void tile_of(
     const int64_t rows, const int64_t vectors, const int gathered, const int fetched, columns a,
-    columns more, const float *panel, const float *start, int64_t start_row, float *c,
-    int64_t c_row) {
+    columns more, const float *panel, int64_t panel_row, const float *start, int64_t start_row,
+    float *c, int64_t c_row) {
     vector sum[TILE_ROWS][2];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; i++) {
@@ -492,8 +493,9 @@ static inline __attribute__((always_inline)) void tile_of(
             sum[i][1] = *(const loose_vector *)(start + i * start_row + LANES);
         }
     }
-    add_product(rows, vectors, gathered, a, panel, sum);
-    if (!gathered) add_product(rows, vectors, 0, more, panel + a.depth * PANEL, sum);
+    add_product(rows, vectors, gathered, a, panel, panel_row, sum);
+    if (!gathered)
+        add_product(rows, vectors, 0, more, panel + a.depth * panel_row, panel_row, sum);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; i++) {
         *(loose_vector *)(c + i * c_row) = sum[i][0];
@@ -505,9 +507,9 @@ static inline __attribute__((always_inline)) void tile_of(
  * is as wide as a panel, in place of c. */
 static inline __attribute__((always_inline)) void tile(int64_t rows, const int gathered,
                                                        columns a, columns more,
-                                                       const float *panel, const float *start,
-                                                       int64_t start_row, float *c,
-                                                       int64_t c_row, int64_t cols) {
+                                                       const float *panel, int64_t panel_row,
+                                                       const float *start, int64_t start_row,
+                                                       float *c, int64_t c_row, int64_t cols) {
     float edge[TILE_ROWS * PANEL], *narrow = c;
     int64_t narrow_row = c_row;
     if (cols < PANEL) {
@@ -523,9 +525,11 @@ static inline __attribute__((always_inline)) void tile(int64_t rows, const int g
 #define TILE(ROWS)                                                                             \
     case ROWS:                                                                                 \
         if (gathered || cols > LANES)                                                          \
-            tile_of(ROWS, 2, gathered, 0, a, more, panel, start, start_row, c, c_row);         \
+            tile_of(ROWS, 2, gathered, 0, a, more, panel, panel_row, start, start_row, c,      \
+                    c_row);                                                                    \
         else /* a vector is enough */                                                          \
-            tile_of(ROWS, 1, gathered, 0, a, more, panel, start, start_row, c, c_row);         \
+            tile_of(ROWS, 1, gathered, 0, a, more, panel, panel_row, start, start_row, c,      \
+                    c_row);                                                                    \
         break;
     switch (rows) { /* so that the sums are registers */
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
@@ -547,31 +551,52 @@ static inline int64_t tile_rows(int64_t rows, int64_t tiles, int64_t t) {
 /* From this many tiles of rows on they take a panel in turn; then none has less than TILE_ROWS - 1. */
 #define MANY_TILES 16
 
+/* A matrix on the right: its first columns, as many as there are whole panels, where they are, and the
+ * others in a panel; or all of them in panels. */
+typedef struct {
+    const float *at;
+    int64_t row; /* numbers from one row to the next; 0 in panels */
+    int64_t depth;
+    const float *rest;
+} right_matrix;
+
+/* Where the panel of column p is, and the numbers from one of its rows to the next. */
+static inline const float *panel_at(right_matrix b, int64_t p, int64_t cols) {
+    return !b.row ? b.at + p * b.depth : p + PANEL <= cols ? b.at + p : b.rest;
+}
+
+static inline int64_t panel_row(right_matrix b, int64_t p, int64_t cols) {
+    return b.row && p + PANEL <= cols ? b.row : PANEL;
+}
+
 /* Rows of the product of a, and more behind it, with b, into c, whose rows are c_row apart. Where there
  * are many, each panel of b goes through all their tiles while it is in the first cache, and meanwhile
  * the next one is fetched, and what will be written: all of b may be too large for the second cache. A
  * few leave that to the processor. Gathered rows of a are tile after tile, [depth, rows]. */
 static inline __attribute__((always_inline)) void product(const int gathered, columns a,
-                                                          columns more, const float *packed,
-                                                          int64_t panel_depth, const float *start,
-                                                          int64_t start_row, float *c,
-                                                          int64_t c_row, int64_t rows,
+                                                          columns more, right_matrix b,
+                                                          const float *start, int64_t start_row,
+                                                          float *c, int64_t c_row, int64_t rows,
                                                           int64_t cols) {
-    int64_t tiles = tiles_of(rows), done = 0;
+    int64_t tiles = tiles_of(rows), done = 0, depth = a.depth + more.depth;
     columns left = a, right = more;
     for (; tiles >= MANY_TILES && done + PANEL <= cols; done += PANEL) {
-        int64_t lines = (a.depth + more.depth) * PANEL / LINE / tiles + 1; /* fetched by a tile */
-        const float *panel = packed + done * panel_depth, *next = panel + PANEL * panel_depth;
-        const float *from = start ? start + done : 0;
+        const float *panel = panel_at(b, done, cols), *from = start ? start + done : 0;
+        const float *next = panel_at(b, done + PANEL, cols);
+        int64_t row = panel_row(b, done, cols), next_row = panel_row(b, done + PANEL, cols);
+        int64_t fetched = done + PANEL < cols ? depth / tiles + 1 : 0; /* rows, by a tile */
         float *to = c + done;
         left.at = a.at, right.at = more.at;
         for (int64_t t = 0; t < tiles; t++) {
             int64_t count = tile_rows(rows, tiles, t);
-            for (int64_t l = 0; l < lines; l++, next += LINE) __builtin_prefetch(next);
+            for (int64_t k = 0; k < fetched; k++, next += next_row)
+                for (int64_t l = 0; l < PANEL; l += LINE) __builtin_prefetch(next + l);
             if (count == TILE_ROWS)
-                tile_of(TILE_ROWS, 2, gathered, 1, left, right, panel, from, start_row, to, c_row);
+                tile_of(TILE_ROWS, 2, gathered, 1, left, right, panel, row, from, start_row, to,
+                        c_row);
             else
-                tile_of(TILE_ROWS - 1, 2, gathered, 1, left, right, panel, from, start_row, to, c_row);
+                tile_of(TILE_ROWS - 1, 2, gathered, 1, left, right, panel, row, from, start_row,
+                        to, c_row);
             left.at += count * (gathered ? a.depth : a.row);
             right.at += count * more.row;
             from = start ? from + count * start_row : 0;
@@ -582,8 +607,8 @@ static inline __attribute__((always_inline)) void product(const int gathered, co
     for (int64_t t = 0; t < tiles && done < cols; t++) {
         int64_t count = tile_rows(rows, tiles, t);
         for (int64_t p = done; p < cols; p += PANEL)
-            tile(count, gathered, left, right, packed + p * panel_depth, start ? start + p : 0,
-                 start_row, c + p, c_row, cols - p);
+            tile(count, gathered, left, right, panel_at(b, p, cols), panel_row(b, p, cols),
+                 start ? start + p : 0, start_row, c + p, c_row, cols - p);
         left.at += count * (gathered ? a.depth : a.row);
         right.at += count * more.row;
         start = start ? start + count * start_row : 0;
@@ -598,40 +623,42 @@ static inline __attribute__((always_inline)) void product(const int gathered, co
 #define ONE_COPY __attribute__((noinline, noclone))
 #endif
 
-/* Rows begin..end of the product of a, and more behind it, with b, into c, [rows, cols]. The panels of
- * b are panel_depth deep; fewer columns than that take as many rows of them from packed on. start: what
- * the product is added to, rows start_row floats apart: a bias where that is 0, what is in c already
- * where it is c; null for nothing. */
+/* Rows begin..end of the product of a, and more behind it, with b, into c, whose rows are c_row floats
+ * apart. The panels of b are panel_depth deep; fewer columns than that take as many rows of them from
+ * packed on. start: what the product is added to, rows start_row floats apart: a bias where that is 0,
+ * what is in c already where it is c; null for nothing. */
 static ONE_COPY void product_rows(columns a, columns more, const float *packed,
                                   int64_t panel_depth, const float *start, int64_t start_row,
-                                  float *c, int64_t begin, int64_t end, int64_t cols) {
+                                  float *c, int64_t c_row, int64_t begin, int64_t end,
+                                  int64_t cols) {
     a.at += begin * a.row;
     if (more.depth) more.at += begin * more.row;
-    product(0, a, more, packed, panel_depth, start ? start + begin * start_row : 0, start_row,
-            c + begin * cols, cols, end - begin, cols);
+    product(0, a, more, (right_matrix){packed, 0, panel_depth, 0},
+            start ? start + begin * start_row : 0, start_row, c + begin * c_row, c_row, end - begin,
+            cols);
 }
 
-/* The same of gathered rows with the whole b, into rows of c that are c_row apart. */
-static ONE_COPY void gathered_rows(const float *a, int64_t rows, int64_t depth,
-                                   const float *packed, float *c, int64_t c_row, int64_t cols) {
-    product(1, (columns){a, 0, depth}, no_columns, packed, depth, 0, 0, c, c_row, rows, cols);
+/* The same of gathered rows. */
+static ONE_COPY void gathered_rows(const float *a, int64_t rows, int64_t depth, right_matrix b,
+                                   float *c, int64_t c_row, int64_t cols) {
+    product(1, (columns){a, 0, depth}, no_columns, b, 0, 0, c, c_row, rows, cols);
 }
 
-/* Gradients of rows begin..end of norm_forward by its input into grad_x, which may be grad; added
- * to sums, [3, cols], those by gain, by shift and by a bias in front. */
-static void norm_backward_rows(const float *grad, const float *x, const float *y,
+/* Gradients of rows begin..end of norm_forward, those of x and y row floats apart, by its input into
+ * grad_x, which may be grad; added to sums, [3, cols], those by gain, by shift and by a bias in front. */
+static void norm_backward_rows(const float *grad, const float *x, const float *y, int64_t row,
                                const float *gain, const float *shift, const float *statistics,
                                float *grad_x, float *sums, int64_t begin, int64_t end,
                                int64_t rows, int64_t cols, int64_t activation, int64_t simplex) {
     float *dgain = sums, *dshift = sums + cols, *dbias = sums + 2 * cols;
     for (int64_t i = begin; i < end; i++) {
-        const float *xi = x + i * cols, *di = grad + i * cols;
+        const float *xi = x + i * row, *di = grad + i * cols;
         float *out = grad_x + i * cols;
         float mean = statistics[i], rstd = statistics[rows + i], s1 = 0.0f, s2 = 0.0f;
         int64_t done = 0; /* columns */
         if (activation == ACTIVATION_SIMNORM) {
-            if (simplex == 8) simnorm_grad_eights(di, y + i * cols, out, cols);
-            else simnorm_grad_groups(di, y + i * cols, out, cols, simplex);
+            if (simplex == 8) simnorm_grad_eights(di, y + i * row, out, cols);
+            else simnorm_grad_groups(di, y + i * row, out, cols, simplex);
             di = out;
         }
 #define PASS(SLOPE)                                                                               \
@@ -690,7 +717,7 @@ void norm_backward(const float *grad, const float *x, const float *y, const floa
     memset(sums, 0, sizeof(float) * (size_t)(threads * 3 * cols));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        norm_backward_rows(grad, x, y, gain, shift, statistics, grad_x, sums + t * 3 * cols,
+        norm_backward_rows(grad, x, y, cols, gain, shift, statistics, grad_x, sums + t * 3 * cols,
                            rows * t / threads, rows * (t + 1) / threads, rows, cols, activation,
                            simplex);
     add_up(sums, grad_parameters, 0, 3 * cols, 3 * cols, threads);
@@ -849,6 +876,10 @@ void lay_out_back(const layer *layers, int64_t count, int64_t networks, int64_t 
 
 static inline int64_t whole_lines(int64_t numbers) { return (numbers + LINE - 1) / LINE * LINE; }
 
+/* Numbers from one row to the next of what a network keeps within: an odd number of cache lines, lest
+ * the same columns of many rows meet in a few sets of the caches. */
+static inline int64_t row_of(int64_t cols) { return ((cols + LINE - 1) / LINE | 1) * LINE; }
+
 /* Dropout behind the first products of networks: some numbers are 0, the others divided by the
  * share of those. A norm follows, to which dividing them all is the same as another eps. */
 typedef struct {
@@ -865,18 +896,19 @@ static inline dropout dropout_of(const int64_t *positions, int64_t count, float 
     return positions ? (dropout){positions, count, before, keep} : nothing_dropped;
 }
 
-/* Numbers begin..end of x, [rows, cols], dropped; sums, [cols] or null, no longer contain them. */
-static void drop(dropout d, float *x, int64_t begin, int64_t end, float *sums, int64_t cols) {
+/* Rows begin..end of x, row floats apart, dropped; sums, [cols] or null, no longer contain them. */
+static void drop(dropout d, float *x, int64_t row, int64_t begin, int64_t end, float *sums,
+                 int64_t cols) {
     int64_t at = 0;
     for (int64_t last = d.count; at < last;) { /* behind those before begin */
         int64_t middle = (at + last) / 2;
-        if (d.positions[middle] < d.before + begin) at = middle + 1;
+        if (d.positions[middle] < d.before + begin * cols) at = middle + 1;
         else last = middle;
     }
-    for (; at < d.count && d.positions[at] < d.before + end; at++) {
-        int64_t i = d.positions[at] - d.before;
-        if (sums) sums[i % cols] -= x[i];
-        x[i] = 0.0f;
+    for (; at < d.count && d.positions[at] < d.before + end * cols; at++) {
+        int64_t i = d.positions[at] - d.before, j = i % cols;
+        if (sums) sums[j] -= x[i / cols * row + j];
+        x[i / cols * row + j] = 0.0f;
     }
 }
 
@@ -887,6 +919,7 @@ static void drop(dropout d, float *x, int64_t begin, int64_t end, float *sums, i
 /* Where a layer writes. */
 typedef struct {
     dropout dropped;
+    int64_t row;       /* numbers from one row of product and output to the next */
     float *product;    /* before the norm, [rows, cols]; output if none is kept */
     float *statistics; /* of norm_forward, [2, rows] or null */
     float *output;     /* [rows, cols] */
@@ -894,11 +927,14 @@ typedef struct {
 
 /* Numbers of the reduced rows with which a workspace begins, if any. */
 static inline int64_t reduced_size(const layer *first, int64_t rows) {
-    return first->simplices ? whole_lines(rows * reduced_depth(first)) : 0;
+    return first->simplices ? rows * row_of(reduced_depth(first)) : 0;
 }
 
+/* Numbers of a layer's product or output in a workspace. */
+static inline int64_t rows_size(const layer *it, int64_t rows) { return rows * row_of(it->cols); }
+
 static inline int64_t kept_size(const layer *it, int64_t keep, int64_t rows) {
-    return keep && it->gain ? whole_lines(rows * it->cols) + whole_lines(2 * rows) : 0;
+    return keep && it->gain ? rows_size(it, rows) + whole_lines(2 * rows) : 0;
 }
 
 /* Places of a network's layers: in its workspace, of which networks_backward needs all that keep
@@ -911,10 +947,11 @@ static void find_places(const layer *layers, int64_t count, int64_t keep, int64_
         int64_t kept = kept_size(it, keep, rows);
         place *p = places + l;
         p->dropped = l ? nothing_dropped : dropped;
+        p->row = l == count - 1 ? it->cols : row_of(it->cols);
         p->output = l == count - 1 ? result : workspace + kept;
         p->product = kept ? workspace : p->output;
-        p->statistics = kept ? workspace + whole_lines(rows * it->cols) : 0;
-        if (l < count - 1) workspace += kept + whole_lines(rows * it->cols);
+        p->statistics = kept ? workspace + rows_size(it, rows) : 0;
+        if (l < count - 1) workspace += kept + rows_size(it, rows);
     }
 }
 
@@ -923,20 +960,16 @@ int64_t workspace_size(const layer *layers, int64_t count, int64_t keep, int64_t
     int64_t size = reduced_size(layers, rows);
     for (int64_t l = 0; l < count; l++)
         size += kept_size(layers + l, keep, rows) +
-                (l == count - 1 ? 0 : whole_lines(rows * layers[l].cols));
+                (l == count - 1 ? 0 : rows_size(layers + l, rows));
     return size;
 }
 
 /* Where a layer's gradients are prepared. */
 typedef struct {
-    float *by_product;   /* by what comes before the norm, [rows, cols] */
-    float *sums;         /* [threads, 3, cols] */
-    float *packed_input; /* [ceil(depth / PANEL), rows, PANEL] */
+    float *by_product; /* by what comes before the norm, [rows, cols] */
+    float *sums;       /* [threads, 3, cols] */
+    float *rest;       /* of the input, columns beyond whole panels, [rows, PANEL] */
 } gradient_place;
-
-static inline int64_t packed_input_size(const layer *it, int64_t rows) {
-    return whole_lines(panels_of(it->depth) * rows * PANEL);
-}
 
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -958,7 +991,7 @@ static float *find_gradient_places(const layer *layers, int64_t count, int64_t r
         const layer *it = layers + l;
         places[l].by_product = scratch, scratch += whole_lines(rows * it->cols);
         places[l].sums = scratch, scratch += whole_lines(threads * 3 * it->cols);
-        places[l].packed_input = scratch, scratch += packed_input_size(it, rows);
+        places[l].rest = scratch, scratch += rows * PANEL;
     }
     return scratch;
 }
@@ -968,7 +1001,7 @@ int64_t scratch_size(const layer *layers, int64_t count, int64_t rows, int64_t t
     int64_t size = threads * own_size(layers, count, rows, threads);
     for (int64_t l = 0; l < count; l++)
         size += whole_lines(rows * layers[l].cols) + whole_lines(threads * 3 * layers[l].cols) +
-                packed_input_size(layers + l, rows);
+                rows * PANEL;
     return size;
 }
 
@@ -983,14 +1016,14 @@ static void layer_forward(const layer *it, const place *to, const float *x, int6
     columns left = {x, x_row, x_dim}, right = {a, a_dim, a_dim};
     if (shared)
         product_rows(right, no_columns, it->packed + x_dim * PANEL, depth, shared, 0, to->product,
-                     begin, end, cols);
+                     to->row, begin, end, cols);
     else
-        product_rows(left, right, it->packed, depth, product_bias(it), 0, to->product, begin, end,
-                     cols);
+        product_rows(left, right, it->packed, depth, product_bias(it), 0, to->product, to->row,
+                     begin, end, cols);
     if (!it->gain) return;
-    drop(to->dropped, to->product, begin * cols, end * cols, 0, cols);
-    norm_rows(to->product, it->gain, it->shift, to->output, to->statistics, begin, end, rows, cols,
-              it->eps * to->dropped.keep * to->dropped.keep, it->activation, it->simplex);
+    drop(to->dropped, to->product, to->row, begin, end, 0, cols);
+    norm_rows(to->product, to->row, it->gain, it->shift, to->output, to->statistics, begin, end,
+              rows, cols, it->eps * to->dropped.keep * to->dropped.keep, it->activation, it->simplex);
 }
 
 /* Rows begin..end in blocks of nearly the same size. */
@@ -1003,7 +1036,7 @@ static void layers_forward(const layer *net, const place *to, int64_t count, con
                            int64_t x_row, int64_t begin, int64_t end, int64_t rows) {
     FOR_EACH_BLOCK(from, until)
         for (int64_t l = 0; l < count; l++)
-            layer_forward(net + l, to + l, l ? to[l - 1].output : x, l ? net[l - 1].cols : x_row,
+            layer_forward(net + l, to + l, l ? to[l - 1].output : x, l ? to[l - 1].row : x_row,
                           reduced_depth(net + l), 0, 0, from, until, rows);
 }
 
@@ -1019,12 +1052,12 @@ void networks_forward(const layer *layers, int64_t count, int64_t networks, cons
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
     int64_t inner = reduced_depth(layers), simplices = layers->simplices;
     const float *input = simplices ? workspaces[0] : x;
-    int64_t input_row = simplices ? inner : x_row;
+    int64_t input_row = simplices ? row_of(inner) : x_row;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {
         int64_t begin = rows * t / threads, end = rows * (t + 1) / threads;
         if (simplices)
-            reduce_rows(x, x_row, workspaces[0], inner, simplices,
+            reduce_rows(x, x_row, workspaces[0], input_row, simplices,
                         layers->depth - simplices * SIMPLEX, begin, end);
         for (int64_t n = 0; n < networks; n++) {
             place to[count];
@@ -1043,7 +1076,7 @@ void rollout_forward(const layer *layers, int64_t count, const float *start, con
                      float *inputs, float *workspace, int64_t keep, float *latents, int64_t steps,
                      int64_t rows, int64_t threads) {
     int64_t depth = layers[0].depth, z_dim = layers[count - 1].cols, a_dim = depth - z_dim;
-    int64_t simplices = layers->simplices, inner = reduced_depth(layers);
+    int64_t simplices = layers->simplices, input_row = simplices ? row_of(reduced_depth(layers)) : depth;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {
         place to[count];
@@ -1057,9 +1090,9 @@ void rollout_forward(const layer *layers, int64_t count, const float *start, con
                        sizeof(float) * (size_t)a_dim);
             }
             if (simplices)
-                reduce_rows(inputs, depth, workspace, inner, simplices,
+                reduce_rows(inputs, depth, workspace, input_row, simplices,
                             depth - simplices * SIMPLEX, begin, end);
-            layers_forward(layers, to, count, simplices ? workspace : inputs, inner, begin, end,
+            layers_forward(layers, to, count, simplices ? workspace : inputs, input_row, begin, end,
                            steps * rows);
         }
     }
@@ -1071,10 +1104,10 @@ static const float *layer_backward(const layer *it, const place *kept, const gra
                                    int64_t rows) {
     int64_t cols = it->cols;
     if (it->gain) {
-        norm_backward_rows(grad, kept->product, kept->output, it->gain, it->shift,
+        norm_backward_rows(grad, kept->product, kept->output, kept->row, it->gain, it->shift,
                            kept->statistics, to->by_product, sums, begin, end, rows, cols,
                            it->activation, it->simplex);
-        drop(kept->dropped, to->by_product, begin * cols, end * cols, sums + 2 * cols, cols);
+        drop(kept->dropped, to->by_product, cols, begin, end, sums + 2 * cols, cols);
         return to->by_product;
     }
     for (int64_t i = begin; i < end; i++)
@@ -1123,7 +1156,8 @@ static void expand_weight_gradient(const layer *it, float by_bias, float *by_wei
 /* Gradients of layers_forward of a block, by_output those by its output. x is reduced if the first layer's input
  * is. by_input: by input_cols columns of x from input_from on, from which packed_back of the first
  * layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs,
- * packs_x: whether the layers' inputs, and the first's, are packed for parameter_gradients. own: what
+ * packs_x: whether what is left of the layers' inputs, and the first's, is packed for
+ * parameter_gradients. own: what
  * the thread has for itself. */
 static void block_backward(const layer *net, const place *kept, const gradient_place *to,
                            int64_t count, const float *x, int64_t x_row, const float *by_output,
@@ -1132,22 +1166,24 @@ static void block_backward(const layer *net, const place *kept, const gradient_p
                            int64_t begin, int64_t end, int64_t rows) {
     for (int64_t l = count - 1; l >= 0; l--) {
         const layer *it = net + l;
-        int64_t cols = it->cols, input_row = l ? net[l - 1].cols : x_row;
+        int64_t cols = it->cols, input_row = l ? kept[l - 1].row : x_row;
+        int64_t in_panels = reduced_depth(it) / PANEL * PANEL;
         const float *input = l ? kept[l - 1].output : x;
         const float *by_product = layer_backward(it, kept + l, to + l, by_output,
                                                  to[l].sums + thread * 3 * cols, begin, end, rows);
         if (l ? packs : packs_x)
-            pack_columns(input + begin * input_row, input_row, end - begin, 0, reduced_depth(it),
-                         to[l].packed_input + begin * PANEL, rows);
+            pack_columns(input + begin * input_row + in_panels, input_row, end - begin, 0,
+                         reduced_depth(it) - in_panels, to[l].rest + begin * PANEL, rows);
         float *by_x = l ? to[l - 1].by_product : by_input;
         int64_t width = l ? it->depth : input_cols, simplices = input_from ? 0 : it->simplices;
         int64_t inner = width - simplices, adds = !l && add_up_inputs;
         columns a = {by_product, cols, cols}, block = {by_product + begin * cols, cols, cols};
         if (by_x && !simplices) {
-            product_rows(a, no_columns, it->packed_back, cols, adds ? by_x : 0, width, by_x, begin,
-                         end, width);
+            product_rows(a, no_columns, it->packed_back, cols, adds ? by_x : 0, width, by_x, width,
+                         begin, end, width);
         } else if (by_x) {
-            product_rows(block, no_columns, it->packed_back, cols, 0, 0, own, 0, end - begin, inner);
+            product_rows(block, no_columns, it->packed_back, cols, 0, 0, own, inner, 0, end - begin,
+                         inner);
             expand_rows(own, inner, by_x + begin * width, width, simplices, end - begin, (int)adds);
         }
         by_output = by_x;
@@ -1172,7 +1208,8 @@ static void clear_sums(const layer *net, const gradient_place *to, int64_t count
 
 /* A thread's part of the sums over rows, once layers_backward is through with all: gradients of the
  * n-th of all networks by the parameters. by_output: by its output. own: what it has for itself. */
-static void parameter_gradients(const layer *net, const gradient_place *to, int64_t count,
+static void parameter_gradients(const layer *net, const place *kept, const gradient_place *to,
+                                int64_t count, const float *x, int64_t x_row,
                                 const float *by_output, int64_t n, int64_t networks,
                                 float *const *by_parameters, float *own, int64_t rows,
                                 int64_t thread, int64_t threads) {
@@ -1189,8 +1226,10 @@ static void parameter_gradients(const layer *net, const gradient_place *to, int6
         int64_t begin = cols * (tiles * thread / threads) / tiles;
         int64_t end = cols * (tiles * (thread + 1) / threads) / tiles;
         gather_columns(by_product, cols, begin, end, rows, own);
-        gathered_rows(own, end - begin, rows, to[l].packed_input, by_weight + begin * depth,
-                      depth, reduced_depth(it));
+        right_matrix input = {l ? kept[l - 1].output : x, l ? kept[l - 1].row : x_row, rows,
+                              to[l].rest};
+        gathered_rows(own, end - begin, rows, input, by_weight + begin * depth, depth,
+                      reduced_depth(it));
         for (int64_t j = begin; it->simplices && j < end; j++) {
             float by_bias;
             add_up(to[l].sums + 2 * cols + j, &by_bias, 0, 1, 3 * cols, threads);
@@ -1213,7 +1252,7 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
                        int64_t threads) {
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
     const float *input = layers->simplices ? workspaces[0] : x;
-    int64_t input_row = layers->simplices ? reduced_depth(layers) : x_row;
+    int64_t input_row = layers->simplices ? row_of(reduced_depth(layers)) : x_row;
     place all_places[networks * count], *kept = all_places;
     gradient_place all_gradients[networks * count], *to = all_gradients;
     int64_t own_numbers = own_size(layers, count, rows, threads);
@@ -1225,7 +1264,7 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
         float *behind = find_gradient_places(layers + n * count, count, rows, threads,
                                              scratches[n], to + n * count);
         own = n ? own : behind;
-        to[n * count].packed_input = to[0].packed_input; /* x is the same for all */
+        to[n * count].rest = to[0].rest; /* x is the same for all */
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
@@ -1241,8 +1280,8 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
         for (int64_t n = 0; n < networks; n++)
-            parameter_gradients(layers + n * count, to + n * count, count,
-                                grad + n * rows * last, n, networks, by_parameters,
+            parameter_gradients(layers + n * count, kept + n * count, to + n * count, count, input,
+                                input_row, grad + n * rows * last, n, networks, by_parameters,
                                 own + t * own_numbers, rows, t, threads);
 }
 
@@ -1252,7 +1291,9 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
 void rollout_backward(const layer *layers, int64_t count, const float *inputs, float *workspace,
                       float *latents, float *by_latents, float *const *by_parameters,
                       float *scratch, int64_t steps, int64_t rows, int64_t threads) {
-    int64_t inner = reduced_depth(layers), z_dim = layers[count - 1].cols, all = steps * rows;
+    int64_t z_dim = layers[count - 1].cols, all = steps * rows;
+    const float *x = layers->simplices ? workspace : inputs;
+    int64_t x_row = layers->simplices ? row_of(reduced_depth(layers)) : layers->depth;
     place all_places[count], *kept = all_places;
     gradient_place all_gradients[count], *to = all_gradients;
     find_places(layers, count, 1, all, nothing_dropped, workspace, latents, kept);
@@ -1263,14 +1304,14 @@ void rollout_backward(const layer *layers, int64_t count, const float *inputs, f
     for (int64_t t = 0; t < threads; t++) {
         clear_sums(layers, to, count, t);
         for (int64_t h = steps - 1; h >= 0; h--)
-            layers_backward(layers, kept, to, count, layers->simplices ? workspace : inputs, inner,
+            layers_backward(layers, kept, to, count, x, x_row,
                             by_next, by_latents, 0, z_dim, 1, 1, 1, own + t * own_numbers, t,
                             h * rows + rows * t / threads, h * rows + rows * (t + 1) / threads,
                             all);
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        parameter_gradients(layers, to, count, by_next, 0, 1, by_parameters, own + t * own_numbers,
+        parameter_gradients(layers, kept, to, count, x, x_row, by_next, 0, 1, by_parameters, own + t * own_numbers,
                             all, t, threads);
 }
 
@@ -1895,7 +1936,7 @@ typedef struct {
 /* layer_forward of count rows into y, [count, cols], which is neither x nor a. */
 static void layer_rows(const layer *it, const float *x, int64_t x_dim, const float *shared,
                        const float *a, int64_t count, float *y) {
-    place to = {.dropped = nothing_dropped, .product = y, .output = y};
+    place to = {.dropped = nothing_dropped, .row = it->cols, .product = y, .output = y};
     layer_forward(it, &to, x, x_dim, x_dim, shared, a, 0, count, count);
 }
 
@@ -1909,7 +1950,7 @@ static const float *network_rows(network net, const float *x, int64_t x_dim, int
     const layer *it = net.layers;
     if (is_shared)
         product_rows((columns){x, x_dim, x_dim}, no_columns, it->packed, reduced_depth(it),
-                     product_bias(it), 0, shared, 0, 1, it->cols);
+                     product_bias(it), 0, shared, it->cols, 0, 1, it->cols);
     for (int64_t l = 0; l < net.count; l++, it++) {
         float *y = l == net.count - 1 && out ? out : blocks[l & 1];
         layer_rows(it, x, l ? it->depth : x_dim, !l && is_shared ? shared : 0, l ? 0 : a, count,
@@ -1992,7 +2033,7 @@ static void state_space_step(const dynamics *d, const state_space_memory *m, con
         const state_space_layer *it = d->stack + l;
         int64_t modes = it->modes, all = it->products.cols, hidden = it->readout.cols;
         float *states = m->states + l * BLOCK_ROWS * 2 * modes;
-        norm_rows(m->stream, it->gain, it->shift, m->normed, 0, 0, count, count, width, it->eps,
+        norm_rows(m->stream, width, it->gain, it->shift, m->normed, 0, 0, count, count, width, it->eps,
                   ACTIVATION_NONE, 1);
         layer_rows(&it->products, m->normed, width, 0, 0, count, m->products);
         if (it->selection.cols) {
@@ -2010,7 +2051,7 @@ static void state_space_step(const dynamics *d, const state_space_memory *m, con
             gelu_sum_row(m->hidden + i * hidden, m->products + i * all + 2 * modes,
                          m->hidden + i * hidden, hidden);
         product_rows((columns){m->hidden, hidden, hidden}, no_columns, it->mix.packed, hidden,
-                     m->stream, width, m->stream, 0, count, width); /* the residual stream */
+                     m->stream, width, m->stream, width, 0, count, width); /* residual */
     }
     layer_rows(&d->out, m->stream, width, 0, 0, count, next);
 }

@@ -104,6 +104,19 @@ def test_replayed_plans(roughen, threads, monkeypatch, attempts, case, num_envs,
     assert direct._captured.replays == (2 if attempts else 0), direct._captured.computed_by_torch
 
 
+@pytest.mark.parametrize("case", ["mlp", "ssm"])
+def test_plans_of_many_sequences(roughen, threads, case):
+    """Of more than go through the networks together; all are elites, whose order is rounding's."""
+    model = make_model(roughen, **CASES[case])
+    config = CONFIG._replace(num_samples=700, num_elites=700)
+    observation, mean, noise = make_inputs(model, config, 1, 0)
+    ours = DirectPlanning(model).plan(observation, mean, noise, config, explore=False)
+    exact = exact_plan(model, observation, mean, noise, config, False)
+    for name in ("mean", "std", "value"):
+        found, expected = getattr(ours, name), getattr(exact, name)
+        th.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_settings_may_change_between_plans(roughen):
     model = make_model(roughen)
     direct = DirectPlanning(model)

@@ -168,7 +168,7 @@ def products_are_ours() -> bool:
     return library().panel_width() > 0
 
 
-@pytest.mark.parametrize("rows", [8, 9, 14, 15, 29, 57])
+@pytest.mark.parametrize("rows", [8, 9, 14, 15, 29, 57, 97, 230])  # few tiles of rows, and many
 @pytest.mark.parametrize(("depth", "cols"), [(1, 1), (5, 31), (16, 32), (17, 33), (50, 70)])
 @pytest.mark.parametrize("cut", ["neither", "left", "right"])
 def test_products_of_any_shape(threads, rows, depth, cols, cut):
@@ -180,13 +180,14 @@ def test_products_of_any_shape(threads, rows, depth, cols, cut):
     compare(lambda x, *layer: kernels.networks(x, None, [Layer(*layer)]), F.linear, inputs)
 
 
-def test_products_spread_no_further_than_a_row():
+@pytest.mark.parametrize("rows", [20, 230])
+def test_products_spread_no_further_than_a_row(rows):
     """An entry that is not finite, and rows beyond the last, leave other rows alone."""
-    x, weight = randn(20, 6), randn(40, 6, seed=1)
+    x, weight = randn(rows, 6), randn(40, 6, seed=1)
     x[3, 2] = float("inf")
     result = kernels.networks(x, None, [Layer(weight, None)])
     finite = result.isfinite().all(1)
-    assert finite.tolist() == [row != 3 for row in range(20)]
+    assert finite.tolist() == [row != 3 for row in range(rows)]
 
 
 def test_a_row_is_the_same_alone_in_a_crowd_and_by_any_number_of_threads():
@@ -198,10 +199,12 @@ def test_a_row_is_the_same_alone_in_a_crowd_and_by_any_number_of_threads():
     with th.no_grad():
         th.set_num_threads(1)
         alone = kernels.networks(x, None, layers)
+        few = kernels.networks(x[:20], None, layers)
         crowd = kernels.networks(th.cat([x[100:], x]), None, layers)
         th.set_num_threads(2)
         two = kernels.networks(x, None, layers)
         th.set_num_threads(before)
+    assert th.equal(alone[:20], few)
     assert th.equal(alone, crowd[600:])
     assert th.equal(alone, two)
 

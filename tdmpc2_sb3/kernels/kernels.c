@@ -1076,7 +1076,8 @@ void rollout_forward(const layer *layers, int64_t count, const float *start, con
                      float *inputs, float *workspace, int64_t keep, float *latents, int64_t steps,
                      int64_t rows, int64_t threads) {
     int64_t depth = layers[0].depth, z_dim = layers[count - 1].cols, a_dim = depth - z_dim;
-    int64_t simplices = layers->simplices, input_row = simplices ? row_of(reduced_depth(layers)) : depth;
+    int64_t simplices = layers->simplices;
+    int64_t input_row = simplices ? row_of(reduced_depth(layers)) : depth;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {
         place to[count];
@@ -1153,12 +1154,11 @@ static void expand_weight_gradient(const layer *it, float by_bias, float *by_wei
     }
 }
 
-/* Gradients of layers_forward of a block, by_output those by its output. x is reduced if the first layer's input
- * is. by_input: by input_cols columns of x from input_from on, from which packed_back of the first
- * layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs,
- * packs_x: whether what is left of the layers' inputs, and the first's, is packed for
- * parameter_gradients. own: what
- * the thread has for itself. */
+/* Gradients of layers_forward of a block, by_output those by its output. x is reduced if the first
+ * layer's input is. by_input: by input_cols columns of x from input_from on, from which packed_back of
+ * the first layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs,
+ * packs_x: whether columns beyond whole panels of the layers' inputs, and of the first's, are packed for
+ * parameter_gradients. own: what the thread has for itself. */
 static void block_backward(const layer *net, const place *kept, const gradient_place *to,
                            int64_t count, const float *x, int64_t x_row, const float *by_output,
                            float *by_input, int64_t input_from, int64_t input_cols,
@@ -1304,15 +1304,14 @@ void rollout_backward(const layer *layers, int64_t count, const float *inputs, f
     for (int64_t t = 0; t < threads; t++) {
         clear_sums(layers, to, count, t);
         for (int64_t h = steps - 1; h >= 0; h--)
-            layers_backward(layers, kept, to, count, x, x_row,
-                            by_next, by_latents, 0, z_dim, 1, 1, 1, own + t * own_numbers, t,
-                            h * rows + rows * t / threads, h * rows + rows * (t + 1) / threads,
-                            all);
+            layers_backward(layers, kept, to, count, x, x_row, by_next, by_latents, 0, z_dim, 1, 1,
+                            1, own + t * own_numbers, t, h * rows + rows * t / threads,
+                            h * rows + rows * (t + 1) / threads, all);
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        parameter_gradients(layers, kept, to, count, x, x_row, by_next, 0, 1, by_parameters, own + t * own_numbers,
-                            all, t, threads);
+        parameter_gradients(layers, kept, to, count, x, x_row, by_next, 0, 1, by_parameters,
+                            own + t * own_numbers, all, t, threads);
 }
 
 static inline float row_max(const float *restrict x, int64_t cols) {

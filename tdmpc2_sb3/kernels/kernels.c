@@ -551,22 +551,22 @@ static inline int64_t tile_rows(int64_t rows, int64_t tiles, int64_t t) {
 /* From this many tiles of rows on they take a panel in turn; then none has less than TILE_ROWS - 1. */
 #define MANY_TILES 16
 
-/* A matrix on the right: its first columns, as many as there are whole panels, where they are, and the
- * others in a panel; or all of them in panels. */
+/* A matrix on the right: all of it in panels, or its first columns, as many as there are whole panels,
+ * where they are, and the others in a panel of their own. */
 typedef struct {
     const float *at;
-    int64_t row; /* numbers from one row to the next; 0 in panels */
     int64_t depth;
-    const float *rest;
+    const float *rest; /* the panel of their own; null if all are in panels */
+    int64_t row;       /* else numbers from one row to the next, maybe 0 */
 } right_matrix;
 
 /* Where the panel of column p is, and the numbers from one of its rows to the next. */
 static inline const float *panel_at(right_matrix b, int64_t p, int64_t cols) {
-    return !b.row ? b.at + p * b.depth : p + PANEL <= cols ? b.at + p : b.rest;
+    return !b.rest ? b.at + p * b.depth : p + PANEL <= cols ? b.at + p : b.rest;
 }
 
 static inline int64_t panel_row(right_matrix b, int64_t p, int64_t cols) {
-    return b.row && p + PANEL <= cols ? b.row : PANEL;
+    return b.rest && p + PANEL <= cols ? b.row : PANEL;
 }
 
 /* Rows of the product of a, and more behind it, with b, into c, whose rows are c_row apart. Where there
@@ -633,7 +633,7 @@ static ONE_COPY void product_rows(columns a, columns more, const float *packed,
                                   int64_t cols) {
     a.at += begin * a.row;
     if (more.depth) more.at += begin * more.row;
-    product(0, a, more, (right_matrix){packed, 0, panel_depth, 0},
+    product(0, a, more, (right_matrix){packed, panel_depth, 0, 0},
             start ? start + begin * start_row : 0, start_row, c + begin * c_row, c_row, end - begin,
             cols);
 }
@@ -1226,8 +1226,8 @@ static void parameter_gradients(const layer *net, const place *kept, const gradi
         int64_t begin = cols * (tiles * thread / threads) / tiles;
         int64_t end = cols * (tiles * (thread + 1) / threads) / tiles;
         gather_columns(by_product, cols, begin, end, rows, own);
-        right_matrix input = {l ? kept[l - 1].output : x, l ? kept[l - 1].row : x_row, rows,
-                              to[l].rest};
+        right_matrix input = {l ? kept[l - 1].output : x, rows, to[l].rest,
+                              l ? kept[l - 1].row : x_row};
         gathered_rows(own, end - begin, rows, input, by_weight + begin * depth, depth,
                       reduced_depth(it));
         for (int64_t j = begin; it->simplices && j < end; j++) {

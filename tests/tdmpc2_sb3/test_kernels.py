@@ -180,6 +180,16 @@ def test_products_of_any_shape(threads, rows, depth, cols, cut):
     compare(lambda x, *layer: kernels.networks(x, None, [Layer(*layer)]), F.linear, inputs)
 
 
+def test_a_row_that_is_repeated_without_a_copy(threads):
+    inputs = [randn(1, 40), randn(50, 40, seed=1), randn(50, seed=2)]
+    inputs = [each.requires_grad_(True) for each in inputs]
+    compare(
+        lambda x, *layer: kernels.networks(x.expand(100, -1), None, [Layer(*layer)]),
+        lambda x, *layer: F.linear(x.expand(100, -1), *layer),
+        inputs,
+    )
+
+
 @pytest.mark.parametrize("rows", [20, 230])
 def test_products_spread_no_further_than_a_row(rows):
     """An entry that is not finite, and rows beyond the last, leave other rows alone."""

@@ -916,6 +916,12 @@ static void drop(dropout d, float *x, int64_t row, int64_t begin, int64_t end, f
  * the weights have to come from afar too often. */
 #define BLOCK_ROWS 256
 
+/* Rows of the next block, if all that are left are to have nearly the same size. */
+static inline int64_t block_rows(int64_t left) {
+    int64_t blocks = (left + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    return (left + blocks - 1) / blocks;
+}
+
 /* Where a layer writes. */
 typedef struct {
     dropout dropped;
@@ -1026,18 +1032,15 @@ static void layer_forward(const layer *it, const place *to, const float *x, int6
               rows, cols, it->eps * to->dropped.keep * to->dropped.keep, it->activation, it->simplex);
 }
 
-/* Rows begin..end in blocks of nearly the same size. */
-#define FOR_EACH_BLOCK(FROM, UNTIL)                                                               \
-    for (int64_t left_ = (end - begin + BLOCK_ROWS - 1) / BLOCK_ROWS, FROM = begin, UNTIL;        \
-         left_ && (UNTIL = FROM + (end - FROM + left_ - 1) / left_, 1); FROM = UNTIL, left_--)
-
 /* A network's layers in turn on rows begin..end of x. */
 static void layers_forward(const layer *net, const place *to, int64_t count, const float *x,
                            int64_t x_row, int64_t begin, int64_t end, int64_t rows) {
-    FOR_EACH_BLOCK(from, until)
+    for (int64_t until; begin < end; begin = until) {
+        until = begin + block_rows(end - begin);
         for (int64_t l = 0; l < count; l++)
             layer_forward(net + l, to + l, l ? to[l - 1].output : x, l ? to[l - 1].row : x_row,
-                          reduced_depth(net + l), 0, 0, from, until, rows);
+                          reduced_depth(net + l), 0, 0, begin, until, rows);
+    }
 }
 
 /* Networks of count layers each on the same x, [rows, depth], whose rows are x_row floats apart.
@@ -1154,51 +1157,44 @@ static void expand_weight_gradient(const layer *it, float by_bias, float *by_wei
     }
 }
 
-/* Gradients of layers_forward of a block, by_output those by its output. x is reduced if the first
- * layer's input is. by_input: by input_cols columns of x from input_from on, from which packed_back of
- * the first layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs,
- * packs_x: whether columns beyond whole panels of the layers' inputs, and of the first's, are packed for
+/* Gradients of layers_forward, by_output those by its output. x is reduced if the first layer's input
+ * is. by_input: by input_cols columns of x from input_from on, from which packed_back of the first
+ * layer was laid out; added to what stands there if add_up_inputs; null if not wanted. packs, packs_x:
+ * whether columns beyond whole panels of the layers' inputs, and of the first's, are packed for
  * parameter_gradients. own: what the thread has for itself. */
-static void block_backward(const layer *net, const place *kept, const gradient_place *to,
-                           int64_t count, const float *x, int64_t x_row, const float *by_output,
-                           float *by_input, int64_t input_from, int64_t input_cols,
-                           int add_up_inputs, int packs, int packs_x, float *own, int64_t thread,
-                           int64_t begin, int64_t end, int64_t rows) {
-    for (int64_t l = count - 1; l >= 0; l--) {
-        const layer *it = net + l;
-        int64_t cols = it->cols, input_row = l ? kept[l - 1].row : x_row;
-        int64_t in_panels = reduced_depth(it) / PANEL * PANEL;
-        const float *input = l ? kept[l - 1].output : x;
-        const float *by_product = layer_backward(it, kept + l, to + l, by_output,
-                                                 to[l].sums + thread * 3 * cols, begin, end, rows);
-        if (l ? packs : packs_x)
-            pack_columns(input + begin * input_row + in_panels, input_row, end - begin, 0,
-                         reduced_depth(it) - in_panels, to[l].rest + begin * PANEL, rows);
-        float *by_x = l ? to[l - 1].by_product : by_input;
-        int64_t width = l ? it->depth : input_cols, simplices = input_from ? 0 : it->simplices;
-        int64_t inner = width - simplices, adds = !l && add_up_inputs;
-        columns a = {by_product, cols, cols}, block = {by_product + begin * cols, cols, cols};
-        if (by_x && !simplices) {
-            product_rows(a, no_columns, it->packed_back, cols, adds ? by_x : 0, width, by_x, width,
-                         begin, end, width);
-        } else if (by_x) {
-            product_rows(block, no_columns, it->packed_back, cols, 0, 0, own, inner, 0, end - begin,
-                         inner);
-            expand_rows(own, inner, by_x + begin * width, width, simplices, end - begin, (int)adds);
-        }
-        by_output = by_x;
-    }
-}
-
-/* The same of all rows. */
 static void layers_backward(const layer *net, const place *kept, const gradient_place *to,
                             int64_t count, const float *x, int64_t x_row, const float *by_output,
                             float *by_input, int64_t input_from, int64_t input_cols,
-                            int add_up_inputs, int packs, int packs_x, float *own,
-                            int64_t thread, int64_t begin, int64_t end, int64_t rows) {
-    FOR_EACH_BLOCK(from, until)
-        block_backward(net, kept, to, count, x, x_row, by_output, by_input, input_from, input_cols,
-                       add_up_inputs, packs, packs_x, own, thread, from, until, rows);
+                            int add_up_inputs, int packs, int packs_x, float *own, int64_t thread,
+                            int64_t begin, int64_t end, int64_t rows) {
+    for (int64_t until; begin < end; begin = until) {
+        until = begin + block_rows(end - begin);
+        const float *grad = by_output;
+        for (int64_t l = count - 1; l >= 0; l--) {
+            const layer *it = net + l;
+            int64_t cols = it->cols, input_row = l ? kept[l - 1].row : x_row;
+            int64_t in_panels = reduced_depth(it) / PANEL * PANEL;
+            const float *input = l ? kept[l - 1].output : x;
+            const float *by_product =
+                layer_backward(it, kept + l, to + l, grad, to[l].sums + thread * 3 * cols, begin,
+                               until, rows);
+            if (l ? packs : packs_x)
+                pack_columns(input + begin * input_row + in_panels, input_row, until - begin, 0,
+                             reduced_depth(it) - in_panels, to[l].rest + begin * PANEL, rows);
+            float *by_x = l ? to[l - 1].by_product : by_input;
+            int64_t width = l ? it->depth : input_cols, simplices = input_from ? 0 : it->simplices;
+            int64_t inner = width - simplices, adds = !l && add_up_inputs;
+            if (by_x) {
+                columns a = {by_product + begin * cols, cols, cols};
+                float *rows_x = by_x + begin * width;
+                product_rows(a, no_columns, it->packed_back, cols, adds && !simplices ? rows_x : 0,
+                             width, simplices ? own : rows_x, inner, 0, until - begin, inner);
+                if (simplices)
+                    expand_rows(own, inner, rows_x, width, simplices, until - begin, (int)adds);
+            }
+            grad = by_x;
+        }
+    }
 }
 
 static void clear_sums(const layer *net, const gradient_place *to, int64_t count, int64_t thread) {
@@ -2258,8 +2254,7 @@ static int64_t first_of_thread(const search *s, int64_t iteration, int64_t threa
 static block block_at(const search *s, int64_t position, int64_t end) {
     int64_t env = position / s->samples, left = (env + 1) * s->samples;
     left = (left < end ? left : end) - position;
-    int64_t blocks = (left + BLOCK_ROWS - 1) / BLOCK_ROWS; /* of nearly the same size */
-    return (block){env, position - env * s->samples, (left + blocks - 1) / blocks};
+    return (block){env, position - env * s->samples, block_rows(left)};
 }
 
 /* The elites of an environment by their values, the highest first and among equals the first.

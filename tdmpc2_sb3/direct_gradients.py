@@ -410,8 +410,9 @@ class DirectGradients:
         :param noise: standard normal, [..., A]
         :param moments: the policy network's outputs, [B, 2 A]
         """
-        rows = (each.reshape(-1, each.shape[-1]) for each in (noise, latents))
-        return kernels.PolicyDraw(moments, *rows)
+        noise, latents = (each.reshape(-1, each.shape[-1]) for each in (noise, latents))
+        squashed = self._config.entropy == "squashed"
+        return kernels.PolicyDraw(moments, noise, latents, squashed)
 
     def _termination_loss(
         self,

@@ -17,9 +17,11 @@ from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.discrete_regression import two_hot_cross_entropy, two_hot_inverse
 from tdmpc2_sb3.encoders import Observation
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
-from tdmpc2_sb3.world_model import WorldModel
+from tdmpc2_sb3.world_model import PolicySample, WorldModel
 
 REFERENCE_HORIZON = 3
+ENTROPIES = ("gaussian", "squashed")  # see scaled_entropy
+ENTROPY_EPSILON = 1e-8  # the reference's
 
 
 class LossConfig(NamedTuple):
@@ -31,6 +33,7 @@ class LossConfig(NamedTuple):
     value_coef: float = 0.1
     termination_coef: float = 1.0
     entropy_coef: float = 1e-4
+    entropy: str = "gaussian"  # see scaled_entropy
     encoded_terminations: bool = False  # see model_losses
     td_lambda: float = 0.0  # see td_targets
 
@@ -297,6 +300,29 @@ def alive_states(batch: SequenceBatch) -> th.Tensor | None:
     return th.cat([th.ones_like(alive[:1]), alive])
 
 
+def scaled_entropy(sample: PolicySample, entropy: str) -> th.Tensor:
+    """What the policy's loss rewards beside Q, [...].
+
+    With A action dimensions, g the log-probability of the Gaussian draw u and p = g - sum log(1 -
+    a^2 + 1e-6) that of the squashed action a = tanh(u):
+
+    - "gaussian", the authors' code since December 2024 (commit 32fc2bd): -p (A g) / (p + 1e-8). The
+      factor cancels p, so that this is -A g all but exactly: it widens the Gaussian, and nothing
+      keeps its mean from where all actions lie at their bounds.
+    - "squashed", their code before, which made the published curves: -(A g - sum log(1 - a^2 +
+      1e-6)) up to a constant. Actions at their bounds cost entropy.
+
+    :param sample: of the policy prior
+    :param entropy: one of :data:`ENTROPIES`
+    """
+    action_dim, gaussian = sample.action.shape[-1], sample.gaussian_log_prob
+    if entropy == "squashed":
+        return -(sample.log_prob + (action_dim - 1) * gaussian)
+    # Both factors carry gradients.
+    scale = gaussian * action_dim / (sample.log_prob + ENTROPY_EPSILON)
+    return -sample.log_prob * scale
+
+
 def policy_loss(
     model: WorldModel,
     latents: th.Tensor,
@@ -324,11 +350,12 @@ def policy_loss(
     logits = model.q_logits(latents, sample.action, noise.heads, noise.dropout, frozen=True)
     q = two_hot_inverse(logits, model.bins).mean(0)  # [T + 1, B]
     new_scale = updated_scale(scale, q[0].detach(), tau)
-    objective = config.entropy_coef * sample.scaled_entropy + q / new_scale
+    entropy = scaled_entropy(sample, config.entropy)
+    objective = config.entropy_coef * entropy + q / new_scale
     total = -(weights * _mean(objective, alive)).sum()
     return PolicyLosses(
         total,
         -sample.log_prob.detach().mean(),
-        sample.scaled_entropy.detach().mean(),
+        entropy.detach().mean(),
         new_scale,
     )

@@ -42,7 +42,7 @@ from tdmpc2_sb3.environment_facts import (
     check_action_space,
     read_facts,
 )
-from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.losses import ENTROPIES, LossConfig, sample_update_noise, step_weights
 from tdmpc2_sb3.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan
 from tdmpc2_sb3.policies import (
@@ -143,6 +143,9 @@ class TDMPC2(OffPolicyAlgorithm):
     :param value_coef: weight of the value loss
     :param termination_coef: weight of the termination loss
     :param entropy_coef: weight of the policy prior's scaled entropy
+    :param entropy: "gaussian": the authors' code since December 2024, which leaves a policy prior
+        whose actions lie at their bounds alone; "squashed": their code before, with which the
+        published returns were made, see :func:`tdmpc2_sb3.losses.scaled_entropy`
     :param rho: decay of the loss over a sub-sequence's steps, rho^t / T; "auto": 0.5 (0.7 if
         episodic) at T = 3, adapted to any other T so that its last step keeps its weight
     :param td_lambda: lambda of the Q heads' targets: 0 bootstraps after one step, as the reference
@@ -219,6 +222,7 @@ class TDMPC2(OffPolicyAlgorithm):
         value_coef: float = 0.1,
         termination_coef: float = 1.0,
         entropy_coef: float = 1e-4,
+        entropy: str = "gaussian",
         rho: float | str = "auto",
         td_lambda: float = 0.0,
         policy_delay: int = 1,
@@ -291,6 +295,7 @@ class TDMPC2(OffPolicyAlgorithm):
         self.value_coef = value_coef
         self.termination_coef = termination_coef
         self.entropy_coef = entropy_coef
+        self.entropy = entropy
         self.rho = rho
         self.td_lambda = td_lambda
         self.policy_delay = policy_delay
@@ -429,6 +434,8 @@ class TDMPC2(OffPolicyAlgorithm):
                 f"exploration_noise is {self.exploration_noise!r}: use one of "
                 f"{', '.join(EXPLORATION_NOISES)}."
             )
+        if self.entropy not in ENTROPIES:
+            raise ValueError(f"entropy is {self.entropy!r}: use one of {', '.join(ENTROPIES)}.")
         if not isinstance(self.episodic, bool):
             raise ValueError(f"episodic is {self.episodic!r}: use True, False or 'auto'.")
         buffer_class = self.replay_buffer_class
@@ -482,6 +489,7 @@ class TDMPC2(OffPolicyAlgorithm):
                 self.value_coef,
                 self.termination_coef,
                 self.entropy_coef,
+                self.entropy,
                 bool(self.episodic) and not self.reference_terminations,
                 self.td_lambda,
             ),

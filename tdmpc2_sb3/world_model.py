@@ -55,7 +55,7 @@ class PolicySample(NamedTuple):
     action: th.Tensor  # a = tanh(u), [..., A]
     mean: th.Tensor  # tanh of the Gaussian's mean, [..., A]
     log_prob: th.Tensor  # of a, [...]
-    scaled_entropy: th.Tensor  # [...]
+    gaussian_log_prob: th.Tensor  # of u, before squashing, [...]
 
 
 class WorldModel(nn.Module):
@@ -161,7 +161,7 @@ class WorldModel(nn.Module):
         return self.termination_net(z).squeeze(-1)  # type: ignore[no-any-return]
 
     def policy(self, z: th.Tensor, noise: th.Tensor) -> PolicySample:
-        """A draw of the policy prior with its log-probability and scaled entropy.
+        """A draw of the policy prior with its log-probabilities.
 
         :param z: [..., Z]
         :param noise: standard normal, [..., A]
@@ -171,10 +171,7 @@ class WorldModel(nn.Module):
         action = th.tanh(raw)
         gaussian = (-0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
         log_prob = gaussian - th.log(th.relu(1.0 - action.square()) + SQUASH_EPSILON).sum(-1)
-        # The reference scales the entropy by the Gaussian's log-probability times A over the
-        # squashed one; both factors carry gradients.
-        scale = gaussian * self.action_dim / (log_prob + 1e-8)
-        return PolicySample(action, th.tanh(mean), log_prob, -log_prob * scale)
+        return PolicySample(action, th.tanh(mean), log_prob, gaussian)
 
     def policy_action(self, z: th.Tensor, noise: th.Tensor | None) -> th.Tensor:
         """An action of the policy prior, [..., A]; the squashed mean where noise is None."""

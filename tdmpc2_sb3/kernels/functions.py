@@ -492,15 +492,20 @@ def policy_objective(
 
 
 class PolicyDraw:
-    """A draw of the policy prior, differentiated by hand; see :meth:`WorldModel.policy`.
+    """A draw of the policy prior, differentiated by hand; see :meth:`WorldModel.policy` and
+    :func:`tdmpc2_sb3.losses.scaled_entropy`.
 
     :param moments: outputs of the policy network, contiguous, [B, 2 A]
     :param noise: standard normal, [B, A]
     :param latents: that the actions are drawn at, [B, Z]
+    :param squashed: whether the entropy is the "squashed" one, else the "gaussian" one
     """
 
-    def __init__(self, moments: th.Tensor, noise: th.Tensor, latents: th.Tensor):
+    def __init__(
+        self, moments: th.Tensor, noise: th.Tensor, latents: th.Tensor, squashed: bool = False
+    ):
         self._noise = noise = noise.contiguous()
+        self._squashed = squashed
         self._sizes = rows, action_dim = noise.shape
         latent_dim = latents.shape[-1]
         self.pairs = noise.new_empty(rows, latent_dim + action_dim)  # latents and actions
@@ -518,6 +523,7 @@ class PolicyDraw:
             rows,
             latent_dim,
             action_dim,
+            squashed,
             _threads(_COST_OF_SQUASHING * noise.numel()),
         )
 
@@ -539,6 +545,7 @@ class PolicyDraw:
             by_moments,
             rows,
             action_dim,
+            self._squashed,
             _threads(by_actions.numel()),
         )
         return by_moments

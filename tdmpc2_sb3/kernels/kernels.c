@@ -1855,11 +1855,12 @@ void selective_scan_backward(const float *grad, const float *selection, const fl
 
 /* Draws of the policy prior from its outputs, [rows, 2 A], and standard normal noise, [rows, A]:
  * rows of latents, [rows, Z], and actions into pairs; the actions' log-probabilities and scaled
- * entropies, [rows]. kept: for the gradients, tanh(s), the deviations and the actions, [3, rows, A]. */
+ * entropies (scaled_entropy in losses.py, by one or the other of its names), [rows]. kept: for the
+ * gradients, tanh(s), the deviations and the actions, [3, rows, A]. */
 void policy_sample_forward(const float *moments, const float *noise, const float *latents,
                            float *pairs, float *log_prob, float *entropy, float *kept,
                            int64_t rows, int64_t latent_dim, int64_t action_dim,
-                           int64_t threads) {
+                           int64_t squashed_entropy, int64_t threads) {
     int64_t all = rows * action_dim;
     FOR_EACH_SHARE {
         const float *mean = moments + 2 * i * action_dim, *s = mean + action_dim;
@@ -1880,7 +1881,9 @@ void policy_sample_forward(const float *moments, const float *noise, const float
         }
         float p = gaussian - squashed;
         log_prob[i] = p;
-        entropy[i] = -p * (gaussian * (float)action_dim / (p + ENTROPY_EPSILON));
+        entropy[i] = squashed_entropy
+                         ? -(p + (float)(action_dim - 1) * gaussian)
+                         : -p * (gaussian * (float)action_dim / (p + ENTROPY_EPSILON));
     }
 }
 
@@ -1888,7 +1891,8 @@ void policy_sample_forward(const float *moments, const float *noise, const float
  * entropies, [rows]; log_prob and kept are what it wrote. */
 void policy_sample_backward(const float *noise, const float *log_prob, const float *kept,
                             const float *by_actions, const float *by_entropy, float *by_moments,
-                            int64_t rows, int64_t action_dim, int64_t threads) {
+                            int64_t rows, int64_t action_dim, int64_t squashed_entropy,
+                            int64_t threads) {
     int64_t all = rows * action_dim;
     FOR_EACH_SHARE {
         float *by_mean = by_moments + 2 * i * action_dim, *by_s = by_mean + action_dim;
@@ -1896,10 +1900,13 @@ void policy_sample_backward(const float *noise, const float *log_prob, const flo
         for (int64_t j = i * action_dim; j < (i + 1) * action_dim; j++)
             gaussian -= 0.5f * noise[j] * noise[j] + LOG_SQRT_2_PI + LOG_STD_MIN +
                         0.5f * LOG_STD_RANGE * (kept[j] + 1.0f);
-        /* of -A p g / (p + epsilon), p = g - what squashing takes */
-        float scale = -(float)action_dim * by_entropy[i] / (p + ENTROPY_EPSILON);
-        float by_p = scale * gaussian * ENTROPY_EPSILON / (p + ENTROPY_EPSILON);
-        float by_gaussian = scale * p + by_p;
+        /* by p = g - what squashing takes, and by g in all: of -(p + (A - 1) g) */
+        float by_p = -by_entropy[i], by_gaussian = -(float)action_dim * by_entropy[i];
+        if (!squashed_entropy) { /* of -A p g / (p + epsilon) */
+            float scale = -(float)action_dim * by_entropy[i] / (p + ENTROPY_EPSILON);
+            by_p = scale * gaussian * ENTROPY_EPSILON / (p + ENTROPY_EPSILON);
+            by_gaussian = scale * p + by_p;
+        }
         for (int64_t j = 0; j < action_dim; j++) {
             int64_t at = i * action_dim + j;
             float tanh_s = kept[at], std = kept[all + at], action = kept[2 * all + at];

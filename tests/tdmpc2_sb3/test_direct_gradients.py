@@ -23,11 +23,13 @@ from tdmpc2_sb3.kernels import PolicyDraw, library, weights_held
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
 from tdmpc2_sb3.layers import MLP, SimNorm
 from tdmpc2_sb3.losses import (
+    ENTROPIES,
     LossConfig,
     alive_states,
     model_losses,
     policy_loss,
     sample_update_noise,
+    scaled_entropy,
     step_weights,
 )
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
@@ -131,6 +133,7 @@ CASES = {
     "long": {"steps": 6},
     "lambda 1": {"config": {"td_lambda": 1.0}},
     "lambda between": {"config": {"td_lambda": 0.6, "entropy_coef": 0.3}},
+    "entropy of squashed actions": {"config": {"entropy": "squashed", "entropy_coef": 0.3}},
     "one row": {"rows": 1},
     "many rows": {"rows": 130},
     "no dropout": {"dropout": 0.0},
@@ -256,8 +259,9 @@ def make_noise(model, steps, rows, seed, seed_of_heads):
     )
 
 
+@pytest.mark.parametrize("entropy", ENTROPIES)
 @pytest.mark.parametrize("spread", [0.1, 1.0, 20.0])
-def test_gradients_of_the_policys_draw(spread, threads, roughen):
+def test_gradients_of_the_policys_draw(spread, entropy, threads, roughen):
     """At 20 most actions lie at their bounds, where the squashed density's slope is cut off."""
     rows = 700
     generator = th.Generator().manual_seed(5)
@@ -266,19 +270,20 @@ def test_gradients_of_the_policys_draw(spread, threads, roughen):
     by_actions = th.randn(rows, ACTION_DIM, generator=generator)
     by_entropy = th.randn(rows, generator=generator)
     latents = th.randn(rows, 2, generator=generator)
-    draw = PolicyDraw(moments, noise, latents)
+    draw = PolicyDraw(moments, noise, latents, squashed=entropy == "squashed")
     by_moments = draw.backward(by_actions, by_entropy)
 
     model = make_model(roughen)
     leaf = moments.requires_grad_()
     model.policy_net = _Constant(leaf)  # type: ignore[assignment]
     sample = model.policy(th.zeros(rows, 16), noise)  # single precision: where a is 1 matters
-    total = (sample.action * by_actions).sum() + (sample.scaled_entropy * by_entropy).sum()
+    entropies = scaled_entropy(sample, entropy)
+    total = (sample.action * by_actions).sum() + (entropies * by_entropy).sum()
     total.backward()
     assert th.equal(draw.pairs[:, :2], latents)
     th.testing.assert_close(draw.pairs[:, 2:], sample.action, rtol=1e-5, atol=1e-6)
     th.testing.assert_close(draw.log_prob, sample.log_prob, rtol=1e-4, atol=1e-4)
-    th.testing.assert_close(draw.scaled_entropy, sample.scaled_entropy, rtol=1e-3, atol=1e-3)
+    th.testing.assert_close(draw.scaled_entropy, entropies, rtol=1e-3, atol=1e-3)
     th.testing.assert_close(by_moments, leaf.grad, rtol=1e-3, atol=1e-4)
 
 

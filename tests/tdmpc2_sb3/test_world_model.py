@@ -10,6 +10,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
+from tdmpc2_sb3.losses import scaled_entropy
 from tdmpc2_sb3.world_model import Architecture, WorldModel, resolve_architecture
 
 SPACE = spaces.Box(-np.inf, np.inf, (5,), np.float32)
@@ -71,7 +72,7 @@ def test_policy_density_is_that_of_a_squashed_gaussian(model, plain_model):
     th.testing.assert_close(sample.mean, th.tanh(mean), rtol=1e-5, atol=1e-6)
 
 
-def test_log_prob_and_scaled_entropy_by_hand(model):
+def test_log_prob_and_scaled_entropies_by_hand(model):
     for parameter in model.policy_net.parameters():
         parameter.data.zero_()
     model.policy_net[-1].bias.data.copy_(th.tensor([0.1, 0.2, 0.3, 0.0, 0.5, -0.5]))
@@ -88,9 +89,12 @@ def test_log_prob_and_scaled_entropy_by_hand(model):
         squash += math.log(max(1 - a * a, 0) + 1e-6)
     log_prob = gaussian - squash
     scaled = -log_prob * (gaussian * 3) / (log_prob + 1e-8)
+    published = -(gaussian * 3 - squash)
     assert sample.action[0].tolist() == pytest.approx(actions, abs=1e-5)
     assert sample.log_prob.item() == pytest.approx(log_prob, rel=1e-5)
-    assert sample.scaled_entropy.item() == pytest.approx(scaled, rel=1e-5)
+    assert sample.gaussian_log_prob.item() == pytest.approx(gaussian, rel=1e-5)
+    assert scaled_entropy(sample, "gaussian").item() == pytest.approx(scaled, rel=1e-5)
+    assert scaled_entropy(sample, "squashed").item() == pytest.approx(published, rel=1e-5)
 
 
 def test_saturated_actions_have_finite_log_probabilities(model):

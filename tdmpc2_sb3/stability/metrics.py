@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 
-from tdmpc2_sb3.stability.recording import Episode, Planner
+from tdmpc2_sb3.stability.agent import PlanningAgent
+from tdmpc2_sb3.stability.recording import Episode
 from tdmpc2_sb3.stability.simulation import state_values
 
 MAX_LAG = 20  # K
@@ -62,7 +63,7 @@ class Rollouts(NamedTuple):
 
 
 @th.no_grad()
-def open_loop(planner: Planner, episode: Episode, max_lag: int = MAX_LAG) -> Rollouts:
+def open_loop(planner: PlanningAgent, episode: Episode, max_lag: int = MAX_LAG) -> Rollouts:
     """Predicts every window of ``max_lag`` steps from its first observation alone."""
     observations = stack_observations(episode.observations)
     latents = encode_all(planner, observations, len(episode) + 1)
@@ -175,7 +176,7 @@ def realised_returns(rewards: Sequence[float], gamma: float, tail: float) -> np.
     return returns
 
 
-def value_pairs(planner: Planner, episode: Episode) -> tuple[np.ndarray, np.ndarray]:
+def value_pairs(planner: PlanningAgent, episode: Episode) -> tuple[np.ndarray, np.ndarray]:
     """Planned and realised returns at the steps of the episode's first half.
 
     Where the time limit cut the episode, the agent's own value stands for the rest; in the first
@@ -185,7 +186,7 @@ def value_pairs(planner: Planner, episode: Episode) -> tuple[np.ndarray, np.ndar
     if not episode.terminated:
         last = stack_observations(episode.observations[-1:])
         tail = float(state_values(planner, last)[0])
-    realised = realised_returns(episode.rewards, planner.policy.planner.gamma, tail)
+    realised = realised_returns(episode.rewards, planner.gamma, tail)
     half = max(1, len(episode) // 2)
     return np.array(episode.values[:half]), realised[:half]
 
@@ -237,7 +238,7 @@ def stack_observations(observations: Sequence[Any]) -> Any:
     return np.stack(observations)
 
 
-def encode_all(planner: Planner, observations: Any, count: int) -> th.Tensor:
+def encode_all(planner: PlanningAgent, observations: Any, count: int) -> th.Tensor:
     """Latents of many observations, [count, Z], in bounded portions."""
     portions = []
     for begin in range(0, count, ENCODING_ROWS):

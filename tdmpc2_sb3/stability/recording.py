@@ -15,8 +15,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.preprocessing import is_image_space
 
-from tdmpc2_sb3.planner import Plan, plan, sample_plan_noise, shift_plan
-from tdmpc2_sb3.policies import TDMPC2Policy
+from tdmpc2_sb3.planner import Plan
+from tdmpc2_sb3.stability.agent import PlanningAgent
 from tdmpc2_sb3.stability.simulation import Candidates, can_restore, try_candidates
 from tdmpc2_sb3.tdmpc2 import TDMPC2
 
@@ -86,34 +86,6 @@ class Episode:
         self.latencies.append(milliseconds)
 
 
-class Planner:
-    """An agent's planner on one environment, as when evaluating: no exploration noise.
-
-    :param agent: loaded
-    :param seed: of the planner's own random stream
-    """
-
-    def __init__(self, agent: TDMPC2, seed: int):
-        assert isinstance(agent.policy, TDMPC2Policy)
-        self.agent, self.policy = agent, agent.policy
-        self.model = self.policy.world_model
-        self.generator = th.Generator(agent.device).manual_seed(seed)
-        self.policy.set_training_mode(False)
-
-    @th.no_grad()
-    def encode(self, observation: Any) -> th.Tensor:
-        """z of one observation or of a batch of them, [B, Z]."""
-        tensor, _ = self.policy.obs_to_tensor(observation)
-        return self.model.encode(tensor, self.model.encoder.sample_offsets(1, self.generator))
-
-    @th.no_grad()
-    def plan(self, observation: Any, initial_mean: th.Tensor) -> Plan:
-        """A plan from a warm start, [1, H, A]."""
-        noise = sample_plan_noise(self.model, self.policy.planner, 1, self.generator)
-        latent = self.encode(observation)
-        return plan(self.model, latent, initial_mean, noise, self.policy.planner, explore=False)
-
-
 def record_episodes(agent: TDMPC2, env: gym.Env, config: RecordingConfig) -> Iterator[Episode]:
     """Plays the episodes one after another.
 
@@ -128,10 +100,12 @@ def record_episodes(agent: TDMPC2, env: gym.Env, config: RecordingConfig) -> Ite
             f"{agent.action_space}: give the environment that it was trained on."
         )
     for seed in range(config.seed, config.seed + config.episodes):
-        yield _record_episode(Planner(agent, seed), env, config, seed)
+        yield _record_episode(PlanningAgent(agent, seed), env, config, seed)
 
 
-def _record_episode(planner: Planner, env: gym.Env, config: RecordingConfig, seed: int) -> Episode:
+def _record_episode(
+    planner: PlanningAgent, env: gym.Env, config: RecordingConfig, seed: int
+) -> Episode:
     episode = Episode()
     observation, _ = env.reset(seed=seed)
     episode.observations.append(observation)
@@ -141,14 +115,12 @@ def _record_episode(planner: Planner, env: gym.Env, config: RecordingConfig, see
     ended = False
     while not ended and (config.max_steps is None or len(episode) < config.max_steps):
         step = len(episode)
-        warm = shift_plan(mean, start)
         begin = time.perf_counter()
-        result = planner.plan(observation, warm)
-        mean = result.mean
+        result = planner.plan(observation, mean, start)
         action = result.action[0].cpu().numpy()  # waits for the device
         episode.note(result, 1e3 * (time.perf_counter() - begin))
         if step % config.probe_every == config.probe_every - 1:
-            other = planner.plan(observation, warm)
+            other = planner.plan(observation, mean, start)
             replan = other.mean[0].cpu().numpy(), other.std[0].cpu().numpy()
             tried = None
             if restorable:
@@ -160,7 +132,7 @@ def _record_episode(planner: Planner, env: gym.Env, config: RecordingConfig, see
         episode.observations.append(observation)
         episode.actions.append(action.reshape(-1))
         episode.rewards.append(float(reward))
-        start = th.zeros_like(start)
+        mean, start = result.mean, th.zeros_like(start)
         episode.terminated, ended = bool(terminated), bool(terminated or truncated)
     return episode
 

@@ -5,16 +5,14 @@ Shapes: N candidates, H horizon, A action, Z latent.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 
 from tdmpc2_sb3.planner import Plan
-
-if TYPE_CHECKING:
-    from tdmpc2_sb3.stability.recording import Planner
+from tdmpc2_sb3.stability.agent import PlanningAgent
 
 # Candidates spread over what the planner weighs, not only over the narrow rest of its last
 # iteration, where all plans are nearly one.
@@ -42,7 +40,7 @@ def can_restore(env: gym.Env) -> bool:
 
 @th.no_grad()
 def try_candidates(
-    planner: Planner, env: gym.Env, observation: Any, plan: Plan, num_candidates: int
+    planner: PlanningAgent, env: gym.Env, observation: Any, plan: Plan, num_candidates: int
 ) -> Candidates:
     """Values action sequences by the model and by the simulator.
 
@@ -59,21 +57,21 @@ def try_candidates(
     sequences = th.cat([mean[None], mean + std * noise]).clamp(-1.0, 1.0)  # [1 + N, H, A]
     rewards, values = predicted_returns(planner, planner.encode(observation), sequences)
     simulated, last, alive = simulate(planner, env, sequences)
-    gamma = planner.policy.planner.gamma ** sequences.shape[1]
+    gamma = planner.gamma ** sequences.shape[1]
     tail = gamma * alive * _state_values(planner, planner.encode(last)).cpu().numpy()
     return Candidates(rewards, simulated, values, simulated + tail)
 
 
 @th.no_grad()
 def predicted_returns(
-    planner: Planner, latent: th.Tensor, sequences: th.Tensor
+    planner: PlanningAgent, latent: th.Tensor, sequences: th.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Discounted rewards over the horizon, without and with the last latent's value, [N].
 
     :param latent: z_0, [1, Z]
     :param sequences: [N, H, A]
     """
-    model, gamma = planner.model, planner.policy.planner.gamma
+    model, gamma = planner.model, planner.gamma
     actions = sequences.transpose(0, 1).unsqueeze(1)  # [H, 1, N, A]
     start = latent.unsqueeze(1)  # [1, 1, Z]
     latents = model.dynamics.rollout(model.dynamics.initial_state(start), actions)[:, 0]
@@ -91,20 +89,20 @@ def predicted_returns(
     return total.cpu().numpy(), (total + tail).cpu().numpy()
 
 
-def _state_values(planner: Planner, latents: th.Tensor) -> th.Tensor:
+def _state_values(planner: PlanningAgent, latents: th.Tensor) -> th.Tensor:
     """Mean of all Q heads at the policy prior's mean action, [N]."""
     model = planner.model
     return model.q_values(latents, model.policy_action(latents, None)).mean(0)
 
 
-def state_values(planner: Planner, observations: Any) -> np.ndarray:
+def state_values(planner: PlanningAgent, observations: Any) -> np.ndarray:
     """What the agent expects from states, [N]: mean of all Q heads, prior's mean action."""
     with th.no_grad():
         return _state_values(planner, planner.encode(observations)).cpu().numpy()
 
 
 def simulate(
-    planner: Planner, env: gym.Env, sequences: th.Tensor
+    planner: PlanningAgent, env: gym.Env, sequences: th.Tensor
 ) -> tuple[np.ndarray, Any, np.ndarray]:
     """Executes action sequences from the simulator's present state, and restores it.
 
@@ -115,7 +113,7 @@ def simulate(
     """
     base: Any = env.unwrapped
     state = base.get_state()
-    gamma = planner.policy.planner.gamma
+    gamma = planner.gamma
     totals, alive, last = np.zeros(len(sequences)), np.ones(len(sequences)), []
     for row, sequence in enumerate(sequences):
         base.set_state(state)

@@ -17,9 +17,9 @@ import numpy as np
 from tdmpc2_sb3.dynamics import DYNAMICS
 from tdmpc2_sb3.policies import TDMPC2Policy
 from tdmpc2_sb3.stability import metrics
+from tdmpc2_sb3.stability.agent import PlanningAgent
 from tdmpc2_sb3.stability.recording import (
     Episode,
-    Planner,
     RecordingConfig,
     is_vector,
     record_episodes,
@@ -117,7 +117,7 @@ def run_study(
     measurements += _predictions(subjects, env.observation_space, max_lag)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for subject in subjects:
-        planner = Planner(subject.agent, config.seed)
+        planner = PlanningAgent(subject.agent, config.seed)
         found = [metrics.value_pairs(planner, episode) for episode in subject.episodes]
         found.append(pairs.get(subject.arm, (np.empty(0), np.empty(0))))
         pairs[subject.arm] = (
@@ -129,7 +129,7 @@ def run_study(
 
 def _planning(subject: Subject) -> list[Measurement]:
     """Measures 2 to 7, and the return, on the agent's own episodes."""
-    planner = Planner(subject.agent, 0)
+    planner = PlanningAgent(subject.agent, 0)
     found = []
     for index, episode in enumerate(subject.episodes):
         planned, realised = metrics.value_pairs(planner, episode)
@@ -160,7 +160,7 @@ def _predictions(subjects: Sequence[Subject], space: gym.Space, max_lag: int) ->
         )
     found = []
     for subject in subjects:
-        planner = Planner(subject.agent, 0)
+        planner = PlanningAgent(subject.agent, 0)
         rollouts = [metrics.open_loop(planner, episode, max_lag) for episode in pool]
         latents = np.concatenate([r.latents for r in rollouts])
         variance = float(latents.var(0).sum())

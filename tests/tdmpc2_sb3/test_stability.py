@@ -12,10 +12,10 @@ import torch as th
 
 import dmc_gym_plugin  # noqa: F401
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.planner import shift_plan
 from tdmpc2_sb3.stability import metrics, simulation
 from tdmpc2_sb3.stability.__main__ import main, parse_env_kwargs, zoo_env_kwargs
-from tdmpc2_sb3.stability.recording import Episode, Planner, Probe, RecordingConfig, record_episodes
+from tdmpc2_sb3.stability.agent import PlanningAgent
+from tdmpc2_sb3.stability.recording import Episode, Probe, RecordingConfig, record_episodes
 from tdmpc2_sb3.stability.study import Measurement, bootstrap_interval, default_label, estimate
 
 ENV_ID = "DMC/pendulum-swingup-v0"
@@ -142,7 +142,7 @@ def test_estimates_leave_out_what_is_not_finite() -> None:
 
 
 def test_open_loop_prediction_equals_single_steps(agent: TDMPC2, episode: Episode) -> None:
-    planner = Planner(agent, 0)
+    planner = PlanningAgent(agent, 0)
     rollouts = metrics.open_loop(planner, episode, max_lag=6)
     assert rollouts.predicted.shape == (6, 25, 16)
     model, start = planner.model, 7
@@ -165,7 +165,7 @@ def test_open_loop_prediction_equals_single_steps(agent: TDMPC2, episode: Episod
 
 
 def test_predicted_returns_equal_single_steps(agent: TDMPC2, episode: Episode) -> None:
-    planner = Planner(agent, 0)
+    planner = PlanningAgent(agent, 0)
     model, gamma = planner.model, planner.policy.planner.gamma
     latent = planner.encode(episode.observations[4])
     sequences = 2 * th.rand(5, 3, 1) - 1
@@ -182,7 +182,7 @@ def test_predicted_returns_equal_single_steps(agent: TDMPC2, episode: Episode) -
 
 
 def test_plans_are_executed_in_the_simulator_which_is_left_as_it_was(agent: TDMPC2) -> None:
-    env, planner = make_env(), Planner(agent, 0)
+    env, planner = make_env(), PlanningAgent(agent, 0)
     gamma = planner.policy.planner.gamma
     env.reset(seed=11)
     for _ in range(5):
@@ -221,10 +221,11 @@ def test_recording_warm_starts_and_plays_what_was_planned(agent: TDMPC2, episode
     env.reset(seed=3)
     for action, reward in zip(episode.actions, episode.rewards, strict=True):
         assert env.step(agent.policy.unscale_action(action))[1] == pytest.approx(reward)
-    # The first step replans exactly, from a cold start and with the same seed.
-    planner = Planner(agent, 3)
-    cold = shift_plan(planner.policy.zero_plan(1), th.ones(1, dtype=th.bool))
-    first = planner.plan(episode.observations[0], cold)
+    # The first step is planned as the policy itself plans, from a cold start and the same seed.
+    policy = agent.policy
+    observation, _ = policy.obs_to_tensor(episode.observations[0])
+    cold, void = policy.zero_plan(1), th.ones(1, dtype=th.bool)
+    first = policy.plan(observation, cold, void, th.Generator().manual_seed(3), explore=False)
     np.testing.assert_array_equal(first.mean[0].numpy(), episode.plan_means[0])
 
 

@@ -23,7 +23,6 @@ from tdmpc2_sb3.kernels import PolicyDraw, library, weights_held
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
 from tdmpc2_sb3.layers import MLP, SimNorm
 from tdmpc2_sb3.losses import (
-    ENTROPIES,
     LossConfig,
     alive_states,
     model_losses,
@@ -33,6 +32,7 @@ from tdmpc2_sb3.losses import (
     step_weights,
 )
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.settings import ENTROPIES
 from tdmpc2_sb3.world_model import Architecture, WorldModel
 
 ACTION_DIM, TAU, TOLERANCE = 3, 0.02, 5e-5

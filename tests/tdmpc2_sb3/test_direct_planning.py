@@ -95,7 +95,7 @@ def test_replayed_plans(roughen, threads, monkeypatch, attempts, case, num_envs,
     monkeypatch.setattr(capture, "ATTEMPTS", attempts)
     model = make_model(roughen, **CASES[case])
     direct = DirectPlanning(model)
-    assert direct.is_possible
+    assert direct.takes(CONFIG)
     for turn in range(3):
         roughen(model, 0.02, seed=turn)
         observation, mean, noise = make_inputs(model, CONFIG, num_envs, turn, shared)
@@ -215,9 +215,9 @@ def test_operations_are_counted_by_torch(make_agent):
 
 def test_what_has_no_kernels_is_planned_as_before(roughen):
     image = spaces.Dict({"seen": spaces.Box(0, 255, (3, 64, 64), np.uint8), "felt": VECTOR})
-    assert not DirectPlanning(make_model(roughen, image)).is_possible
+    assert not DirectPlanning(make_model(roughen, image)).takes(CONFIG)
     fed_back = make_model(roughen, dynamics="ssm", autoregressive=True)
-    assert not DirectPlanning(fed_back).is_possible
+    assert not DirectPlanning(fed_back).takes(CONFIG)
 
     class Other(MLP):
         def forward(self, x):
@@ -225,4 +225,4 @@ def test_what_has_no_kernels_is_planned_as_before(roughen):
 
     model = make_model(roughen)
     model.encoder.state.net.__class__ = Other
-    assert not DirectPlanning(model).is_possible
+    assert not DirectPlanning(model).takes(CONFIG)

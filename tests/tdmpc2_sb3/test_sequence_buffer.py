@@ -372,7 +372,7 @@ def test_a_buffer_too_small_says_so_when_used_not_when_made():
     buffer = make(size=1)  # the zoo loads models with buffer_size=1
     with pytest.raises(RuntimeError, match=r"1 rows per environment .* 3 steps: .* at least 4"):
         Record(buffer).step([None])
-    with pytest.raises(ValueError, match="horizon=0"):
+    with pytest.raises(ValueError, match="horizon is 0"):
         make(horizon=0)
 
 

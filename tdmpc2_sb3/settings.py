@@ -242,7 +242,9 @@ SETTINGS: dict[str, Setting] = {
     "seed": _built(
         _whole(0, None), "the random streams have begun: call set_random_seed(seed) instead"
     ),
-    "device": _built(None, "the networks are there: save the model and load it on the other device"),
+    "device": _built(
+        None, "the networks are there: save the model and load it on the other device"
+    ),
 }
 
 

@@ -391,9 +391,7 @@ def test_a_changed_layer_is_learnt_with(path, roughen):
             losses = model_losses(model, batch, noise, config, weights)
             losses.total.backward()
     assert_same_losses(losses, expected)
-    for (name, one), other in zip(
-        model.named_parameters(), exact.named_parameters(), strict=True
-    ):
+    for (name, one), other in zip(model.named_parameters(), exact.named_parameters(), strict=True):
         if other[1].grad is not None:
             assert_close(one.grad, other[1].grad, name)
 

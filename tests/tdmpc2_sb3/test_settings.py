@@ -200,7 +200,7 @@ def test_another_policy_learns_in_the_place_of_the_first(make_agent, tmp_path):
 def test_a_policy_for_something_else_is_refused(make_agent, point_env):
     agent = make_agent()
     other = make_agent(point_env(bounds=(-2.0, 2.0)))
-    with pytest.raises(ValueError, match="action space is .* assign a policy made for it"):
+    with pytest.raises(ValueError, match=r"action space is .* assign a policy made for it"):
         agent.policy = other.policy
     with pytest.raises(ValueError, match="episodic=True, but episodic is False"):
         agent.policy = make_agent(episodic=True).policy
@@ -282,5 +282,5 @@ def test_numbers():
             whole_number("n", wrong)
     assert type(real_number("x", np.float32(0.5))) is float
     for wrong in (True, "3", None, float("nan"), float("inf"), th.ones(2)):
-        with pytest.raises(ValueError, match="^x is .*: it must be a finite number"):
+        with pytest.raises(ValueError, match=r"^x is .*: it must be a finite number"):
             real_number("x", wrong)

@@ -490,7 +490,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         if horizon_aware:
             rho = RHO_EPISODIC if self.policy.world_model.episodic else RHO
         step = UpdateStep(
-            self.policy,
+            _unwrapped(self.policy),
             config,
             step_weights(steps, steps, float(rho), horizon_aware),
             step_weights(steps + 1, steps, float(rho), horizon_aware),
@@ -505,7 +505,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         """Makes the gradient steps follow settings and policy, where these have changed."""
         self._follow_planner()
         settings, step = self._made_update_step
-        if settings != self._loss_settings() or not step.is_of(self.policy):
+        if settings != self._loss_settings() or not step.is_of(_unwrapped(self.policy)):
             self._update_step = self._make_update_step()
             self._say_plain_ways()
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
@@ -516,7 +516,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
 
     def _on_change(self, name: str, previous: Any) -> None:
         if name == "policy":
-            self._adopt(self.policy)
+            if _unwrapped(self.policy) is not _unwrapped(previous):
+                self._adopt(_unwrapped(self.policy))
             return
         if name == "initial_gradient_steps" and self._pending_initial_updates is not None:
             raise FixedSettingError(
@@ -552,7 +553,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         :raises ValueError: if it is none for this environment
         """
         if not isinstance(policy, TDMPC2Policy):
-            raise ValueError(f"policy is {policy!r}: assign a TDMPC2Policy, such as an MlpPolicy.")
+            kind = repr(policy) if isinstance(policy, str) else f"a {type(policy).__name__}"
+            raise ValueError(f"policy is {kind}: assign a TDMPC2Policy, such as an MlpPolicy.")
         for name in ("observation_space", "action_space"):
             theirs, ours = getattr(policy, name), getattr(self, name)
             if theirs != ours:
@@ -1070,7 +1072,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         """Parameters that gradient steps change, by name, unless they are frozen."""
         return {
             name: each
-            for name, each in self.policy.named_parameters()
+            for name, each in _unwrapped(self.policy).named_parameters()
             if not name.startswith("world_model.target_q_ensemble.")
         }
 
@@ -1285,3 +1287,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             self.replay_buffer = self._make_buffer()
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         self.replay_buffer.load(path)
+
+
+def _unwrapped(policy: Any) -> Any:
+    """The policy itself, of which ``torch.compile`` makes a wrapper."""
+    return getattr(policy, "_orig_mod", policy)

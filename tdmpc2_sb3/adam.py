@@ -92,6 +92,8 @@ class Adam(th.optim.Adam):
                     (parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
                 )
                 rates.append(rate)
+        if not arrays:  # all are frozen
+            return None
         if self._arrays is None or not self._arrays.are(arrays):
             if not readable([each for of_one in arrays for each in of_one[:4]]):
                 return None

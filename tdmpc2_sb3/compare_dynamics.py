@@ -21,7 +21,7 @@ import numpy as np
 import torch as th
 from torch import nn
 
-from tdmpc2_sb3.compilation import compiled
+from tdmpc2_sb3.compilation import Compiled
 from tdmpc2_sb3.dynamics import DYNAMICS
 from tdmpc2_sb3.kernels.products import operation_counter
 from tdmpc2_sb3.policies import TDMPC2Policy
@@ -103,7 +103,7 @@ class _Arm:
             self.latent = self.policy.world_model.encode(self.observation, offsets).unsqueeze(1)
         shape = (horizon, 1, agent.num_samples, self.policy.world_model.action_dim)
         self.actions = 2 * th.rand(shape, device=self.device) - 1
-        self._rollout = compiled(self._eager_rollout, compile)
+        self._rollout = Compiled(self._eager_rollout, compile)
         self.mean = self.policy.zero_plan(1)
         self.start = th.ones(1, dtype=th.bool, device=self.device)
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch as th
 
 Result = TypeVar("Result")
 
 
-def compiled(
-    function: Callable[..., Result],
-    compile: bool | str,
-    finish: Callable[[Result], object] | None = None,
-) -> Callable[..., Result]:
-    """The function, compiled at its first call if asked for and possible.
+class Compiled(Generic[Result]):
+    """A function, compiled at its first call if asked for and possible.
 
     Compiling takes minutes and is not faster than :mod:`tdmpc2_sb3.kernels` on a CPU, so "auto"
-    leaves functions as they are. (On CUDA :mod:`tdmpc2_sb3.cuda_graphs` records them.)
+    leaves functions as they are. (On CUDA :mod:`tdmpc2_sb3.cuda_graphs` records them.) Copies
+    and pickles compile anew.
 
     :param function: pure, of tensors
     :param compile: True compiles; False and "auto" do not
@@ -28,36 +24,42 @@ def compiled(
         fail like the function itself
     :raises ValueError: if ``compile`` is none of these
     """
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile is {compile!r}: use True, False or 'auto'.")
 
-    def run(chosen: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        result = chosen(*args, **kwargs)
-        if finish is not None:
-            finish(result)
-        return result
+    def __init__(
+        self,
+        function: Callable[..., Result],
+        compile: bool | str,
+        finish: Callable[[Result], object] | None = None,
+    ):
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile is {compile!r}: use True, False or 'auto'.")
+        self._function = function
+        self._compile = compile is True
+        self._finish = finish
+        self._fast: Callable[..., Result] | None = None
 
-    plain = functools.partial(run, function)
-    if compile is not True:
-        return plain
-    fast: Callable[..., Result] | None = None
-    failed = False
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fast": None}
 
-    def call(*args: Any, **kwargs: Any) -> Result:
-        nonlocal fast, failed
-        if failed:
-            return plain(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        """The function's result."""
+        if not self._compile:
+            return self._run(self._function, *args, **kwargs)
         try:
-            if fast is None:
-                fast = th.compile(function)
-            return run(fast, *args, **kwargs)
+            if self._fast is None:
+                self._fast = th.compile(self._function)
+            return self._run(self._fast, *args, **kwargs)
         except Exception as error:  # a compiler may fail in any way
-            failed = True
-            name = getattr(function, "__name__", "a function")
+            self._compile = False
+            name = getattr(self._function, "__name__", "a function")
             warn_of_failure(f"torch.compile failed on {name}", error, "without compiling")
-            return plain(*args, **kwargs)
+            return self._run(self._function, *args, **kwargs)
 
-    return call
+    def _run(self, chosen: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        result = chosen(*args, **kwargs)
+        if self._finish is not None:
+            self._finish(result)
+        return result
 
 
 def warn_of_failure(failure: str, error: Exception, goes_on: str) -> None:

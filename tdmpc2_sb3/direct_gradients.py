@@ -18,11 +18,17 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.direct_networks import DirectNetwork, Written, assign, parameter_gradients
+from tdmpc2_sb3.direct_networks import (
+    DirectNetwork,
+    Written,
+    are_trained,
+    assign,
+    parameter_gradients,
+)
 from tdmpc2_sb3.direct_state_space import StateSpaceRollout, with_inputs
 from tdmpc2_sb3.dynamics import LatentDynamics
 from tdmpc2_sb3.dynamics.mlp import MLPDynamics
-from tdmpc2_sb3.encoders import Encoder
+from tdmpc2_sb3.fast_paths import unknown_to_gradients
 from tdmpc2_sb3.kernels import Layer
 from tdmpc2_sb3.layers import MLP, QEnsemble
 from tdmpc2_sb3.losses import (
@@ -68,7 +74,8 @@ class _Traced:
         """
         result, self._result = self._result, None
         assert result is not None, "evaluate first"
-        result.backward(grad)
+        if result.requires_grad:  # not if all that it was made from is frozen
+            result.backward(grad)
         return [each.grad for each in self._parameters if each.grad is not None]
 
 
@@ -82,6 +89,7 @@ class _KernelRollout:
         self._layers = kernels.KeptLayers(layers)
         self._room = kernels.GradientRoom(layers, 1, of_one=True)
         self._own = parameter_gradients(layers, self._room.gradients)
+        self._is_whole = are_trained(self._own)
         self._rollout: kernels.Rollout | None = None  # until its gradients are taken
 
     def takes(self, latent: th.Tensor, actions: th.Tensor) -> bool:
@@ -110,8 +118,8 @@ class _KernelRollout:
         rollout, self._rollout = self._rollout, None
         assert rollout is not None, "evaluate first"
         rollout.backward(by_latents, self._room)
-        assign(self._own)
-        return by_latents[0], [self._room.whole]
+        written = assign(self._own)
+        return by_latents[0], [self._room.whole] if self._is_whole else written
 
 
 class _TracedRollout:
@@ -177,8 +185,13 @@ class Taken(NamedTuple):
     norm: th.Tensor  # of all, []
 
     @classmethod
-    def of(cls, arrays: Written) -> Taken:
-        """Those in arrays that the kernels read, or others."""
+    def of(cls, arrays: Written, like: th.Tensor) -> Taken:
+        """Those in arrays that the kernels read, or others.
+
+        :param like: of their device and type; there may be no arrays
+        """
+        if not arrays:
+            return cls(arrays, like.new_zeros(()))
         readable = kernels.readable(arrays)
         return cls(arrays, kernels.total_norm(arrays) if readable else get_total_norm(arrays))
 
@@ -208,23 +221,16 @@ class _ModelResults(NamedTuple):
     taken: Taken
 
 
-def has_direct_gradients(model: WorldModel) -> bool:
-    """Whether :class:`DirectGradients` knows every part: a subclass may have changed any."""
-    networks = [model.reward_net, model.policy_net]
-    if model.termination_net is not None:
-        networks.append(model.termination_net)
-    return (
-        type(model) is WorldModel
-        and type(model.encoder) is Encoder
-        and type(model.q_ensemble) is QEnsemble
-        and all(type(each) is MLP and each.has_kernels() for each in networks)
-    )
+def has_direct_gradients(model: WorldModel, config: LossConfig | None = None) -> bool:
+    """Whether :class:`DirectGradients` knows every part and setting."""
+    return not unknown_to_gradients(model, LossConfig() if config is None else config)
 
 
 class DirectGradients:
     """Losses that come with their gradients, of a model that :func:`has_direct_gradients` takes.
 
-    The parameters' gradients are views of arrays that the next losses write anew.
+    The parameters' gradients are views of arrays that the next losses write anew. Parameters that
+    are frozen when this is made get none.
 
     :param model: whose parameters get them
     :param config: coefficients of the losses
@@ -255,7 +261,7 @@ class DirectGradients:
             self._encoder = _KernelEncoder(encoder)
         self._first_encoder, self._next_encoder = _Traced(model.encoder), _Traced(model.encoder)
         self._rollout: _KernelRollout | None = None
-        if type(model.dynamics) is MLPDynamics and model.dynamics.net.has_kernels():
+        if isinstance(model.dynamics, MLPDynamics) and model.dynamics.as_kernel() is not None:
             self._rollout = _KernelRollout(of_latents(model.dynamics.net))
         self._traced_rollout = _TracedRollout(model.dynamics)
         self._state_space: StateSpaceRollout | None = None
@@ -309,7 +315,7 @@ class DirectGradients:
             arrays = self._first_encoder.backward(result.by_first)
             if result.by_following is not None:  # one graph: adds to the gradients of the first
                 arrays = self._next_encoder.backward(result.by_following)
-            taken = Taken.of([*taken.arrays, *arrays])
+            taken = Taken.of([*taken.arrays, *arrays], result.losses)
         losses = result.losses.clone()
         consistency, reward, value, termination = losses
         total = losses @ self._coefficients
@@ -388,7 +394,7 @@ class DirectGradients:
         written += of_dynamics
         if self._encoder is not None:
             written += self._encoder.backward(by_latent)
-        return _ModelResults(losses, latents, by_latent, by_next, Taken.of(written))
+        return _ModelResults(losses, latents, by_latent, by_next, Taken.of(written, losses))
 
     def _bootstrap(self, latents: th.Tensor, noise: th.Tensor, inputs: _ModelInputs) -> th.Tensor:
         """The lesser of two target Q heads at the latents and actions of the policy prior.
@@ -507,7 +513,7 @@ class DirectGradients:
         assert by_actions is not None
         by_moments = draw.backward(by_actions, objective.by_entropy)
         written = self._policy.backward(by_moments.unsqueeze(0))
-        return PolicyLosses(*objective[:4]), Taken.of(written)
+        return PolicyLosses(*objective[:4]), Taken.of(written, latents)
 
     def _row_weights(
         self, weights: th.Tensor, num_rows: int, counted: th.Tensor | None, num_heads: int = 1

@@ -29,8 +29,9 @@ class DirectNetwork:
         self._members = None if num_networks is None else tuple(range(num_networks))
         self._room = kernels.GradientRoom(layers, num_networks or 1, num_networks is None)
         self._own = self._parameter_gradients(self._room.gradients)
-        # Where a parameter is missing the room holds a gradient that is nobody's.
-        self._is_whole = all(layer.bias is not None for layer in layers)
+        # Where a parameter is missing, or is not trained, the room holds a gradient that is
+        # nobody's.
+        self._is_whole = all(layer.bias is not None for layer in layers) and are_trained(self._own)
         self._evaluation: kernels.Evaluation | None = None  # until its gradients are taken
 
     def evaluate(self, x: th.Tensor, dropped: kernels.Dropped | None = None) -> th.Tensor:
@@ -88,8 +89,14 @@ def parameter_gradients(layers: Sequence[Layer], gradients: Sequence[kernels.Gra
     ]
 
 
+def are_trained(gradients: Pairs) -> bool:
+    """Whether every parameter is to have its gradient."""
+    return all(parameter.requires_grad for parameter, _ in gradients)
+
+
 def assign(gradients: Pairs) -> Written:
-    """Gives each parameter its gradient."""
+    """Gives each parameter that is trained its gradient; those gradients."""
+    gradients = [each for each in gradients if each[0].requires_grad]
 
     def give() -> None:
         for parameter, gradient in gradients:

@@ -29,14 +29,20 @@ class DirectPlanning:
         self._simplices = model.latent_simplices()
         self._encoder = model.encoder.as_kernel()
         self._captured = kernels.Captured(self._plan_from_rows, list(model.parameters()))
-        #: Whether the kernels know every part.
-        self.is_possible = (
-            self._encoder is not None and planning_networks(model, self._simplices) is not None
-        )
+        self._asked: PlannerConfig | None = None
+        self._takes = False
 
     def is_of(self, model: WorldModel) -> bool:
         """Whether the model is this one with the parts that it had."""
         return model is self._model and self._parts.are_the_same()
+
+    def takes(self, config: PlannerConfig) -> bool:
+        """Whether the kernels know every part and setting."""
+        if config is not self._asked:
+            self._asked = config
+            networks = planning_networks(self._model, self._simplices, config)
+            self._takes = self._encoder is not None and networks is not None
+        return self._takes
 
     def plan(
         self,
@@ -83,7 +89,7 @@ class DirectPlanning:
         :param policy: of :class:`PlanNoise` like all that follow; without the axis of environments
             being repeated where they share it
         """
-        networks = planning_networks(self._model, self._simplices)
+        networks = planning_networks(self._model, self._simplices, config)
         assert self._encoder is not None
         assert networks is not None
         num_envs = len(rows)
@@ -100,11 +106,11 @@ class DirectPlanning:
             latent,
             initial_mean,
             draws,
-            config.num_elites,
-            config.gamma,
-            config.temperature,
-            config.min_std,
-            config.max_std,
+            num_elites=config.num_elites,
+            gamma=config.gamma,
+            temperature=config.temperature,
+            min_std=config.min_std,
+            max_std=config.max_std,
         )
         return Plan(*kernels.choose_action(elites, gumbel, exploration))
 

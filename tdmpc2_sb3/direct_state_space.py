@@ -142,10 +142,10 @@ class StateSpaceRollout:
     def knows(dynamics: LatentDynamics) -> TypeGuard[SSMDynamics]:
         """Whether every part is known here: a subclass may have changed any."""
         return (
-            type(dynamics) is SSMDynamics
+            isinstance(dynamics, SSMDynamics)
             and dynamics.selective
             and not dynamics.autoregressive
-            and all(type(layer) is SSMLayer for layer in dynamics.stack())
+            and dynamics.has_kernels()
         )
 
     def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

@@ -5,10 +5,15 @@ Works through any stack of wrappers, in this process or in others.
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any, NamedTuple
 
+import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
+
+from tdmpc2_sb3.settings import whole_number
 
 GAMMA_MIN = 0.95
 GAMMA_MAX = 0.995
@@ -31,13 +36,16 @@ class EnvironmentFacts(NamedTuple):
 
 
 def read_facts(env: VecEnv) -> EnvironmentFacts:
-    """Reads the time limit and the kind of ending from the live environments."""
+    """Reads the time limit and the kind of ending from the live environments.
+
+    :raises ValueError: if a time limit is no number of steps
+    """
     specs = _get(env, "spec")
     limits = [_limit(spec) for spec in specs]
     # The environment's own, and that of a TimeLimit put on by hand, which no spec tells.
     for name in ("max_episode_steps", "_max_episode_steps"):
         limits += _get(env, name)
-    known = [limit for limit in limits if isinstance(limit, int)]
+    known = [_steps(limit) for limit in limits if _is_limit(limit)]
     terminates, reason = _terminates(env, specs)
     return EnvironmentFacts(min(known) if known else None, terminates, reason)
 
@@ -62,7 +70,7 @@ def automatic_learning_starts(episode_steps: int | None) -> int:
 
 def check_action_space(space: spaces.Space) -> None:
     """
-    :raises ValueError: if the space is no Box, or one without finite bounds
+    :raises ValueError: if the space is no Box, or one whose bounds are not finite and apart
     """
     if not isinstance(space, spaces.Box):
         raise ValueError(
@@ -75,6 +83,17 @@ def check_action_space(space: spaces.Space) -> None:
             "wrap the environment in gymnasium.wrappers.TransformAction(env, lambda action: "
             "action, spaces.Box(low, high))."
         )
+    low, high = (np.asarray(each, dtype=np.float64).ravel() for each in (space.low, space.high))
+    widest = np.finfo(np.float32).max
+    for index in np.flatnonzero(~((low < high) & (high - low <= widest))):
+        kind = "leave no choice" if low[index] >= high[index] else "lie too far apart for float32"
+        remedy = "leaves it out" if low[index] >= high[index] else "has narrower ones"
+        raise ValueError(
+            f"The bounds of dimension {index} of the action space, {low[index]:g} and "
+            f"{high[index]:g}, {kind}: wrap the environment in "
+            "gymnasium.wrappers.TransformAction, with an action space that "
+            f"{remedy}."
+        )
 
 
 def _get(env: VecEnv, name: str) -> list[Any]:
@@ -84,6 +103,22 @@ def _get(env: VecEnv, name: str) -> list[Any]:
 
 def _limit(spec: Any) -> int | None:
     return getattr(spec, "max_episode_steps", None)
+
+
+def _is_limit(limit: Any) -> bool:
+    """Whether it is a number; an infinite one limits nothing."""
+    is_number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
+    return is_number and not (math.isinf(limit) and limit > 0)
+
+
+def _steps(limit: Any) -> int:
+    name = "max_episode_steps of the environment"
+    try:
+        return whole_number(name, limit, 1)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Give gymnasium.make or the environment the steps of an episode, or None."
+        ) from error
 
 
 def _terminates(env: VecEnv, specs: list[Any]) -> tuple[bool, str]:

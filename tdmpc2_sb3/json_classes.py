@@ -17,6 +17,7 @@ RECORDS: dict[str, tuple[str, ...]] = {
     "stable_baselines3.common.utils.FloatSchedule": ("value_schedule",),
     "stable_baselines3.common.utils.LinearSchedule": ("start", "end", "end_fraction"),
     "rl_zoo3.utils.SimpleLinearSchedule": ("initial_value",),
+    "tdmpc2_sb3.schedules.TableSchedule": ("values",),
     "stable_baselines3.common.type_aliases.TrainFreq": ("frequency", "unit"),
 }
 ENUMS = ("stable_baselines3.common.type_aliases.TrainFrequencyUnit",)

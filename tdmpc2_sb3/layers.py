@@ -208,8 +208,12 @@ class NormedLinear(nn.Module):
         return self.activation(self.ln(product))  # type: ignore[no-any-return]
 
     def has_kernel(self) -> bool:
-        """Whether the CPU kernels have the activation."""
-        return isinstance(self.activation, (Mish, SimNorm))
+        """Whether the CPU kernels have the layer: a subclass may compute something else."""
+        return (
+            type(self) is NormedLinear
+            and type(self.ln) is nn.LayerNorm
+            and type(self.activation) in (Mish, SimNorm)
+        )
 
     def as_layer(self) -> Layer:
         """The layer as the CPU kernels take it."""
@@ -320,8 +324,11 @@ class MLP(nn.Sequential):
         return kernels.held_layers((self, start), make)
 
     def has_kernels(self) -> bool:
-        """Whether the CPU kernels have every activation."""
-        return all(each.has_kernel() for each in self if isinstance(each, NormedLinear))
+        """Whether the CPU kernels have every layer."""
+        return all(
+            type(each) is Linear or (type(each) is NormedLinear and each.has_kernel())
+            for each in self
+        )
 
     def _can_fuse(self, x: th.Tensor) -> bool:
         return kernels.usable(x) and self.has_kernels()
@@ -433,7 +440,7 @@ class QEnsemble(nn.Module):
         :param frozen: whether only the gradients by z and a are wanted
         :return: [Q', ..., K]
         """
-        if kernels.usable(z):
+        if kernels.usable(z) and self.has_kernels():
             chosen = range(self.num_q) if members is None else members.tolist()
             return kernels.networks(z, a, self.as_layers(), dropped, tuple(chosen), frozen)
         x = th.cat([z, a], dim=-1)
@@ -442,6 +449,10 @@ class QEnsemble(nn.Module):
         y = second(y, members, frozen=frozen)
         y = last(y, members, frozen=frozen)  # [Q', B, K]
         return y.view(y.shape[0], *z.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def has_kernels(self) -> bool:
+        """Whether the CPU kernels have every layer: a subclass may compute something else."""
+        return all(type(each) is EnsembleLayer for each in self.layers)
 
     def as_layers(self) -> Sequence[Layer]:
         """The layers of all heads as the CPU kernels take them."""

@@ -20,7 +20,6 @@ from tdmpc2_sb3.sequence_buffer import SequenceBatch
 from tdmpc2_sb3.world_model import PolicySample, WorldModel
 
 REFERENCE_HORIZON = 3
-ENTROPIES = ("gaussian", "squashed")  # see scaled_entropy
 ENTROPY_EPSILON = 1e-8  # the reference's
 
 
@@ -313,7 +312,7 @@ def scaled_entropy(sample: PolicySample, entropy: str) -> th.Tensor:
       1e-6)) up to a constant. Actions at their bounds cost entropy.
 
     :param sample: of the policy prior
-    :param entropy: one of :data:`ENTROPIES`
+    :param entropy: one of :data:`tdmpc2_sb3.settings.ENTROPIES`
     """
     action_dim, gaussian = sample.action.shape[-1], sample.gaussian_log_prob
     if entropy == "squashed":

@@ -149,6 +149,14 @@ def choose_storage(
     return ObservationStorage(space, num_rows)
 
 
+def likely_storage(space: spaces.Space, num_rows: int) -> ObservationStorage:
+    """Return the storage that images with the channels of several pictures take if they are stacked
+    frames, and that of whole observations for all others."""
+    if looks_stacked(space):
+        return next(_frame_storages(space, num_rows), ObservationStorage(space, num_rows))
+    return ObservationStorage(space, num_rows)
+
+
 def looks_stacked(space: spaces.Space) -> bool:
     """Say whether images of ``space`` have more channels than one picture has."""
     return _is_image(space) and space.shape is not None and space.shape[0] > 4

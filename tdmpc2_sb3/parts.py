@@ -28,11 +28,14 @@ class Parts:
             for table in (module._parameters, module._buffers, module._modules)
             for key, part in table.items()
         ]
+        self._classes = [(module, type(module)) for module in self._module.modules()]
         self._tensors = [*self._module.parameters(), *self._module.buffers()]
 
     def are_the_same(self) -> bool:
-        """Whether none was replaced since they were found."""
-        return all(each.get(key) is part for each, key, part in self._parts)
+        """Whether none was replaced, nor its class, since they were found."""
+        return all(each.get(key) is part for each, key, part in self._parts) and all(
+            type(module) is found for module, found in self._classes
+        )
 
     def tensors(self) -> list[th.Tensor]:
         """The present parameters and buffers."""

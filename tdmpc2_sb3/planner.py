@@ -9,13 +9,14 @@ Gaussian samples, A action, Z latent.
 
 from __future__ import annotations
 
-import numbers
 from typing import NamedTuple
 
 import torch as th
 
 from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.fast_paths import unknown_to_search
 from tdmpc2_sb3.kernels import Elites, weights_held
+from tdmpc2_sb3.settings import SETTINGS, check_setting
 from tdmpc2_sb3.world_model import WorldModel
 
 DEFAULT_ITERATIONS = 6
@@ -36,6 +37,9 @@ class PlannerConfig(NamedTuple):
     min_std: float = 0.05
     max_std: float = 2.0
     gamma: float = 0.99
+
+
+PAPER = PlannerConfig()
 
 
 class PlanNoise(NamedTuple):
@@ -62,33 +66,46 @@ class Plan(NamedTuple):
     mean_change: th.Tensor  # squared change of the mean in the last iteration, [E]
 
 
-def check_planner(config: PlannerConfig) -> None:
-    """
+def check_planner(config: PlannerConfig) -> PlannerConfig:
+    """The settings, as Python's own numbers.
+
     :raises ValueError: naming the setting that is out of range and the remedy
     """
-    for name in ("horizon", "num_samples", "num_elites", "num_iterations", "num_pi_trajs"):
-        value = getattr(config, name)
-        if not isinstance(value, numbers.Integral):
-            raise ValueError(f"{name} is {value!r}: it must be a whole number.")
-        if name != "num_pi_trajs" and value < 1:
-            raise ValueError(f"{name} is {value}: planning needs at least 1.")
+    known = [name for name in config._fields if name in SETTINGS]
+    config = config._replace(**{name: check_setting(name, getattr(config, name)) for name in known})
     if config.num_elites > config.num_samples:
         raise ValueError(
             f"num_elites is {config.num_elites} but there are only {config.num_samples} samples: "
             "lower num_elites or raise num_samples."
         )
-    if not 0 <= config.num_pi_trajs < config.num_samples:
+    if config.num_pi_trajs >= config.num_samples:
         raise ValueError(
             f"num_pi_trajs is {config.num_pi_trajs}: it must be at least 0 and below num_samples, "
             f"{config.num_samples}."
         )
-    if not 0.0 < config.min_std <= config.max_std:
+    if config.min_std > config.max_std:
         raise ValueError(
             f"min_std is {config.min_std} and max_std {config.max_std}: "
             "0 < min_std <= max_std is needed."
         )
-    if config.temperature <= 0.0:
-        raise ValueError(f"temperature is {config.temperature}: it must be positive.")
+    return config
+
+
+def fitted_plan(mean: th.Tensor, num_envs: int, horizon: int, action_dim: int) -> th.Tensor | None:
+    """A plan's mean for another horizon: cut off, or 0 where it had not planned yet, [E, H, A].
+
+    :param mean: of E environments' plans
+    :param num_envs: E
+    :param horizon: H
+    :param action_dim: A
+    :return: None if it is of other environments or actions
+    """
+    if mean.dim() != 3 or (mean.shape[0], mean.shape[2]) != (num_envs, action_dim):
+        return None
+    steps = min(horizon, mean.shape[1])
+    fitted = mean.new_zeros(num_envs, horizon, action_dim)
+    fitted[:, :steps] = mean[:, :steps]
+    return fitted
 
 
 def sample_plan_noise(
@@ -290,15 +307,16 @@ def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
     )
 
 
-def planning_networks(model: WorldModel, simplices: int) -> kernels.PlanningNetworks | None:
-    """The model as the CPU kernels plan with it; None if they cannot.
-
-    A subclass may have changed any part, so it is evaluated by its own methods.
+def planning_networks(
+    model: WorldModel, simplices: int, config: PlannerConfig = PAPER
+) -> kernels.PlanningNetworks | None:
+    """The model as the CPU kernels plan with it; None if they cannot, by these settings.
 
     :param model: planned with
     :param simplices: of how many z_0 consists, see :func:`tdmpc2_sb3.kernels.on_simplices`
+    :param config: settings
     """
-    if type(model) is not WorldModel:
+    if unknown_to_search(model, config):
         return None
     dynamics = model.dynamics.as_kernel()
     if dynamics is None:
@@ -322,7 +340,7 @@ def _search(
     """
     networks: kernels.PlanningNetworks | None = None
     if kernels.usable(latent):
-        networks = planning_networks(model, kernels.count_simplices(latent))
+        networks = planning_networks(model, kernels.count_simplices(latent), config)
     if networks is None:
         return _Search(model, latent, config, noise.policy).run(mean, noise)
     return kernels.search(
@@ -331,11 +349,11 @@ def _search(
         latent,
         mean,
         kernels.Draws(noise.policy, noise.samples, noise.terminal, noise.heads),
-        config.num_elites,
-        config.gamma,
-        config.temperature,
-        config.min_std,
-        config.max_std,
+        num_elites=config.num_elites,
+        gamma=config.gamma,
+        temperature=config.temperature,
+        min_std=config.min_std,
+        max_std=config.max_std,
     )
 
 

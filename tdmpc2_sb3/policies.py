@@ -12,12 +12,12 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import ConstantSchedule, get_device
+from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.adam import Adam
-from tdmpc2_sb3.compilation import compiled
+from tdmpc2_sb3.compilation import Compiled
 from tdmpc2_sb3.cuda_graphs import Graphed, recorder_for
 from tdmpc2_sb3.direct_planning import DirectPlanning
 from tdmpc2_sb3.kernels import weights_held
@@ -35,6 +35,7 @@ from tdmpc2_sb3.planner import (
     shift_plan,
 )
 from tdmpc2_sb3.saving import read_archive, write_archive
+from tdmpc2_sb3.settings import AUTOMATIC, check_setting, usable_device
 from tdmpc2_sb3.world_model import WorldModel, resolve_architecture
 
 # Deterministic predictions draw from a generator made anew at each call, of this seed plus the
@@ -63,6 +64,13 @@ SIZES = (
 )
 #: Which policy each kind of observation takes.
 POLICIES = {"vectors": "MlpPolicy", "images": "CnnPolicy", "dictionaries": "MultiInputPolicy"}
+
+
+def automatic_iterations(num_iterations: Any, action_dim: int) -> Any:
+    """Iterations of planning: what is given, or for "auto" what suits the action's dimensions."""
+    if isinstance(num_iterations, str) and num_iterations == AUTOMATIC:
+        return DEFAULT_ITERATIONS + EXTRA_ITERATIONS * (action_dim >= MANY_ACTIONS)
+    return num_iterations
 
 
 class TDMPC2Policy(BasePolicy):
@@ -134,7 +142,7 @@ class TDMPC2Policy(BasePolicy):
         super().__init__(observation_space, action_space, squash_output=True)
         self._check_observations()
         action_dim = int(np.prod(action_space.shape))
-        sizes = {
+        sizes: dict[str, Any] = {
             "latent_dim": latent_dim,
             "enc_dim": enc_dim,
             "mlp_dim": mlp_dim,
@@ -144,35 +152,28 @@ class TDMPC2Policy(BasePolicy):
             "num_bins": num_bins,
             "dropout": dropout,
         }
-        if num_iterations == "auto":
-            num_iterations = DEFAULT_ITERATIONS + EXTRA_ITERATIONS * (action_dim >= MANY_ACTIONS)
-        if not isinstance(num_iterations, int):
-            raise ValueError(
-                f"num_iterations is {num_iterations!r}: give a whole number or 'auto'."
-            )
+        sizes = {name: check_setting(name, value) for name, value in sizes.items()}
         self.planner = PlannerConfig(
-            horizon,
-            num_samples,
-            num_elites,
-            num_pi_trajs,
-            num_iterations,
-            temperature,
-            min_std,
-            max_std,
-            gamma,
+            horizon=horizon,
+            num_samples=num_samples,
+            num_elites=num_elites,
+            num_pi_trajs=num_pi_trajs,
+            num_iterations=automatic_iterations(num_iterations, action_dim),
+            temperature=temperature,
+            min_std=min_std,
+            max_std=max_std,
+            gamma=gamma,
         )
-        check_planner(self.planner)
         dynamics = self.DEFAULT_DYNAMICS if dynamics is None else dynamics
         self._arguments_for_saving = {
             "dynamics": dynamics,
             "dynamics_kwargs": dynamics_kwargs,
-            "enc_lr_scale": enc_lr_scale,
-            "compile": compile,
+            "enc_lr_scale": check_setting("enc_lr_scale", enc_lr_scale),
         }
         self.world_model = WorldModel(
             observation_space,
             action_dim,
-            resolve_architecture(model_size, sizes),
+            resolve_architecture(check_setting("model_size", model_size), sizes),
             dynamics,
             dynamics_kwargs,
             episodic,
@@ -180,11 +181,50 @@ class TDMPC2Policy(BasePolicy):
         self.register_buffer("scale", th.ones(()))  # S, the running scale of Q
         self._make_optimizers(lr_schedule(1.0), enc_lr_scale)
         self._generator: th.Generator | None = None
-        self._plan = compiled(plan, compile)
+        self.set_compile(compile)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles look up anew what is only kept to be fast."""
+        generator = self._generator
+        stream = None if generator is None else (generator.device, generator.get_state())
+        kept = {"_direct_planning": None, "_graphed": None, "_generator": stream}
+        return {**self.__dict__, **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        stream = state["_generator"]
+        if stream is not None:
+            device, numbers = stream
+            self._generator = th.Generator(device)
+            self._generator.set_state(numbers)
+
+    @property
+    def planner(self) -> PlannerConfig:
+        """Settings of the planner; others may be assigned at any time."""
+        return self._planner
+
+    @planner.setter
+    def planner(self, planner: PlannerConfig) -> None:
+        self._planner = check_planner(planner)
+
+    def set_compile(self, compile: bool | str) -> None:
+        """Sets whether planning is compiled or recorded, see the argument of that name."""
+        self._arguments_for_saving["compile"] = check_setting("compile", compile)
+        self._plan = Compiled(plan, compile)
         self._plans_directly = compile is not True
         self._direct_planning: DirectPlanning | None = None
         self._records = compile is not False
         self._graphed: tuple[th.device, Graphed[Plan] | None] | None = None
+
+    @property
+    def enc_lr_scale(self) -> float:
+        """The encoder's learning rate relative to the others'."""
+        return float(self._arguments_for_saving["enc_lr_scale"])
+
+    def set_enc_lr_scale(self, scale: float) -> None:
+        """Sets the encoder's learning rate relative to the others', from the next step on."""
+        self._arguments_for_saving["enc_lr_scale"] = scale
+        self.model_optimizer.param_groups[0]["lr_scale"] = scale
 
     def _check_observations(self) -> None:
         found = "vectors"
@@ -326,7 +366,7 @@ class TDMPC2Policy(BasePolicy):
             return None
         if self._direct_planning is None or not self._direct_planning.is_of(model):
             self._direct_planning = DirectPlanning(model)
-        return self._direct_planning if self._direct_planning.is_possible else None
+        return self._direct_planning if self._direct_planning.takes(self.planner) else None
 
     def _steady_noise(self, ages: np.ndarray) -> PlanNoise:
         """The random numbers of deterministic plans: functions of each plan's age alone.
@@ -529,8 +569,9 @@ class TDMPC2Policy(BasePolicy):
         :param path: file, or a binary stream
         :param device: where the policy goes
         :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if it is damaged or holds no policy alone
+        :raises ValueError: if it is damaged or holds no policy alone, or there is no such device
         """
+        device = usable_device(device)
         data, tensors = read_archive(path, device)
         if ARGUMENTS not in data:
             raise ValueError(
@@ -538,7 +579,7 @@ class TDMPC2Policy(BasePolicy):
             )
         policy = cls(**data[ARGUMENTS])
         policy.load_state_dict(tensors["policy"])
-        return policy.to(get_device(device))
+        return policy.to(device)
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic)

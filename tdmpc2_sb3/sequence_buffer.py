@@ -8,6 +8,7 @@ Shape legend: B batch, T horizon, E environments, R rows per environment, A acti
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from tdmpc2_sb3 import replay_file
 from tdmpc2_sb3.episode_rings import EpisodeRings
 from tdmpc2_sb3.file_io import PathOrFile
 from tdmpc2_sb3.observation_storage import ObservationStorage
+from tdmpc2_sb3.settings import whole_number
 from tdmpc2_sb3.stored_observations import ArrayOrDict, Arrays, StoredObservations
 
 try:
@@ -63,8 +65,9 @@ class SequenceReplayBuffer(ReplayBuffer):
     that matters most; ``past_terminations`` lets sub-sequences start at it too and go on, marked
     as not valid, past it.
 
-    Memory is taken at the first stored step: R rows for each environment, of the observation plus
-    4 bytes an action dimension plus 5 (walker-walk: 125 bytes a step). Floats are kept as float32.
+    Memory is taken at the first stored step (:meth:`check_memory` asks before): R rows for each
+    environment, of the observation plus 4 bytes an action dimension plus 5 (walker-walk: 125 bytes
+    a step). Floats are kept as float32.
     Stacked image frames are kept as single frames and put together again when sampled; images that
     turn out not to be stacks moving on by one frame a step are kept whole, which is said once.
 
@@ -98,8 +101,9 @@ class SequenceReplayBuffer(ReplayBuffer):
         sample_open_episodes: bool = False,
         past_terminations: bool = False,
     ) -> None:
-        if horizon < 1:
-            raise ValueError(f"horizon={horizon} is not a number of steps: choose 1 or more.")
+        buffer_size = whole_number("buffer_size", buffer_size, 1)
+        n_envs = whole_number("n_envs", n_envs, 1)
+        horizon = whole_number("horizon", horizon, 1)
         # ReplayBuffer's own __init__ would allocate its arrays
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
         self.buffer_size = max(buffer_size // n_envs, 1)  # rows per environment, as SB3 counts
@@ -109,7 +113,51 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.sample_open_episodes = sample_open_episodes
         self.past_terminations = past_terminations
         self.rng = np.random.default_rng(seed)
+        self._warned_of = 0  # bytes
         self.reset()
+
+    # ----------------------------------------------------------------- memory
+
+    def check_memory(self, error: type[Exception] = ValueError) -> None:
+        """Warn if the memory that the buffer will take is not free, before any step is stored.
+
+        :param error: what is raised if the system will not give it at all
+        """
+        if self.stored.storages:
+            return
+        storages = self.stored.likely_storages()
+        try:
+            # Not touched, so that it costs nothing; and given back at once.
+            reserved = [np.empty(size, dtype=np.uint8) for size in self._sizes(storages)]
+            del reserved
+        except MemoryError as refused:
+            raise error(self._too_large(storages)) from refused
+        self._warn_of_size(storages)
+
+    def _sizes(self, storages: dict[str, ObservationStorage]) -> list[int]:
+        """Bytes of the arrays of all rows."""
+        of_row = 4 * self.action_dim + _BYTES_PER_REWARD_AND_FLAGS
+        return [self.rings.num_rows * of_row, *(each.nbytes for each in storages.values())]
+
+    def _too_large(self, storages: dict[str, ObservationStorage]) -> str:
+        available = _available_memory()
+        free = "" if available is None else f" and {available / 1e9:.2f} GB are free"
+        return (
+            f"The replay buffer of {self.rings.num_rows} steps takes "
+            f"{sum(self._sizes(storages)) / 1e9:.2f} GB{free}: lower buffer_size."
+        )
+
+    def _warn_of_size(self, storages: dict[str, ObservationStorage]) -> None:
+        needed, available = sum(self._sizes(storages)), _available_memory()
+        if available is None or needed <= max(available, self._warned_of):
+            return
+        self._warned_of = needed
+        warnings.warn(
+            f"The full replay buffer will take {needed / 1e9:.2f} GB and {available / 1e9:.2f} GB "
+            f"are free: lower buffer_size ({self.rings.num_rows} steps) if this machine runs out "
+            "of memory.",
+            stacklevel=3,
+        )
 
     # ------------------------------------------------------------------ state
 
@@ -208,6 +256,15 @@ class SequenceReplayBuffer(ReplayBuffer):
         for index, rest in enumerate(zip(*others, strict=True)):
             self.add(_at(obs, index), _at(next_obs, index), *rest, **kwargs)
 
+    def set_horizon(self, horizon: int) -> None:
+        """Sample sub-sequences of another number of steps from now on.
+
+        :param horizon: T
+        """
+        self.horizon = self.rings.horizon = horizon
+        if self.stored.storages:
+            self.rings.count_and_mark()
+
     def close_episodes(self) -> int:
         """End every running episode as truncated, so that the next step starts a new one.
 
@@ -263,21 +320,15 @@ class SequenceReplayBuffer(ReplayBuffer):
 
         :param storages: where the observations go, by entry
         """
+        self._warn_of_size(storages)
         num_rows = self.rings.num_rows
-        needed = num_rows * (4 * self.action_dim + _BYTES_PER_REWARD_AND_FLAGS)
-        needed += sum(storage.nbytes for storage in storages.values())
-        available = psutil.virtual_memory().available if psutil is not None else needed
-        if needed > available:
-            warnings.warn(
-                f"The full replay buffer will take {needed / 1e9:.2f} GB and "
-                f"{available / 1e9:.2f} GB are free: lower buffer_size ({num_rows} steps) if this "
-                "machine runs out of memory.",
-                stacklevel=2,
-            )
-        self.stored.allocate(storages)
-        self.rings.allocate()
-        self.actions = np.zeros((num_rows, self.action_dim), dtype=np.float32)
-        self.rewards = np.zeros(num_rows, dtype=np.float32)
+        try:
+            self.rings.allocate()
+            self.actions = np.zeros((num_rows, self.action_dim), dtype=np.float32)
+            self.rewards = np.zeros(num_rows, dtype=np.float32)
+            self.stored.allocate(storages)
+        except MemoryError as error:
+            raise RuntimeError(self._too_large(storages)) from error
 
     # --------------------------------------------------------------- sampling
 
@@ -359,6 +410,16 @@ class SequenceReplayBuffer(ReplayBuffer):
         replay_file.load(self, path)
         self._update_position()
         self.stored.recall_newest()
+
+
+def _available_memory() -> int | None:
+    """Bytes that are free; None where nothing tells."""
+    if psutil is not None:
+        return int(psutil.virtual_memory().available)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # macOS, Windows
+        return None
 
 
 def _at(obs: ArrayOrDict, index: int) -> ArrayOrDict:

@@ -16,6 +16,7 @@ from tdmpc2_sb3.observation_storage import (
     FrameStorage,
     ObservationStorage,
     choose_storage,
+    likely_storage,
     looks_stacked,
     storage_dtype,
 )
@@ -54,6 +55,12 @@ class StoredObservations:
                 )
                 for key, space in self.entries.items()
             }
+
+    def likely_storages(self) -> dict[str, ObservationStorage]:
+        """Return storages that may turn out to suit, before anything was observed."""
+        return {
+            key: likely_storage(space, self.rings.num_rows) for key, space in self.entries.items()
+        }
 
     def choose(self, obs: Arrays, next_obs: Arrays) -> dict[str, ObservationStorage]:
         """Return storages that suit the first observations and the ones that followed."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pathlib
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -14,7 +16,7 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
@@ -42,9 +44,11 @@ from tdmpc2_sb3.environment_facts import (
     check_action_space,
     read_facts,
 )
-from tdmpc2_sb3.losses import ENTROPIES, LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.fast_paths import unknown_to_search
+from tdmpc2_sb3.kernels import usable
+from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
 from tdmpc2_sb3.pink_noise import PinkNoise, uniform
-from tdmpc2_sb3.planner import Plan
+from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
 from tdmpc2_sb3.policies import (
     CnnPolicy,
     MlpPolicy,
@@ -52,9 +56,19 @@ from tdmpc2_sb3.policies import (
     PlanState,
     SSMPolicy,
     TDMPC2Policy,
+    automatic_iterations,
 )
 from tdmpc2_sb3.saving import read_archive, write_archive
+from tdmpc2_sb3.schedules import can_be_written, for_writing, tabulated
 from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+from tdmpc2_sb3.settings import (
+    AUTOMATIC,
+    SETTINGS,
+    FixedSettingError,
+    LiveSettings,
+    usable_device,
+    whole_number,
+)
 from tdmpc2_sb3.statistics import RunningMeans
 from tdmpc2_sb3.update import UpdateStep
 
@@ -63,7 +77,6 @@ SelfTDMPC2 = TypeVar("SelfTDMPC2", bound="TDMPC2")
 RHO = 0.5
 RHO_EPISODIC = 0.7
 SEED_RANGE = 2**31
-EXPLORATION_NOISES = ("white", "pink")
 # Arguments that the policy is built from; policy_kwargs override them.
 POLICY_ARGUMENTS = (
     "gamma",
@@ -92,11 +105,17 @@ POLICY_ARGUMENTS = (
 )
 
 
-class TDMPC2(OffPolicyAlgorithm):
+class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     """Model-based reinforcement learning by planning in the latent space of a learned world model.
 
     The defaults are the paper's for one task with the 5M model. Steps are the agent's: with an
     action repeat of 2, one step is two frames.
+
+    Arguments are attributes, too: those that the networks and the replay buffer are built with
+    stay as they are, all others may be assigned at any time (``model.gamma = 0.95``), also by
+    callbacks. Parameters that are frozen, for example by
+    ``model.policy.world_model.encoder.requires_grad_(False)``, are not trained; a saved model keeps
+    that.
 
     :param policy: "MlpPolicy", "SSMPolicy", "CnnPolicy", "MultiInputPolicy" or a policy class
     :param env: environment with a bounded Box action space, or its id
@@ -240,6 +259,7 @@ class TDMPC2(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        usable_device(device)
         if env is not None:
             env = maybe_make_env(env, verbose)
             check_action_space(env.action_space)  # SB3's own check names no remedy
@@ -260,7 +280,7 @@ class TDMPC2(OffPolicyAlgorithm):
             replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
             policy_kwargs=policy_kwargs,
-            stats_window_size=stats_window_size,
+            stats_window_size=whole_number("stats_window_size", stats_window_size, 1),
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             device=device,
@@ -313,6 +333,9 @@ class TDMPC2(OffPolicyAlgorithm):
         self._rollout_episodes = 0
         if _init_setup_model:
             self._setup_model()
+            # Not where a model is loaded: for predictions nothing is stored.
+            assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+            self.replay_buffer.check_memory()
 
     # -- construction --------------------------------------------------------------------------
 
@@ -322,7 +345,9 @@ class TDMPC2(OffPolicyAlgorithm):
         Loading and the zoo's overrides set attributes past ``__init__`` and then come here, so
         everything is checked here.
         """
+        self._is_set_up = False
         check_action_space(self.action_space)
+        self._check_all()
         self._convert_train_freq()
         self._resolve_settings()
         self._check_settings()
@@ -347,13 +372,24 @@ class TDMPC2(OffPolicyAlgorithm):
         self._seed_streams(self.seed)
         self._means = RunningMeans()
         self._plan_mean: th.Tensor | None = None
-        self._pink_noise: PinkNoise | None = None
-        if self.exploration_noise == "pink":
-            self._pink_noise = PinkNoise(
-                self.n_envs, self.policy.world_model.action_dim, self._training_generator
-            )
+        self._pink_noise = self._make_pink_noise()
         self._saved_episodes: episode_state.EpisodeStates | None = None
+        self._said_plain: set[str] = set()
+        self._said_reward = False
+        self._known_planner = self.policy.planner
         self._update_step = self._make_update_step()
+        self._is_set_up = True
+
+    def _setup_lr_schedule(self) -> None:
+        if not can_be_written(self.learning_rate):
+            tabulated(self.learning_rate, "learning_rate")  # type: ignore[arg-type]  # or it fails
+        super()._setup_lr_schedule()
+
+    def _make_pink_noise(self) -> PinkNoise | None:
+        if self.exploration_noise != "pink":
+            return None
+        action_dim = self.policy.world_model.action_dim
+        return PinkNoise(self.n_envs, action_dim, self._training_generator)
 
     def _make_buffer(self) -> SequenceReplayBuffer:
         if self.replay_buffer_class is None:
@@ -406,38 +442,9 @@ class TDMPC2(OffPolicyAlgorithm):
             print(f"The task {kind}: {facts.reason}. Pass episodic=True or False to overrule.")
 
     def _check_settings(self) -> None:
-        ranges = {
-            "gamma": (0.0, 1.0),
-            "tau": (0.0, 1.0),
-            "max_grad_norm": (1e-12, float("inf")),
-            "enc_lr_scale": (0.0, float("inf")),
-            "td_lambda": (0.0, 1.0),
-        }
-        if self.rho != "auto":
-            ranges["rho"] = (0.0, 1.0)
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if isinstance(value, str) or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}: it must lie in [{low:g}, {high:g}].")
-        for name in ("batch_size", "buffer_size", "horizon", "train_horizon", "policy_delay"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1.")
-            if value is not None and value != int(value):
-                raise ValueError(f"{name} is {value}: it must be a whole number.")
-        if isinstance(self.learning_starts, str) or self.learning_starts < 0:
-            raise ValueError(
-                f"learning_starts is {self.learning_starts!r}: give a number of steps or 'auto'."
-            )
-        if self.exploration_noise not in EXPLORATION_NOISES:
-            raise ValueError(
-                f"exploration_noise is {self.exploration_noise!r}: use one of "
-                f"{', '.join(EXPLORATION_NOISES)}."
-            )
-        if self.entropy not in ENTROPIES:
-            raise ValueError(f"entropy is {self.entropy!r}: use one of {', '.join(ENTROPIES)}.")
-        if not isinstance(self.episodic, bool):
-            raise ValueError(f"episodic is {self.episodic!r}: use True, False or 'auto'.")
+        """
+        :raises ValueError: if settings that are in range one by one do not go with each other
+        """
         buffer_class = self.replay_buffer_class
         if buffer_class is not None and not issubclass(buffer_class, SequenceReplayBuffer):
             raise ValueError(
@@ -448,57 +455,155 @@ class TDMPC2(OffPolicyAlgorithm):
 
     def _check_update_ratio(self) -> None:
         assert isinstance(self.train_freq, TrainFreq)
-        frequency, unit = self.train_freq
-        if frequency < 1:
-            raise ValueError(f"train_freq is {frequency}: it must be at least 1.")
-        if self.n_envs > 1 and unit == TrainFrequencyUnit.EPISODE:
+        if self.n_envs > 1 and self.train_freq.unit == TrainFrequencyUnit.EPISODE:
             raise ValueError(
                 f"train_freq counts episodes but there are {self.n_envs} environments: count "
                 "steps, or use one environment."
-            )
-        if self.gradient_steps < -1:
-            raise ValueError(
-                f"gradient_steps is {self.gradient_steps}: give a number of gradient steps, or -1 "
-                "for as many as steps were collected."
-            )
-        burst = self.initial_gradient_steps
-        if burst != "auto" and (isinstance(burst, str) or burst < 0):
-            raise ValueError(
-                f"initial_gradient_steps is {burst!r}: give a number of gradient steps or 'auto'."
             )
 
     @property
     def sequence_length(self) -> int:
         """T, steps of a training sub-sequence."""
-        return self.horizon if self.train_horizon is None else self.train_horizon
+        given = self.replay_buffer_kwargs.get("horizon", self.train_horizon)
+        return self.horizon if given is None else int(given)
 
-    def _make_update_step(self) -> UpdateStep:
-        horizon_aware = self.rho == "auto"
-        rho = (
-            (RHO_EPISODIC if self.policy.world_model.episodic else RHO)
-            if horizon_aware
-            else self.rho
+    def _loss_settings(self) -> tuple[Any, ...]:
+        """What the gradient steps depend on besides the policy."""
+        config = LossConfig(
+            gamma=self.policy.planner.gamma,
+            consistency_coef=self.consistency_coef,
+            reward_coef=self.reward_coef,
+            value_coef=self.value_coef,
+            termination_coef=self.termination_coef,
+            entropy_coef=self.entropy_coef,
+            entropy=self.entropy,
+            encoded_terminations=bool(self.episodic) and not self.reference_terminations,
+            td_lambda=self.td_lambda,
         )
         steps = self.sequence_length
-        return UpdateStep(
-            self.policy,
-            LossConfig(
-                self.policy.planner.gamma,
-                self.consistency_coef,
-                self.reward_coef,
-                self.value_coef,
-                self.termination_coef,
-                self.entropy_coef,
-                self.entropy,
-                bool(self.episodic) and not self.reference_terminations,
-                self.td_lambda,
-            ),
+        return config, self.rho, steps, self.tau, self.max_grad_norm, self.compile
+
+    def _make_update_step(self) -> UpdateStep:
+        settings = self._loss_settings()
+        config, rho, steps, tau, max_grad_norm, compile = settings
+        horizon_aware = rho == AUTOMATIC
+        if horizon_aware:
+            rho = RHO_EPISODIC if self.policy.world_model.episodic else RHO
+        step = UpdateStep(
+            _unwrapped(self.policy),
+            config,
             step_weights(steps, steps, float(rho), horizon_aware),
             step_weights(steps + 1, steps, float(rho), horizon_aware),
-            self.tau,
-            self.max_grad_norm,
-            self.compile,
+            tau,
+            max_grad_norm,
+            compile,
         )
+        self._made_update_step = settings, step
+        return step
+
+    def _renew_update_step(self) -> None:
+        """Makes the gradient steps follow settings and policy, where these have changed."""
+        self._follow_planner()
+        settings, step = self._made_update_step
+        if settings != self._loss_settings() or not step.is_of(_unwrapped(self.policy)):
+            self._update_step = self._make_update_step()
+            self._say_plain_ways()
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        if self.replay_buffer.horizon != self.sequence_length:
+            self.replay_buffer.set_horizon(self.sequence_length)
+
+    # -- changes -------------------------------------------------------------------------------
+
+    def _on_change(self, name: str, previous: Any) -> None:
+        if name == "policy":
+            if _unwrapped(self.policy) is not _unwrapped(previous):
+                self._adopt(_unwrapped(self.policy))
+            return
+        if name == "initial_gradient_steps" and self._pending_initial_updates is not None:
+            raise FixedSettingError(
+                f"{name} cannot become {self.initial_gradient_steps!r} any more: learning has "
+                "begun."
+            )
+        if name in self.policy_kwargs:  # the assignment takes the argument's place
+            kept = {key: value for key, value in self.policy_kwargs.items() if key != name}
+            self.__dict__["policy_kwargs"] = kept
+        if name in ("gamma", "learning_starts"):
+            self._resolve_settings()
+        if name in PlannerConfig._fields:
+            value = getattr(self, name)
+            if name == "num_iterations":
+                value = automatic_iterations(value, self.policy.world_model.action_dim)
+            self.policy.planner = self.policy.planner._replace(**{name: value})
+            self._known_planner = self.policy.planner
+        elif name == "learning_rate":
+            self._setup_lr_schedule()
+        elif name == "train_freq":
+            self._convert_train_freq()
+            self._check_update_ratio()
+        elif name == "enc_lr_scale":
+            self.policy.set_enc_lr_scale(self.enc_lr_scale)
+        elif name == "compile":
+            self.policy.set_compile(self.compile)
+        elif name == "exploration_noise" and self.exploration_noise != previous:
+            self._pink_noise = self._make_pink_noise()
+
+    def _adopt(self, policy: TDMPC2Policy) -> None:
+        """Goes on with another policy, whose arguments become the algorithm's.
+
+        :raises ValueError: if it is none for this environment
+        """
+        if not isinstance(policy, TDMPC2Policy):
+            kind = repr(policy) if isinstance(policy, str) else f"a {type(policy).__name__}"
+            raise ValueError(f"policy is {kind}: assign a TDMPC2Policy, such as an MlpPolicy.")
+        for name in ("observation_space", "action_space"):
+            theirs, ours = getattr(policy, name), getattr(self, name)
+            if theirs != ours:
+                raise ValueError(
+                    f"The policy's {name.replace('_', ' ')} is {theirs}, but that of the "
+                    f"environment is {ours}: assign a policy made for it."
+                )
+        if policy.world_model.episodic != self.episodic:
+            raise ValueError(
+                f"The policy was made with episodic={policy.world_model.episodic}, but episodic is "
+                f"{self.episodic} here: make the model with that of the policy."
+            )
+        policy.to(self.device)
+        arguments = policy._get_constructor_parameters()
+        self.__dict__.update(
+            {name: arguments[name] for name in arguments.keys() & POLICY_ARGUMENTS}
+        )
+        kept = {key: value for key, value in self.policy_kwargs.items() if key not in arguments}
+        self.__dict__.update(policy_kwargs=kept, policy_class=type(policy))
+        self._known_planner = policy.planner
+        self._plan_mean = None
+
+    def _follow_planner(self) -> None:
+        """Takes over settings that were assigned to the policy's planner itself."""
+        planner = self.policy.planner
+        if planner is self._known_planner:
+            return
+        before = self._known_planner._asdict()
+        changed = {k: v for k, v in planner._asdict().items() if k in SETTINGS and v != before[k]}
+        kept = {key: value for key, value in self.policy_kwargs.items() if key not in changed}
+        self.__dict__.update(changed, policy_kwargs=kept)
+        self._known_planner = planner
+        self._say_plain_ways()
+
+    def _say_plain_ways(self) -> None:
+        """Says once what keeps plans or gradient steps from the CPU kernels' faster ways."""
+        model = self.policy.world_model
+        if self.verbose < 1 or self.compile is True or not usable(model.bins):
+            return
+        _, step = self._made_update_step
+        ways = {
+            "Gradient steps": step.unknown,
+            "Plans": unknown_to_search(model, self.policy.planner),
+        }
+        for kind, unknown in ways.items():
+            line = f"{kind} go the plain way, which is slower: {', '.join(unknown)} is not known "
+            if unknown and line not in self._said_plain:
+                self._said_plain.add(line)
+                print(line + "to the faster one.")
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)
@@ -532,6 +637,9 @@ class TDMPC2(OffPolicyAlgorithm):
         assert self.env is not None
         assert isinstance(self.train_freq, TrainFreq)
         assert self.replay_buffer is not None
+        self._follow_planner()
+        self._say_plain_ways()
+        self._warn_if_nothing_is_learnt(total_timesteps)
         self._make_interrupted_updates()
         while self.num_timesteps < total_timesteps or self._rollout_is_complete:
             rollout = self.collect_rollouts(
@@ -558,6 +666,8 @@ class TDMPC2(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None, "You must set the environment before calling learn()"
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        self.replay_buffer.check_memory(RuntimeError)
         if reset_num_timesteps or self._last_obs is None:
             self._abandon_episodes()
         elif self._saved_episodes is not None:
@@ -615,6 +725,23 @@ class TDMPC2(OffPolicyAlgorithm):
         enough = max(enough, (self.sequence_length + 1) * self.n_envs)
         return not self._warming_up and self.replay_buffer.num_steps >= enough
 
+    def _warn_if_nothing_is_learnt(self, total_timesteps: int) -> None:
+        """Says so if this call of learn() ends before learning begins."""
+        steps = max(total_timesteps - self.num_timesteps, 0)
+        assert isinstance(self.train_freq, TrainFreq)
+        if self.train_freq.unit == TrainFrequencyUnit.STEP:  # rollouts are finished
+            rollout = self.train_freq.frequency * self.n_envs
+            steps = math.ceil(steps / rollout) * rollout
+        random_steps = int(self.learning_starts)
+        missing = random_steps - self._lifetime_steps - steps
+        if steps > 0 and missing > 0:
+            warnings.warn(
+                f"This call of learn() makes no gradient step: {random_steps} random steps "
+                f"(learning_starts) come first, of which {missing} are missing at its end. Make "
+                "total_timesteps larger, or pass a smaller learning_starts.",
+                stacklevel=3,
+            )
+
     def _make_interrupted_updates(self) -> None:
         """The gradient steps that Ctrl-C kept the run from making."""
         if not self._has_enough_steps:
@@ -632,8 +759,8 @@ class TDMPC2(OffPolicyAlgorithm):
     def _count_initial_updates(self) -> int:
         if self._n_updates > 0:
             return 0
-        if isinstance(self.initial_gradient_steps, int):
-            return self.initial_gradient_steps
+        if self.initial_gradient_steps != AUTOMATIC:
+            return int(self.initial_gradient_steps)
         assert isinstance(self.train_freq, TrainFreq)
         random_steps = int(self.learning_starts)
         if self.gradient_steps < 0:
@@ -676,6 +803,7 @@ class TDMPC2(OffPolicyAlgorithm):
         :raises RuntimeError: if a loss is not finite, naming the gradient step
         """
         assert self.replay_buffer is not None
+        self._renew_update_step()
         learning_rate = self.lr_schedule(self._current_progress_remaining)
         self.policy.set_learning_rate(learning_rate)
         for _ in range(gradient_steps):
@@ -747,7 +875,7 @@ class TDMPC2(OffPolicyAlgorithm):
 
         :param exploration: standard normal, [E, A]; None to draw it
         """
-        previous = self._plan_mean
+        previous = self._previous_plan(n_envs)
         starts = np.ones(n_envs, dtype=bool)
         if previous is None:
             previous = self.policy.zero_plan(n_envs)
@@ -776,6 +904,23 @@ class TDMPC2(OffPolicyAlgorithm):
             self._means.add({"planner/plan_change": change})
         self._plan_mean = result.mean
         return result
+
+    def _previous_plan(self, n_envs: int) -> th.Tensor | None:
+        """The plan's mean, fitted to what is planned now (the horizon may have changed), [E, H, A];
+        None if there is none."""
+        shape = (n_envs, self.policy.planner.horizon, self.policy.world_model.action_dim)
+        mean = self._plan_mean
+        if mean is None or mean.shape == shape:
+            return mean
+        fitted = fitted_plan(mean, *shape)
+        if self.verbose >= 1:
+            what = "dropped" if fitted is None else "fitted to it"
+            was = "x".join(map(str, mean.shape))
+            print(
+                f"The plan so far is {was} (environments, horizon, action) and "
+                f"{'x'.join(map(str, shape))} is planned now: it is {what}."
+            )
+        return fitted
 
     def collect_rollouts(
         self,
@@ -812,6 +957,7 @@ class TDMPC2(OffPolicyAlgorithm):
                 except RuntimeError as error:
                     step = self.num_timesteps + env.num_envs
                     raise RuntimeError(f"Step {step}: {error}") from error
+                self._check_rewards(rewards)
                 self.num_timesteps += env.num_envs
                 self._lifetime_steps += env.num_envs
                 self._rollout_steps += 1
@@ -833,6 +979,23 @@ class TDMPC2(OffPolicyAlgorithm):
         result = RolloutReturn(self._rollout_steps * env.num_envs, self._rollout_episodes, True)
         self._rollout_steps = self._rollout_episodes = 0
         return result
+
+    def _check_rewards(self, rewards: np.ndarray) -> None:
+        """Warns once of a reward that the networks cannot predict."""
+        if self._said_reward:
+            return
+        bins = self.policy.world_model.architecture
+        low, high = -math.expm1(-bins.vmin), math.expm1(bins.vmax)
+        if low <= rewards.min() and rewards.max() <= high:
+            return
+        self._said_reward = True
+        beyond = rewards.max() if rewards.max() > high else rewards.min()
+        warnings.warn(
+            f"A reward of {beyond:g} lies outside [{low:.0f}, {high:.0f}], beyond which the "
+            "networks cannot predict, and is learnt as the nearer end (said once): scale the "
+            "rewards, for example with SB3's VecNormalize or gymnasium.wrappers.TransformReward.",
+            stacklevel=2,
+        )
 
     def _count_episodes(
         self, dones: np.ndarray, action_noise: ActionNoise | None, n_envs: int
@@ -861,6 +1024,11 @@ class TDMPC2(OffPolicyAlgorithm):
             "_pink_noise",
             "_saved_episodes",
             "_update_step",
+            "_made_update_step",
+            "_known_planner",
+            "_is_set_up",
+            "_said_plain",
+            "_said_reward",
         ]
 
     def save(
@@ -879,8 +1047,12 @@ class TDMPC2(OffPolicyAlgorithm):
         :param include: attributes to keep although they are usually left out
         :raises TypeError: naming an attribute that cannot be written without pickling
         """
+        self._follow_planner()
         excluded = {*self._excluded_save_params(), *(exclude or ())} - set(include or ())
         data = {name: value for name, value in self.__dict__.items() if name not in excluded}
+        for name in ("learning_rate", "lr_schedule"):
+            if name in data:
+                data[name] = for_writing(data[name], name)
         data["run_state"] = self._run_state()
         write_archive(path, data, {**self.get_parameters(), "run_streams": self._run_streams()})
 
@@ -893,6 +1065,15 @@ class TDMPC2(OffPolicyAlgorithm):
             "episodes": episodes,
             "action_space_stream": self.action_space.np_random.bit_generator.state,
             "noise_stream": None if self.action_noise is None else noises.stream(),
+            "frozen": [name for name, each in self._trainable().items() if not each.requires_grad],
+        }
+
+    def _trainable(self) -> dict[str, th.nn.Parameter]:
+        """Parameters that gradient steps change, by name, unless they are frozen."""
+        return {
+            name: each
+            for name, each in _unwrapped(self.policy).named_parameters()
+            if not name.startswith("world_model.target_q_ensemble.")
         }
 
     def _run_streams(self) -> dict[str, th.Tensor]:
@@ -936,6 +1117,7 @@ class TDMPC2(OffPolicyAlgorithm):
         """
         if print_system_info:
             get_system_info()
+        device = usable_device(device)
         data, tensors = read_archive(path, device, custom_objects, True, print_system_info)
         if "run_state" not in data:
             raise ValueError(
@@ -948,6 +1130,12 @@ class TDMPC2(OffPolicyAlgorithm):
                 f"policy_kwargs are {kwargs['policy_kwargs']} but the model was saved with "
                 f"{data['policy_kwargs']}: leave them out."
             )
+        unknown = kwargs.keys() - data.keys() - SETTINGS.keys()
+        if unknown:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: the model has no such attribute to replace; check "
+                "the spelling."
+            )
         same_envs = False
         if env is not None:
             env = cls._wrap_env(env, data.get("verbose", 0))
@@ -958,15 +1146,28 @@ class TDMPC2(OffPolicyAlgorithm):
         model.__dict__.update(data)
         model.__dict__.update(kwargs)
         model._setup_model()
+        enc_lr_scale = model.policy.enc_lr_scale
         model.set_parameters(tensors, exact_match=True, device=device)
+        model.policy.set_enc_lr_scale(enc_lr_scale)  # the optimiser has that of the file
+        if "frozen" in run_state:
+            for name, parameter in model._trainable().items():
+                parameter.requires_grad_(name not in run_state["frozen"])
         if kwargs.get("seed", model.seed) == data.get("seed"):
             model._restore_streams(streams, run_state)
         model._restore_run(streams, run_state, same_envs, force_reset)
         return model
 
     def _restore_streams(self, streams: dict[str, th.Tensor], run_state: dict[str, Any]) -> None:
-        self._training_generator.set_state(streams["training"].cpu())
-        self.policy.generator.set_state(streams["predictions"].cpu())
+        generators = {"training": self._training_generator, "predictions": self.policy.generator}
+        for name, generator in generators.items():
+            state = streams[name].cpu()
+            if state.shape == generator.get_state().shape:
+                generator.set_state(state)
+            elif self.verbose >= 1:
+                print(
+                    f"The random stream of {name} was that of another kind of device than "
+                    f"{self.device}: it begins anew from the seed."
+                )
         self.action_space.np_random.bit_generator.state = run_state["action_space_stream"]
         pink, saved = self._pink_noise, streams.get("pink_noise")
         if pink is not None and saved is not None and saved.shape == pink.state.shape:
@@ -982,6 +1183,11 @@ class TDMPC2(OffPolicyAlgorithm):
         force_reset: bool,
     ) -> None:
         """Keeps the episodes in progress for :meth:`learn` if they can be restored or still run."""
+        noise = self.action_noise
+        if isinstance(noise, VectorizedActionNoise) and noise.n_envs != self.n_envs:
+            base = noise.base_noise
+            several = self.n_envs > 1
+            self.action_noise = VectorizedActionNoise(base, self.n_envs) if several else base
         episodes = run_state["episodes"]
         restorable = same_envs and episodes is not None and episode_state.can_capture(self.env)  # type: ignore[arg-type]
         if restorable or (same_envs and not force_reset):
@@ -1005,6 +1211,7 @@ class TDMPC2(OffPolicyAlgorithm):
         :param device: where to
         """
         parameters = load_path_or_dict
+        device = usable_device(device)
         if not isinstance(parameters, dict):
             _, parameters = read_archive(parameters, device)
             parameters.pop("run_streams")
@@ -1080,3 +1287,8 @@ class TDMPC2(OffPolicyAlgorithm):
             self.replay_buffer = self._make_buffer()
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         self.replay_buffer.load(path)
+
+
+def _unwrapped(policy: Any) -> Any:
+    """The policy itself, of which ``torch.compile`` makes a wrapper."""
+    return getattr(policy, "_orig_mod", policy)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch as th
 
 from tdmpc2_sb3.adam import Adam
-from tdmpc2_sb3.compilation import compiled
+from tdmpc2_sb3.compilation import Compiled
 from tdmpc2_sb3.cuda_graphs import Graphed, recorder_for
-from tdmpc2_sb3.direct_gradients import DirectGradients, Taken, has_direct_gradients
+from tdmpc2_sb3.direct_gradients import DirectGradients, Taken
+from tdmpc2_sb3.fast_paths import unknown_to_gradients
 from tdmpc2_sb3.kernels import Captured, lerp_, readable, usable, weights_held
 from tdmpc2_sb3.losses import (
     LossConfig,
@@ -29,7 +31,8 @@ CLIPPING_EPSILON = 1e-6  # torch's and the reference's
 
 
 class UpdateStep:
-    """Applies gradient steps to a policy.
+    """Applies gradient steps to a policy, as it is when this is made: another one is needed where
+    a part is replaced, frozen or thawed later (see :meth:`is_of`).
 
     :param policy: whose networks, optimisers and running scale change
     :param config: coefficients of the losses
@@ -53,6 +56,9 @@ class UpdateStep:
     ):
         self.policy = policy
         self.config = config
+        self._frozen = _frozen(policy)
+        self._trained = _trained(policy.model_parameters)
+        self._trained_prior = _trained(policy.prior_parameters)
         self.model_weights = model_weights.to(policy.device)
         self.policy_weights = policy_weights.to(policy.device)
         self.tau = tau
@@ -61,23 +67,19 @@ class UpdateStep:
         self._online: list[th.Tensor] = list(model.q_ensemble.parameters())
         self._target: list[th.Tensor] = list(model.target_q_ensemble.parameters())
 
-        def model_backward(losses: ModelLosses) -> None:
-            losses.total.backward(inputs=policy.model_parameters)
-
-        def policy_backward(losses: PolicyLosses) -> None:
-            losses.total.backward(inputs=policy.prior_parameters)
-
-        self._model_losses = compiled(model_losses, compile, model_backward)
-        self._policy_loss = compiled(policy_loss, compile, policy_backward)
+        self._model_losses = Compiled(model_losses, compile, self._model_backward)
+        self._policy_loss = Compiled(policy_loss, compile, self._policy_backward)
         self._move_targets = Captured(self._lerp_targets, [*self._target, *self._online])
         self._direct: DirectGradients | None = None
-        if compile is not True and has_direct_gradients(model):
+        #: Parts and settings that keep the gradients from being taken by hand.
+        self.unknown = unknown_to_gradients(model, config)
+        if compile is not True and not self.unknown:
             self._direct = DirectGradients(model, config)
+        self._parts = Parts(policy)
         recorder = None if compile is False else recorder_for(policy.device)
         self._graphed: Graphed[dict[str, th.Tensor]] | None = None
         if recorder is not None:
             self._graphed = Graphed(self._without_waiting, self._state, recorder)
-            self._parts = Parts(policy)
             num_groups = sum(len(each.param_groups) for each in self._optimizers)
             self._known_rates: list[float] = []
             self._rates = th.zeros(num_groups, device=policy.device)
@@ -107,17 +109,31 @@ class UpdateStep:
             self._move_targets()
         return statistics
 
+    def is_of(self, policy: TDMPC2Policy) -> bool:
+        """Whether the policy is that of these steps, with the same parts trained."""
+        return (
+            policy is self.policy and self._parts.are_the_same() and _frozen(policy) == self._frozen
+        )
+
+    def _model_backward(self, losses: ModelLosses) -> None:
+        if losses.total.requires_grad:
+            losses.total.backward(inputs=self._trained)
+
+    def _policy_backward(self, losses: PolicyLosses) -> None:
+        if losses.total.requires_grad and self._trained_prior:
+            losses.total.backward(inputs=self._trained_prior)
+
     def _model_gradients(
         self, batch: SequenceBatch, noise: UpdateNoise, direct: DirectGradients | None
     ) -> tuple[ModelLosses, Taken]:
-        if direct is not None:
+        if direct is not None and self._trained:
             return direct.model_losses(batch, noise, self.model_weights)
         policy = self.policy
         with weights_held():
             losses = self._model_losses(
                 policy.world_model, batch, noise, self.config, self.model_weights
             )
-            return losses, _taken(policy.model_parameters)
+            return losses, _taken(self._trained, losses.total)
 
     def _policy_gradients(
         self,
@@ -128,13 +144,13 @@ class UpdateStep:
     ) -> tuple[PolicyLosses, Taken]:
         policy = self.policy
         settings = (self.policy_weights, self.tau, alive_states(batch))
-        if direct is not None:
+        if direct is not None and self._trained_prior:
             return direct.policy_loss(latents, policy.scale, noise, *settings)
         with weights_held():
             losses = self._policy_loss(
                 policy.world_model, latents, policy.scale, noise, self.config, *settings
             )
-            return losses, _taken(policy.prior_parameters)
+            return losses, _taken(self._trained_prior, losses.total)
 
     def _lerp_targets(self) -> None:
         if readable(self._target) and readable(self._online):
@@ -150,7 +166,7 @@ class UpdateStep:
         except RuntimeError:
             optimizer.zero_grad()
             raise
-        if length > self.max_grad_norm:
+        if length > self.max_grad_norm and taken.arrays:
             th._foreach_mul_(taken.arrays, self.max_grad_norm / (length + CLIPPING_EPSILON))
         optimizer.step()
         optimizer.zero_grad()
@@ -230,9 +246,9 @@ class UpdateStep:
         """
         failed = failed.logical_or(taken.norm.isfinite().logical_not())
         shrunk = self.max_grad_norm / (taken.norm + CLIPPING_EPSILON)
-        th._foreach_mul_(
-            taken.arrays, th.where(taken.norm > self.max_grad_norm, shrunk, th.ones_like(shrunk))
-        )
+        if taken.arrays:
+            too_long = taken.norm > self.max_grad_norm
+            th._foreach_mul_(taken.arrays, th.where(too_long, shrunk, th.ones_like(shrunk)))
         optimizer.step_unless(failed.float(), rates.unbind())
         return failed
 
@@ -270,5 +286,19 @@ def _check_finite(loss: float, gradient_norm: float) -> None:
         )
 
 
-def _taken(parameters: list[th.nn.Parameter]) -> Taken:
-    return Taken.of([each.grad for each in parameters if each.grad is not None])
+def _taken(parameters: list[th.nn.Parameter], loss: th.Tensor) -> Taken:
+    return Taken.of([each.grad for each in parameters if each.grad is not None], loss.detach())
+
+
+def _frozen(policy: TDMPC2Policy) -> list[bool]:
+    """Of each parameter that an optimiser has, whether it is to stay as it is."""
+    parameters = itertools.chain(policy.model_parameters, policy.prior_parameters)
+    return [not each.requires_grad for each in parameters]
+
+
+def _trained(parameters: list[th.nn.Parameter]) -> list[th.nn.Parameter]:
+    """Those that are not frozen; the others lose gradients that they were left with."""
+    for each in parameters:
+        if not each.requires_grad:
+            each.grad = None
+    return [each for each in parameters if each.requires_grad]

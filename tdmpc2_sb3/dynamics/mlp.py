@@ -46,4 +46,5 @@ class MLPDynamics(LatentDynamics):
 
     def as_kernel(self) -> Sequence[Layer] | None:
         """See :meth:`LatentDynamics.as_kernel`; a subclass may compute something else."""
-        return self.net.as_layers() if type(self) is MLPDynamics else None
+        is_known = type(self) is MLPDynamics and type(self.net) is MLP and self.net.has_kernels()
+        return self.net.as_layers() if is_known else None

@@ -36,7 +36,7 @@ from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.dynamics.matching import HIDDEN_FACTOR, SELECTIVE_RANK, SSMSizes, match_sizes
 from tdmpc2_sb3.kernels import Layer, Norm
-from tdmpc2_sb3.layers import FastLinear, NormedLinear, SimNorm, linear
+from tdmpc2_sb3.layers import FastLinear, Mish, NormedLinear, SimNorm, linear
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
 DT_MIN, DT_MAX = 1e-3, 5.0  # step size, in agent steps; kernels.c has them too
@@ -350,9 +350,13 @@ class SSMDynamics(LatentDynamics):
             stream = layer.rollout(stream, x)
         return self.out(stream)  # [H, ..., Z]
 
+    def has_kernels(self) -> bool:
+        """Whether the CPU kernels have every part: a subclass may compute something else."""
+        return all(type(each) in _KNOWN_PARTS for each in self.modules())
+
     def as_kernel(self) -> kernels.StateSpace | None:
-        """See :meth:`LatentDynamics.as_kernel`; a subclass may compute something else."""
-        if self.autoregressive or type(self) is not SSMDynamics:
+        """See :meth:`LatentDynamics.as_kernel`."""
+        if self.autoregressive or not self.has_kernels():
             return None
         return kernels.StateSpace(
             features=self.features.as_layer(),
@@ -362,6 +366,12 @@ class SSMDynamics(LatentDynamics):
             out=self.out.as_layer(),
             stack=[layer.as_kernel() for layer in self.stack()],
         )
+
+
+_KNOWN_PARTS = (
+    *(SSMDynamics, SSMLayer, NormedLinear, FastLinear, Mish, SimNorm),
+    *(nn.LayerNorm, nn.ModuleList),
+)
 
 
 def scaled_normal_(layer: nn.Linear | NormedLinear) -> None:

@@ -40,6 +40,7 @@ ROWS = {
                 "cuda_graphs",
                 "interrupts",
                 "pink_noise",
+                "settings",
             ],
         ),
         (
@@ -51,6 +52,7 @@ ROWS = {
                 "json_codec",
                 "saving",
                 "run_files",
+                "schedules",
                 "zoo_yaml",
             ],
         ),
@@ -69,6 +71,7 @@ ROWS = {
         ("layers", ["adam", "discrete_regression", "layers"]),
         ("dynamics", ["dynamics", "dynamics.*"]),
         ("world model", ["encoders", "world_model"]),
+        ("what is fast", ["fast_paths"]),
         ("the authors' files", ["official_checkpoint"]),
         (
             "losses",

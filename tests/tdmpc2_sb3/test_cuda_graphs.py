@@ -564,3 +564,25 @@ def test_plans_and_gradient_steps_ask_no_device_for_numbers(space, episodic, dyn
     )
     prior.total.backward()
     assert all(each.grad.is_meta for each in model.policy_net.parameters())
+
+
+@pytest.mark.parametrize("part", ["encoder", "policy_net", ""])
+def test_frozen_parameters_stay_by_graphs(part, make_agent, recorders):
+    """And a setting that is changed is heeded: its constants are recorded."""
+    recorders()
+    agent = make_agent(compile="auto")
+    agent.learn(24)
+    model = agent.policy.world_model
+    frozen = list((getattr(model, part) if part else model).parameters())
+    for each in frozen:
+        each.requires_grad_(False)
+    trained = [each for each in agent.policy.parameters() if each.requires_grad]
+    before = [each.detach().clone() for each in (*frozen, *trained)]
+    agent.tau = 0.0
+    agent.train(5, 8)
+    assert agent._update_step._graphed.replays > 2
+    after = [*frozen, *trained]
+    same = [th.equal(one, other) for one, other in zip(before, after, strict=True)]
+    targets = [any(each is one for one in model.target_q_ensemble.parameters()) for each in after]
+    for index, (is_same, is_target) in enumerate(zip(same, targets, strict=True)):
+        assert is_same == (index < len(frozen) or is_target)

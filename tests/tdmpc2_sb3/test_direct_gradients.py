@@ -5,6 +5,7 @@ Encoders of images compute in single precision alone, so with images autograd do
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 
@@ -23,7 +24,6 @@ from tdmpc2_sb3.kernels import PolicyDraw, library, weights_held
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
 from tdmpc2_sb3.layers import MLP, SimNorm
 from tdmpc2_sb3.losses import (
-    ENTROPIES,
     LossConfig,
     alive_states,
     model_losses,
@@ -33,6 +33,7 @@ from tdmpc2_sb3.losses import (
     step_weights,
 )
 from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.settings import ENTROPIES
 from tdmpc2_sb3.world_model import Architecture, WorldModel
 
 ACTION_DIM, TAU, TOLERANCE = 3, 0.02, 5e-5
@@ -176,8 +177,9 @@ def test_where_torch_multiplies(case, roughen):
 
 def compare(case, roughen, by_torch):
     """By torch: as on a processor on which it multiplies the matrices."""
-    settings = {"steps": 3, "rows": 9, "space": "vector", **CASES[case]}
-    config = LossConfig(gamma=0.97, **settings.pop("config", {}))
+    settings = CASES[case] if isinstance(case, str) else case
+    settings = {"steps": 3, "rows": 9, "space": "vector", **settings}
+    config = LossConfig(**{"gamma": 0.97, **settings.pop("config", {})})
     steps, rows, space = (settings.pop(name) for name in ("steps", "rows", "space"))
     past_terminations = settings.pop("past_terminations", False)
     model = make_model(roughen, space, **settings)
@@ -315,6 +317,97 @@ def test_whoever_changed_a_part_keeps_autograd(roughen):
     other = copy.deepcopy(model)
     other.reward_net[0].activation = th.nn.Tanh()
     assert not has_direct_gradients(other)
+
+
+def other_value(config, name):
+    """Another value than a setting has."""
+    value = getattr(config, name)
+    if name == "entropy":
+        return next(each for each in ENTROPIES if each != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1 if isinstance(value, int) else 0.5 * value + 0.1
+    return f"other than {value}"
+
+
+@pytest.mark.parametrize("name", LossConfig._fields)
+def test_every_setting_is_heeded_or_declined(name, roughen):
+    """Also one that is added tomorrow to the plain losses alone."""
+    config = LossConfig()._replace(**{name: other_value(LossConfig(), name)})
+    if has_direct_gradients(make_model(roughen, episodic=True), config):
+        settings = {"episodic": True, "past_terminations": True, "config": config._asdict()}
+        compare(settings, roughen, by_torch=False)
+
+
+@pytest.mark.parametrize(("default", "other"), [(0.0, 0.1), (False, True), ("no", "yes"), (0, 2)])
+def test_a_setting_of_the_plain_losses_alone(default, other, roughen):
+    fields = {**LossConfig._field_defaults, "added": default}
+    extended = collections.namedtuple("Extended", fields, defaults=fields.values())
+    model = make_model(roughen)
+    assert has_direct_gradients(model, extended())
+    assert not has_direct_gradients(model, extended(added=other))
+
+
+def test_a_number_that_is_not_0_is_in_use_by_default(roughen):
+    fields = {**LossConfig._field_defaults, "added_coef": 0.5}
+    extended = collections.namedtuple("Extended", fields, defaults=fields.values())
+    assert not has_direct_gradients(make_model(roughen), extended())
+
+
+def changed_layer(layer, attribute="forward"):
+    """Turns a module into a subclass that halves what it returns."""
+    original = type(layer)
+
+    def halved(self, *args, **kwargs):
+        return 0.5 * getattr(original, attribute)(self, *args, **kwargs)
+
+    layer.__class__ = type("Halved", (original,), {attribute: halved})
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["reward_net.0", "reward_net.1", "reward_net.2", "policy_net.2", "q_ensemble.layers.1",
+     "target_q_ensemble.layers.0", "termination_net.1", "dynamics.net.1", "encoder.state.net.0",
+     "q_ensemble", "reward_net.0.activation"],
+)  # fmt: skip
+def test_a_changed_layer_is_learnt_with(path, roughen):
+    """Losses and gradients are those of torch in double precision, whichever way they go."""
+    model = make_model(roughen, episodic=True)
+    changed_layer(model.get_submodule(path))
+    exact = copy.deepcopy(model).double()
+    exact.bins = model.bins.double()
+    batch, config = make_batch("vector", 3, 9, False), LossConfig()
+    noise = sample_update_noise(model, 3, 9, th.Generator().manual_seed(3))
+    weights = step_weights(3, 3, 0.5, True)
+    expected = model_losses(exact, in_double(batch), in_double(noise), config, weights.double())
+    expected.total.backward()
+    knows = has_direct_gradients(model)
+    assert knows == path.startswith(("dynamics", "encoder"))  # which autograd takes then
+    with weights_held():
+        if knows:
+            losses, _ = DirectGradients(model, config).model_losses(batch, noise, weights)
+        else:
+            losses = model_losses(model, batch, noise, config, weights)
+            losses.total.backward()
+    assert_same_losses(losses, expected)
+    for (name, one), other in zip(model.named_parameters(), exact.named_parameters(), strict=True):
+        if other[1].grad is not None:
+            assert_close(one.grad, other[1].grad, name)
+
+
+def test_a_part_changed_later_goes_the_plain_way(make_agent, capsys):
+    agent = make_agent(verbose=1, episodic=True)
+    agent.learn(24)
+    assert agent._update_step._direct is not None
+    assert "plain way" not in capsys.readouterr().out
+    changed_layer(agent.policy.world_model.reward_net[1])
+    agent.learn(3, reset_num_timesteps=False)
+    assert agent._update_step._direct is None
+    assert agent.policy._find_direct_planning() is None
+    lines = [line for line in capsys.readouterr().out.splitlines() if "plain way" in line]
+    assert len(lines) == 2  # gradient steps, plans
+    assert all("reward_net" in line for line in lines)
 
 
 def test_latents_known_to_be_of_simplices(roughen):

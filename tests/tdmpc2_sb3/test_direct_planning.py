@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 
 import numpy as np
@@ -13,7 +14,14 @@ from tdmpc2_sb3.direct_planning import DirectPlanning
 from tdmpc2_sb3.kernels import capture
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
 from tdmpc2_sb3.layers import MLP
-from tdmpc2_sb3.planner import Plan, PlannerConfig, PlanNoise, plan, sample_plan_noise
+from tdmpc2_sb3.planner import (
+    Plan,
+    PlannerConfig,
+    PlanNoise,
+    plan,
+    planning_networks,
+    sample_plan_noise,
+)
 from tdmpc2_sb3.world_model import Architecture, WorldModel
 
 ACTION_DIM = 2
@@ -95,13 +103,70 @@ def test_replayed_plans(roughen, threads, monkeypatch, attempts, case, num_envs,
     monkeypatch.setattr(capture, "ATTEMPTS", attempts)
     model = make_model(roughen, **CASES[case])
     direct = DirectPlanning(model)
-    assert direct.is_possible
+    assert direct.takes(CONFIG)
     for turn in range(3):
         roughen(model, 0.02, seed=turn)
         observation, mean, noise = make_inputs(model, CONFIG, num_envs, turn, shared)
         ours = direct.plan(observation, mean, noise, CONFIG, explore=True)
         assert_same(ours, exact_plan(model, observation, mean, noise, CONFIG, True))
     assert direct._captured.replays == (2 if attempts else 0), direct._captured.computed_by_torch
+
+
+@pytest.mark.parametrize("name", PlannerConfig._fields)
+def test_every_setting_is_heeded_or_declined(roughen, name):
+    """Also one that is added tomorrow to the plain planner alone."""
+    value = getattr(CONFIG, name)
+    if isinstance(value, bool):
+        other = not value
+    elif isinstance(value, (int, float)):
+        other = value + 1 if isinstance(value, int) else 0.5 * value + 0.1
+    else:
+        other = f"other than {value}"
+    config = CONFIG._replace(**{name: other})
+    model = make_model(roughen, episodic=True)
+    direct = DirectPlanning(model)
+    if direct.takes(config):
+        for turn in range(2):
+            observation, mean, noise = make_inputs(model, config, 1, turn)
+            ours = direct.plan(observation, mean, noise, config, explore=True)
+            assert_same(ours, exact_plan(model, observation, mean, noise, config, True))
+
+
+def test_a_setting_of_the_plain_planner_alone(roughen):
+    extended = collections.namedtuple("Extended", [*PlannerConfig._fields, "added"])
+    extended.__new__.__defaults__ = (*PlannerConfig(), 0.0)
+    extended._field_defaults = {**PlannerConfig._field_defaults, "added": 0.0}
+    model = make_model(roughen)
+    direct = DirectPlanning(model)
+    assert direct.takes(extended(*CONFIG))
+    assert not direct.takes(extended(*CONFIG, added=0.1))
+    assert planning_networks(model, 0, extended(*CONFIG)) is not None
+    assert planning_networks(model, 0, extended(*CONFIG, added=0.1)) is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["reward_net.1", "policy_net.2", "q_ensemble.layers.1", "termination_net.1", "q_ensemble",
+     "dynamics.net.0", "dynamics", "encoder.state.net.0", "encoder.state", "encoder"],
+)  # fmt: skip
+def test_a_changed_layer_is_planned_with(roughen, path):
+    model = make_model(roughen, episodic=True)
+    part = model.get_submodule(path)
+    original, name = type(part), "step" if path == "dynamics" else "forward"
+
+    def halved(self, *args, **kwargs):
+        result = getattr(original, name)(self, *args, **kwargs)
+        if name == "step":
+            latent, _ = result
+            return 0.5 * latent, (0.5 * latent,)
+        return 0.5 * result
+
+    part.__class__ = type("Halved", (original,), {name: halved})
+    assert not DirectPlanning(model).takes(CONFIG)
+    observation, mean, noise = make_inputs(model, CONFIG, 2, 1)
+    latent = model.encode(observation)
+    ours = plan(model, latent, mean, noise, CONFIG, True)
+    assert_same(ours, exact_plan(model, observation, mean, noise, CONFIG, True))
 
 
 @pytest.mark.parametrize("case", ["mlp", "ssm"])
@@ -215,9 +280,9 @@ def test_operations_are_counted_by_torch(make_agent):
 
 def test_what_has_no_kernels_is_planned_as_before(roughen):
     image = spaces.Dict({"seen": spaces.Box(0, 255, (3, 64, 64), np.uint8), "felt": VECTOR})
-    assert not DirectPlanning(make_model(roughen, image)).is_possible
+    assert not DirectPlanning(make_model(roughen, image)).takes(CONFIG)
     fed_back = make_model(roughen, dynamics="ssm", autoregressive=True)
-    assert not DirectPlanning(fed_back).is_possible
+    assert not DirectPlanning(fed_back).takes(CONFIG)
 
     class Other(MLP):
         def forward(self, x):
@@ -225,4 +290,4 @@ def test_what_has_no_kernels_is_planned_as_before(roughen):
 
     model = make_model(roughen)
     model.encoder.state.net.__class__ = Other
-    assert not DirectPlanning(model).is_possible
+    assert not DirectPlanning(model).takes(CONFIG)

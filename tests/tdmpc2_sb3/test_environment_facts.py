@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -140,3 +142,26 @@ def test_action_spaces_that_cannot_be_planned_in(space, message, make_agent, poi
     env.action_space = space
     with pytest.raises(ValueError, match=message):
         make_agent(env)
+
+
+@pytest.mark.parametrize("limit", [np.int64(300), np.int16(300), 300.0])
+def test_time_limits_of_any_kind_of_number(make_agent, point_env, limit):
+    env = point_env()
+    env.max_episode_steps = limit
+    agent = make_agent(env, gamma="auto", learning_starts="auto")
+    assert agent.gamma == pytest.approx((300 / 5 - 1) / (300 / 5))
+    assert agent.learning_starts == 1500
+
+
+@pytest.mark.parametrize("limit", [0, -1, np.int64(-1), 2.5, math.nan])
+def test_time_limits_that_are_none(make_agent, point_env, limit):
+    env = point_env()
+    env.max_episode_steps = limit
+    with pytest.raises(ValueError, match=r"max_episode_steps of the environment is .*: it must be"):
+        make_agent(env, gamma="auto")
+
+
+def test_no_time_limit_by_an_infinite_one(make_agent, point_env):
+    env = point_env()
+    env.max_episode_steps = math.inf
+    assert make_agent(env, gamma="auto").gamma == pytest.approx(0.99)

@@ -538,8 +538,8 @@ def test_gumbel_noise_has_the_gumbel_distribution(roughen):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"horizon": 0}, "horizon is 0: planning needs at least 1"),
-        ({"num_iterations": 0}, "num_iterations is 0: planning needs at least 1"),
+        ({"horizon": 0}, "horizon is 0: it must be at least 1"),
+        ({"num_iterations": 0}, "num_iterations is 0: give a whole number or 'auto'"),
         ({"num_samples": 64.5}, "num_samples is 64.5: it must be a whole number"),
         ({"num_pi_trajs": 4.5}, "num_pi_trajs is 4.5: it must be a whole number"),
         ({"num_elites": 65}, "num_elites is 65 but there are only 64 samples: lower num_elites"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import gymnasium
 import numpy as np
@@ -12,6 +13,7 @@ from batches import assert_equal_batches
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from tdmpc2_sb3 import sequence_buffer
 from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
 
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
@@ -372,7 +374,7 @@ def test_a_buffer_too_small_says_so_when_used_not_when_made():
     buffer = make(size=1)  # the zoo loads models with buffer_size=1
     with pytest.raises(RuntimeError, match=r"1 rows per environment .* 3 steps: .* at least 4"):
         Record(buffer).step([None])
-    with pytest.raises(ValueError, match="horizon=0"):
+    with pytest.raises(ValueError, match="horizon is 0"):
         make(horizon=0)
 
 
@@ -426,3 +428,46 @@ def test_a_walker_walk_batch_takes_under_a_millisecond():
         buffer.sample(256)
         times.append(time.perf_counter() - begin)
     assert np.median(times) < 1e-3
+
+
+def test_memory_that_is_not_free_is_warned_of_at_once(monkeypatch):
+    monkeypatch.setattr(sequence_buffer, "_available_memory", lambda: 2_000_000)
+    buffer = make(size=200_000)
+    needed = buffer.rings.num_rows * (4 * (int(np.prod(VECTORS.shape)) + 2) + 5)
+    with pytest.warns(UserWarning, match=f"take {needed / 1e9:.2f} GB and 0.00 GB are free: lower"):
+        buffer.check_memory()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffer.check_memory()  # said once
+        Record(buffer).step([None])
+        make(size=1000).check_memory()
+    assert buffer.nbytes == needed
+
+
+def test_memory_that_no_system_gives(make_agent, point_env, tmp_path):
+    message = r"The replay buffer of \d+ steps takes [\d.]+ GB.*: lower buffer_size\."
+    images = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+    huge = 10**13
+    with pytest.raises(ValueError, match=message):
+        make(size=huge, obs_space=images).check_memory()
+    with pytest.raises(ValueError, match=message):
+        make_agent(point_env(kind="image"), "CnnPolicy", buffer_size=huge)
+    with pytest.raises(RuntimeError, match=message):
+        make(size=huge, obs_space=images).add(
+            np.zeros((1, 3, 64, 64)), np.zeros((1, 3, 64, 64)), np.zeros((1, 2)), [0.0], [False],
+            [{}],
+        )  # fmt: skip
+    agent = make_agent(point_env(kind="image"), "CnnPolicy")
+    agent.save(tmp_path / "agent.zip")
+    loaded = type(agent).load(
+        tmp_path / "agent.zip", env=agent.env, device="cpu", buffer_size=huge
+    )  # predictions need no buffer
+    loaded.predict(np.zeros((3, 64, 64), np.uint8))
+    with pytest.raises(RuntimeError, match=message):
+        loaded.learn(10)
+
+
+def test_stacked_frames_are_counted_once():
+    stacks = spaces.Box(0, 255, (12, 64, 64), np.uint8)
+    sizes = make(size=100, obs_space=stacks)
+    assert sum(sizes._sizes(sizes.stored.likely_storages())) == 100 * (3 * 64 * 64 + 4 * 2 + 5)

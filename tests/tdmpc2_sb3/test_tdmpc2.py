@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -238,3 +240,76 @@ def test_replay_buffer_arguments(make_agent):
     buffer = make_agent(replay_buffer_kwargs={"sample_open_episodes": True}).replay_buffer
     assert buffer.sample_open_episodes
     assert make_agent(replay_buffer_kwargs={"horizon": 5}).replay_buffer.horizon == 5
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        ([-1.0, 0.5], [1.0, 0.5], "dimension 1 of the action space, 0.5 and 0.5, leave no choice"),
+        ([-3e38, -1.0], [3e38, 1.0], r"dimension 0 .* -3e\+38 and 3e\+38, lie too far apart"),
+    ],
+)
+def test_bounds_that_cannot_be_planned_in(make_agent, point_env, low, high, message):
+    env = point_env()
+    env.action_space = spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
+    with pytest.raises(ValueError, match=message):
+        make_agent(env)
+
+
+def test_a_device_that_is_absent(make_agent, tmp_path):
+    absent = "cuda:99" if torch_has_cuda() else "mps" if not torch_has_mps() else "xpu"
+    agent = make_agent()
+    agent.save(tmp_path / "agent.zip")
+    agent.policy.save(tmp_path / "policy.zip")
+    message = f"device is '{absent}', which cannot be used here"
+    with pytest.raises(ValueError, match=message):
+        make_agent(device=absent)
+    with pytest.raises(ValueError, match=message):
+        TDMPC2.load(tmp_path / "agent.zip", device=absent)
+    with pytest.raises(ValueError, match=message):
+        type(agent.policy).load(tmp_path / "policy.zip", device=absent)
+
+
+def torch_has_cuda():
+    return th.cuda.is_available()
+
+
+def torch_has_mps():
+    return th.backends.mps.is_available()
+
+
+@pytest.mark.parametrize(("scale", "warns"), [(1.0, False), (20_000.0, False), (30_000.0, True)])
+def test_rewards_beyond_the_bins_are_warned_of_once(make_agent, point_env, scale, warns):
+    env = TransformReward(point_env(), lambda reward: scale)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_agent(env).learn(30)
+    said = [str(each.message) for each in caught if "reward" in str(each.message)]
+    assert len(said) == warns
+    if warns:
+        assert "A reward of 30000 lies outside [-22025, 22025]" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "n_envs", "warns"),
+    [
+        (19, {}, 1, True),
+        (20, {}, 1, False),
+        (18, {"train_freq": 5}, 1, False),  # the rollout is finished, at step 20
+        (14, {"train_freq": 5}, 1, True),
+        (17, {}, 4, False),
+        (16, {}, 4, True),
+    ],
+)
+def test_no_learning_is_warned_of(make_agent, point_env, steps, settings, n_envs, warns):
+    agent = make_agent(make_vec_env(point_env, n_envs=n_envs), **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        agent.learn(steps)
+    said = [str(each.message) for each in caught if "no gradient step" in str(each.message)]
+    assert len(said) == warns
+    assert (agent._n_updates == 0) == warns
+    if warns:
+        assert "20 random steps (learning_starts) come first" in said[0]
+        agent.learn(20 - agent.num_timesteps, reset_num_timesteps=False)
+        assert agent._n_updates > 0

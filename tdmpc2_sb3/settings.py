@@ -1,0 +1,306 @@
+"""What each argument of :class:`tdmpc2_sb3.TDMPC2` may be, and which may change later.
+
+One row an argument, in :data:`SETTINGS`. The algorithm reads whatever may change anew with every
+action or gradient step, and refuses to have the others assigned, with the reason and a remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.type_aliases import TrainFreq
+from stable_baselines3.common.utils import get_device
+
+AUTOMATIC = "auto"
+ENTROPIES = ("gaussian", "squashed")  # see tdmpc2_sb3.losses.scaled_entropy
+EXPLORATION_NOISES = ("white", "pink")
+_NETWORKS_ARE_BUILT = "the networks have been built with it: build a new model"
+_BUFFER_IS_BUILT = "the replay buffer has been built with it: build a new model"
+
+
+class FixedSettingError(AttributeError):
+    """A setting that stays as it was at construction was assigned."""
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """The value as an ``int``: NumPy's integers and floats without a fraction are whole numbers.
+
+    :param name: how to call it in an error
+    :param value: to be checked
+    :param least: the smallest that is allowed; None if every one is
+    :raises ValueError: if it is something else, or too small
+    """
+    number: int | None = None
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        number = int(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = int(float(value)) if float(value).is_integer() else None
+    if number is None:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number.")
+    if least is not None and number < least:
+        raise ValueError(f"{name} is {number}: it must be at least {least}.")
+    return number
+
+
+def real_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False
+) -> float:
+    """The value as a ``float``.
+
+    :param name: how to call it in an error
+    :param value: to be checked
+    :param low: the smallest that is allowed
+    :param high: the largest that is allowed
+    :param above: whether ``low`` itself is too small
+    :raises ValueError: if it is no number, not finite, or out of range
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}: it must be a finite number.")
+    number = float(value)
+    if not low <= number <= high or (above and number == low):
+        if math.isinf(low):
+            allowed = f"be at most {high:g}"
+        elif math.isinf(high):
+            allowed = "be positive" if above else f"be at least {low:g}"
+        else:
+            allowed = f"lie in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} is {value!r}: it must {allowed}.")
+    return number
+
+
+def usable_device(device: th.device | str) -> th.device:
+    """The device, as SB3 names it; numbers can be put there.
+
+    :param device: "auto", "cpu", "cuda", "mps", ...
+    :raises ValueError: if this machine has no such device
+    """
+    try:
+        found = get_device(device)
+        th.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise ValueError(
+            f"device is {str(device)!r}, which cannot be used here ({reason}): pass device='cpu' "
+            "or 'auto'."
+        ) from error
+    return found
+
+
+Check = Callable[[str, Any], Any]
+
+
+def _whole(least: int | None, *others: Any, remedy: str | None = None) -> Check:
+    """
+    :param others: values that are allowed too
+    :param remedy: what every error says
+    """
+
+    def check(name: str, value: Any) -> Any:
+        if any(value is each or (isinstance(each, str) and value == each) for each in others):
+            return value
+        try:
+            return whole_number(name, value, least)
+        except ValueError as error:
+            if remedy is None:
+                raise
+            raise ValueError(f"{name} is {value!r}: {remedy}.") from error
+
+    return check
+
+
+def _real(
+    low: float, high: float = math.inf, above: bool = False, automatic: bool = False
+) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if automatic and isinstance(value, str) and value == AUTOMATIC:
+            return value
+        return real_number(name, value, low, high, above)
+
+    return check
+
+
+def _norm(name: str, value: Any) -> Any:
+    """A bound that may be infinite: there is none then."""
+    known = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not known or not value > 0:
+        raise ValueError(f"{name} is {value!r}: it must lie in (0, inf].")
+    return float(value)
+
+
+def _one_of(*choices: Any) -> Check:
+    names = all(isinstance(each, str) for each in choices)
+    listed = [each if names else repr(each) for each in choices]
+    allowed = f"one of {', '.join(listed)}"
+    if not names:
+        allowed = f"{', '.join(listed[:-1])} or {listed[-1]}"
+
+    def check(name: str, value: Any) -> Any:
+        value = bool(value) if isinstance(value, np.bool_) else value
+        if not any(type(value) is type(each) and value == each for each in choices):
+            raise ValueError(f"{name} is {value!r}: use {allowed}.")
+        return value
+
+    return check
+
+
+def _train_freq(name: str, value: Any) -> Any:
+    if not isinstance(value, (tuple, list)):
+        return whole_number(name, value, 1)
+    if len(value) != 2:
+        raise ValueError(f"{name} is {value!r}: give a number of steps, or (number, 'episode').")
+    frequency = whole_number(name, value[0], 1)
+    if isinstance(value, TrainFreq):
+        return value._replace(frequency=frequency)
+    return frequency, value[1]
+
+
+def _learning_rate(name: str, value: Any) -> Any:
+    return value if callable(value) else real_number(name, value, 0.0)
+
+
+class Setting(NamedTuple):
+    """One argument."""
+
+    check: Check | None = None  # what it makes of a value; raises ValueError
+    fixed: str | None = None  # why it cannot change any more, with a remedy; None if it can
+
+
+def _built(check: Check | None = None, reason: str = _NETWORKS_ARE_BUILT) -> Setting:
+    return Setting(check, reason)
+
+
+_COEFFICIENT = Setting(_real(-math.inf))
+_COUNT = Setting(_whole(1))
+_SIZE = _built(_whole(1, None))
+
+SETTINGS: dict[str, Setting] = {
+    "policy": Setting(),
+    "env": Setting(),
+    "learning_rate": Setting(_learning_rate),
+    "buffer_size": _built(_whole(1), _BUFFER_IS_BUILT),
+    "learning_starts": Setting(_whole(0, AUTOMATIC, remedy="give a number of steps or 'auto'")),
+    "batch_size": _COUNT,
+    "tau": Setting(_real(0.0, 1.0)),
+    "gamma": Setting(_real(0.0, 1.0, automatic=True)),
+    "train_freq": Setting(_train_freq),
+    "gradient_steps": Setting(
+        _whole(
+            -1, remedy="give a number of gradient steps, or -1 for as many as steps were collected"
+        )
+    ),
+    "action_noise": Setting(),
+    "exploration_noise": Setting(_one_of(*EXPLORATION_NOISES)),
+    "replay_buffer_class": _built(None, _BUFFER_IS_BUILT),
+    "replay_buffer_kwargs": _built(None, _BUFFER_IS_BUILT),
+    "initial_gradient_steps": Setting(
+        _whole(0, AUTOMATIC, remedy="give a number of gradient steps or 'auto'")
+    ),
+    "horizon": _COUNT,
+    "train_horizon": Setting(_whole(1, None)),
+    "model_size": _built(_whole(1)),
+    "latent_dim": _SIZE,
+    "enc_dim": _SIZE,
+    "mlp_dim": _SIZE,
+    "num_enc_layers": _SIZE,
+    "num_q": _SIZE,
+    "simnorm_dim": _SIZE,
+    "num_bins": _SIZE,
+    "dropout": _built(),
+    "dynamics": _built(),
+    "dynamics_kwargs": _built(),
+    "num_samples": _COUNT,
+    "num_elites": _COUNT,
+    "num_pi_trajs": Setting(_whole(0)),
+    "num_iterations": Setting(_whole(1, AUTOMATIC, remedy="give a whole number or 'auto'")),
+    "temperature": Setting(_real(0.0, above=True)),
+    "min_std": Setting(_real(0.0, above=True)),
+    "max_std": Setting(_real(0.0, above=True)),
+    "consistency_coef": _COEFFICIENT,
+    "reward_coef": _COEFFICIENT,
+    "value_coef": _COEFFICIENT,
+    "termination_coef": _COEFFICIENT,
+    "entropy_coef": _COEFFICIENT,
+    "entropy": Setting(_one_of(*ENTROPIES)),
+    "rho": Setting(_real(0.0, 1.0, automatic=True)),
+    "td_lambda": Setting(_real(0.0, 1.0)),
+    "policy_delay": _COUNT,
+    "enc_lr_scale": Setting(_real(0.0)),
+    "max_grad_norm": Setting(_norm),
+    "episodic": _built(_one_of(True, False, AUTOMATIC)),
+    "reference_terminations": _built(_one_of(True, False), _BUFFER_IS_BUILT),
+    "use_planner": Setting(_one_of(True, False)),
+    "compile": Setting(_one_of(True, False, AUTOMATIC)),
+    "stats_window_size": _built(_whole(1), "the statistics have begun: build a new model"),
+    "tensorboard_log": Setting(),
+    "policy_kwargs": _built(None, "the policy has been built with them: build a new model"),
+    "verbose": Setting(_whole(0)),
+    "seed": _built(
+        _whole(0, None), "the random streams have begun: call set_random_seed(seed) instead"
+    ),
+    "device": _built(
+        None, "the networks are there: save the model and load it on the other device"
+    ),
+}
+
+
+class LiveSettings:
+    """An object whose settings are checked when they are assigned, once it is set up.
+
+    Before (at construction and loading) they are checked all at once.
+    """
+
+    _is_set_up = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_set_up and name in SETTINGS:
+            self._change(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _change(self, name: str, value: Any) -> None:
+        fixed, present = SETTINGS[name].fixed, self.__dict__.get(name)
+        if fixed is not None:
+            if value is present or (type(value) is type(present) and value == present):
+                return
+            raise FixedSettingError(f"{name} cannot become {value!r} any more: {fixed}.")
+        value, before = check_setting(name, value), dict(self.__dict__)
+        self.__dict__[name] = value
+        try:
+            self._on_change(name, present)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _on_change(self, name: str, previous: Any) -> None:
+        """A setting has its new value: whatever depends on it follows, unless it is read anew.
+
+        :param name: of the setting
+        :param previous: its value before
+        :raises ValueError: if it does not go with the others; nothing has changed then
+        """
+        raise NotImplementedError
+
+    def _check_all(self) -> None:
+        """
+        :raises ValueError: naming the first setting that is out of range
+        """
+        for name in SETTINGS:
+            if name in self.__dict__:
+                self.__dict__[name] = check_setting(name, self.__dict__[name])
+
+
+def check_setting(name: str, value: Any) -> Any:
+    """What is kept of a value that an argument is given.
+
+    :param name: of the argument
+    :param value: given
+    :raises ValueError: naming the argument, the value and the remedy
+    """
+    check = SETTINGS[name].check
+    return value if check is None else check(name, value)

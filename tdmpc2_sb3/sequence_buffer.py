@@ -176,14 +176,16 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param reward: rewards [E]
         :param done: where the episode ended [E]
         :param infos: ``info["TimeLimit.truncated"]`` tells a truncation from a termination
-        :raises RuntimeError: an observation, action or reward is not finite (nothing is stored
-            then), or the buffer is too small for a sub-sequence
+        :raises RuntimeError: an observation, action or reward is not finite or none of its space's
+            choices (nothing is stored then), or the buffer is too small for a sub-sequence
         """
         obs_, next_obs_ = self.stored.as_arrays(obs), self.stored.as_arrays(next_obs)
         with np.errstate(over="ignore", invalid="ignore"):
             action = np.asarray(action, dtype=np.float32).reshape(self.n_envs, self.action_dim)
             reward = np.asarray(reward, dtype=np.float32).reshape(self.n_envs)
         self._check_finite(obs_, next_obs_, action, reward)
+        self.stored.check_choices(obs_)
+        self.stored.check_choices(next_obs_)
         if not self.stored.storages:
             self._allocate(obs_, next_obs_)
         done = np.asarray(done, dtype=bool).reshape(self.n_envs)

@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import check_for_nested_spaces
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -43,6 +44,7 @@ from tdmpc2_sb3.environment_facts import (
     read_facts,
 )
 from tdmpc2_sb3.losses import ENTROPIES, LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.observation_entries import check_entries
 from tdmpc2_sb3.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan
 from tdmpc2_sb3.policies import (
@@ -52,6 +54,7 @@ from tdmpc2_sb3.policies import (
     PlanState,
     SSMPolicy,
     TDMPC2Policy,
+    is_of_integers,
 )
 from tdmpc2_sb3.saving import read_archive, write_archive
 from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
@@ -99,7 +102,8 @@ class TDMPC2(OffPolicyAlgorithm):
     action repeat of 2, one step is two frames.
 
     :param policy: "MlpPolicy", "SSMPolicy", "CnnPolicy", "MultiInputPolicy" or a policy class
-    :param env: environment with a bounded Box action space, or its id
+    :param env: environment with a bounded Box action space (of integers every value gets an equal
+        share of the planned [-1, 1], and the buffer holds what was planned), or its id
     :param learning_rate: of Adam; may be a function of the remaining progress
     :param buffer_size: steps that the replay buffer holds
     :param learning_starts: steps of random actions before learning; "auto": five episodes, at
@@ -242,7 +246,10 @@ class TDMPC2(OffPolicyAlgorithm):
     ):
         if env is not None:
             env = maybe_make_env(env, verbose)
-            check_action_space(env.action_space)  # SB3's own check names no remedy
+            # SB3's own checks name no remedy.
+            check_action_space(env.action_space)
+            check_for_nested_spaces(env.observation_space)
+            check_entries(env.observation_space)
         elif _init_setup_model:
             raise ValueError("env is None: pass an environment or its id.")
         super().__init__(
@@ -442,7 +449,8 @@ class TDMPC2(OffPolicyAlgorithm):
         if buffer_class is not None and not issubclass(buffer_class, SequenceReplayBuffer):
             raise ValueError(
                 f"replay_buffer_class is {buffer_class.__name__}: TDMPC2 learns from "
-                "sub-sequences, use SequenceReplayBuffer or a subclass of it."
+                "sub-sequences, without hindsight relabelling: use SequenceReplayBuffer or a "
+                "subclass of it."
             )
         self._check_update_ratio()
 
@@ -725,11 +733,19 @@ class TDMPC2(OffPolicyAlgorithm):
         if self._warming_up and noise is not None:
             scaled = uniform(noise)
             return self.policy.unscale(scaled), scaled.cpu().numpy()
+        if self._warming_up and is_of_integers(self.action_space):
+            # The buffer holds what was meant within a value's share, as it does of plans.
+            shape = (n_envs, self.policy.world_model.action_dim)
+            meant = self.action_space.np_random.uniform(-1.0, 1.0, shape).astype(np.float32)
+            return self.policy.unscale(th.from_numpy(meant)), meant
         if self._warming_up:
             unscaled = np.array([self.action_space.sample() for _ in range(n_envs)])
             return unscaled, self.policy.scale_action(unscaled).astype(np.float32)
         assert self._last_obs is not None
-        observation, _ = self.policy.obs_to_tensor(self._last_obs)
+        try:
+            observation, _ = self.policy.obs_to_tensor(self._last_obs)
+        except ValueError as error:  # which the zoo would take for a trial to be pruned
+            raise RuntimeError(str(error)) from error
         if self.use_planner:
             scaled = self._plan_action(observation, n_envs, noise).action
         else:

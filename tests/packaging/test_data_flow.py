@@ -54,7 +54,7 @@ ROWS = {
                 "zoo_yaml",
             ],
         ),
-        ("environment", ["environment_facts", "episode_state"]),
+        ("environment", ["environment_facts", "episode_state", "observation_entries"]),
         (
             "sequence buffer",
             [

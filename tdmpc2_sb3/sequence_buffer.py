@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tdmpc2_sb3 import replay_file
 from tdmpc2_sb3.episode_rings import EpisodeRings
 from tdmpc2_sb3.file_io import PathOrFile
+from tdmpc2_sb3.normalization import NormalizationBelow
 from tdmpc2_sb3.observation_storage import ObservationStorage
 from tdmpc2_sb3.stored_observations import ArrayOrDict, Arrays, StoredObservations
 
@@ -284,12 +285,12 @@ class SequenceReplayBuffer(ReplayBuffer):
     # --------------------------------------------------------------- sampling
 
     def sample(  # type: ignore[override]
-        self, batch_size: int, env: VecNormalize | None = None
+        self, batch_size: int, env: VecNormalize | NormalizationBelow | None = None
     ) -> SequenceBatch:
         """Draw sub-sequences with replacement, each as likely as any other.
 
         :param batch_size: number B of sub-sequences
-        :param env: normalises observations and rewards
+        :param env: normalises observations and rewards; a VecNormalize alone those of its own shape
         :raises RuntimeError: no stored episode has T steps
         """
         running = self._num_running_starts()
@@ -301,10 +302,16 @@ class SequenceReplayBuffer(ReplayBuffer):
                 "lower the horizon."
             )
         rows = self.rings.draw(batch_size, running, self.rng)  # [T+1, B]
-        observations = self._normalize_obs(self.stored.gather(rows), env)
+        observations = self.stored.gather(rows)
+        if isinstance(env, NormalizationBelow):
+            observations = env.normalize(observations, self.rings.place(rows))
+        elif env is not None:
+            observations = env.normalize_obs(observations)
         rows = rows[:-1]
         actions = self.actions.take(rows, axis=0)
-        rewards = self._normalize_reward(self.rewards.take(rows), env)
+        rewards = self.rewards.take(rows)
+        if env is not None:
+            rewards = env.normalize_reward(rewards)
         valid = None
         if self.past_terminations:
             is_step = self.rings.is_step(rows).astype(np.float32)

@@ -44,6 +44,7 @@ from tdmpc2_sb3.environment_facts import (
     read_facts,
 )
 from tdmpc2_sb3.losses import ENTROPIES, LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.normalization import NormalizationBelow
 from tdmpc2_sb3.observation_entries import check_entries
 from tdmpc2_sb3.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan
@@ -359,8 +360,14 @@ class TDMPC2(OffPolicyAlgorithm):
             self._pink_noise = PinkNoise(
                 self.n_envs, self.policy.world_model.action_dim, self._training_generator
             )
+        self._normalization = self._find_normalization()
         self._saved_episodes: episode_state.EpisodeStates | None = None
         self._update_step = self._make_update_step()
+
+    def _find_normalization(self) -> NormalizationBelow | None:
+        if self.env is None or self._vec_normalize_env is None:
+            return None
+        return NormalizationBelow(self.env, self._vec_normalize_env)
 
     def _make_buffer(self) -> SequenceReplayBuffer:
         if self.replay_buffer_class is None:
@@ -576,6 +583,8 @@ class TDMPC2(OffPolicyAlgorithm):
         result = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if self._normalization is not None and not going_on:
+            self._last_original_obs = self._normalization.first(self._last_obs)  # type: ignore[arg-type]
         if noise is not None and type(noise) is type(self.action_noise):
             # SB3 resets the noise at each call; within an episode it goes on.
             vars(self.action_noise).update(vars(noise))
@@ -687,7 +696,7 @@ class TDMPC2(OffPolicyAlgorithm):
         learning_rate = self.lr_schedule(self._current_progress_remaining)
         self.policy.set_learning_rate(learning_rate)
         for _ in range(gradient_steps):
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            batch = self.replay_buffer.sample(batch_size, env=self._normalization)  # type: ignore[arg-type]
             noise = sample_update_noise(
                 self.policy.world_model,
                 self.sequence_length,
@@ -850,6 +859,38 @@ class TDMPC2(OffPolicyAlgorithm):
         self._rollout_steps = self._rollout_episodes = 0
         return result
 
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """Stores a step with its observations as they were before VecNormalize, if there is one."""
+        below = self._normalization
+        if below is None:
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+            return
+        before = self._last_original_obs
+        assert before is not None
+        original = below.next(new_obs, dones, before)
+        following = copy.deepcopy(original)
+        for index in np.flatnonzero(dones):
+            last = infos[index].get("terminal_observation")
+            if last is None:
+                continue
+            last = below.last(last, before, int(index))
+            if isinstance(following, dict):
+                for key, values in following.items():
+                    values[index] = last[key]
+            else:
+                following[index] = last
+        reward = below.normalizer.get_original_reward()
+        replay_buffer.add(before, following, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
+        self._last_obs, self._last_original_obs = new_obs, original
+
     def _count_episodes(
         self, dones: np.ndarray, action_noise: ActionNoise | None, n_envs: int
     ) -> list[int]:
@@ -875,6 +916,7 @@ class TDMPC2(OffPolicyAlgorithm):
             "_means",
             "_plan_mean",
             "_pink_noise",
+            "_normalization",
             "_saved_episodes",
             "_update_step",
         ]
@@ -1073,6 +1115,7 @@ class TDMPC2(OffPolicyAlgorithm):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         super().set_env(env, force_reset)
         self._saved_episodes = None
+        self._normalization = self._find_normalization()
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """Saves the replay buffer atomically, as plain arrays.

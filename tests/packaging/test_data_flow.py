@@ -54,7 +54,10 @@ ROWS = {
                 "zoo_yaml",
             ],
         ),
-        ("environment", ["environment_facts", "episode_state", "observation_entries"]),
+        (
+            "environment",
+            ["environment_facts", "episode_state", "normalization", "observation_entries"],
+        ),
         (
             "sequence buffer",
             [

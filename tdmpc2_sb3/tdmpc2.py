@@ -6,6 +6,7 @@ import copy
 import io
 import pathlib
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -362,6 +363,7 @@ class TDMPC2(OffPolicyAlgorithm):
             )
         self._normalization = self._find_normalization()
         self._saved_episodes: episode_state.EpisodeStates | None = None
+        self._why_anew: str | None = None  # saved episodes cannot go on
         self._update_step = self._make_update_step()
 
     def _find_normalization(self) -> NormalizationBelow | None:
@@ -595,7 +597,11 @@ class TDMPC2(OffPolicyAlgorithm):
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         closed = self.replay_buffer.close_episodes()
         if closed and self.verbose >= 1:
-            print(f"The environment starts anew: {closed} open episode(s) closed as truncated.")
+            why = "" if self._why_anew is None else f" ({self._why_anew})"
+            print(
+                f"The environment starts anew: {closed} open episode(s) closed as truncated{why}."
+            )
+        self._why_anew = None
         self._plan_mean = None
         self._rollout_steps = self._rollout_episodes = 0
 
@@ -919,6 +925,7 @@ class TDMPC2(OffPolicyAlgorithm):
             "_normalization",
             "_saved_episodes",
             "_update_step",
+            "_why_anew",
         ]
 
     def save(
@@ -1041,7 +1048,9 @@ class TDMPC2(OffPolicyAlgorithm):
     ) -> None:
         """Keeps the episodes in progress for :meth:`learn` if they can be restored or still run."""
         episodes = run_state["episodes"]
-        restorable = same_envs and episodes is not None and episode_state.can_capture(self.env)  # type: ignore[arg-type]
+        if same_envs and self.env is not None:
+            self._why_anew = self._find_obstacle(episodes)
+        restorable = same_envs and episodes is not None and self._why_anew is None
         if restorable or (same_envs and not force_reset):
             self._saved_episodes = episodes if restorable else None
             if "plan_mean" in streams:
@@ -1049,6 +1058,19 @@ class TDMPC2(OffPolicyAlgorithm):
         else:
             self._last_obs = None
             self._last_original_obs = None
+
+    def _find_obstacle(self, episodes: episode_state.EpisodeStates | None) -> str | None:
+        """What keeps the saved episodes from going on. Where the environments themselves could,
+        it comes as a surprise, and is a warning."""
+        assert self.env is not None
+        found = episode_state.obstacle(self.env, episodes)
+        if found is not None and episode_state.has_state(self.env):
+            warnings.warn(
+                f"The episode in progress does not go on where it was, but ends as truncated: "
+                f"{found}.",
+                stacklevel=4,
+            )
+        return found
 
     def set_parameters(
         self,

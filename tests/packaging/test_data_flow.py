@@ -56,7 +56,13 @@ ROWS = {
         ),
         (
             "environment",
-            ["environment_facts", "episode_state", "normalization", "observation_entries"],
+            [
+                "environment_facts",
+                "wrapper_state",
+                "episode_state",
+                "normalization",
+                "observation_entries",
+            ],
         ),
         (
             "sequence buffer",

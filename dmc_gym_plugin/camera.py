@@ -90,7 +90,6 @@ class Photographer:
             self.close_contexts()
         if self.physics._contexts:
             return
-        rendering.correct_early_import()
         try:
             _ = self.physics.contexts
         except Exception as error:  # each backend has exceptions of its own

@@ -1,9 +1,12 @@
-"""Choice of a headless OpenGL backend, before dm_control is imported.
+"""Choice of an OpenGL backend, when the first picture is asked for and not before.
 
-dm_control takes the first backend that it can *import*, and GLFW always imports, so on a Linux
-machine without a display its choice fails at the first picture. Here EGL and OSMesa are tried in
-that order for what they can *do*. ``MUJOCO_GL`` set by the user always wins; machines with a
-display, and macOS, keep dm_control's choice.
+dm_control chooses as it is imported: it takes the first backend that it can *import*, and GLFW
+always imports, so on a Linux machine without a display its choice fails at the first picture; a
+backend or device that the user's variables name and that is not there fails at once, also where
+nothing is ever drawn. Here dm_control is imported without a choice. The first picture tries EGL and
+OSMesa in that order for what they can *do*. ``MUJOCO_GL``, ``PYOPENGL_PLATFORM`` and
+``MUJOCO_EGL_DEVICE_ID`` set by the user always win; machines with a display, and macOS, keep
+dm_control's choice.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 VARIABLE = "MUJOCO_GL"
+PLATFORM_VARIABLE = "PYOPENGL_PLATFORM"
+DEVICE_VARIABLE = "MUJOCO_EGL_DEVICE_ID"
 
 REMEDY = (
     "install EGL (Debian, Ubuntu: `apt-get install libegl1 libgl1-mesa-dri`) or OSMesa "
@@ -42,33 +48,96 @@ def is_headless() -> bool:
 def choose_backend() -> str | None:
     """Set ``MUJOCO_GL`` for a headless machine: EGL, then OSMesa, then none.
 
+    Of these ``PYOPENGL_PLATFORM``, where the user has set it, leaves one.
+
     :return: the value of ``MUJOCO_GL`` now, None where dm_control chooses by itself
+    :raises RenderingError: if that one does not work
     """
     load_triton_first()
     if os.environ.get(VARIABLE) or not is_headless():
         return os.environ.get(VARIABLE)
-    if egl_works():
+    platform = os.environ.get(PLATFORM_VARIABLE) or None
+    if platform in (None, "egl") and egl_works():
         os.environ[VARIABLE] = "egl"
-    elif osmesa_loads():
+    elif platform in (None, "osmesa") and osmesa_loads():
         os.environ[VARIABLE] = "osmesa"
-    else:
+    elif platform is None:
         os.environ[VARIABLE] = "disable"
+    else:
+        raise RenderingError(
+            f"Cannot render: {PLATFORM_VARIABLE} is {platform!r}, which does not work on this "
+            "machine without a display; unset it, or set it to egl or osmesa and install that."
+        )
     return os.environ[VARIABLE]
 
 
 def import_dm_control() -> None:
-    """Choose a backend and import dm_control with it.
-
-    :raises RenderingError: where ``MUJOCO_GL``, set by the user, names a backend that is not there
-    """
-    choose_backend()
+    """Import dm_control so that its backend is chosen when a picture needs one."""
+    load_triton_first()
+    platform = os.environ.get(PLATFORM_VARIABLE)
     try:
-        importlib.import_module("dm_control.mujoco")
-    except Exception as error:  # PyOpenGL fails in many ways where its library is missing
-        if os.environ.get(VARIABLE):
-            raise explain(error) from error
-        raise
+        # With the user's variables: mujoco's own renderer is not ours to switch off.
+        importlib.import_module("mujoco")
+    except Exception:  # the variables name what is not there, so mujoco draws nothing either way
+        _set_variable(PLATFORM_VARIABLE, platform)  # which it has set on the way
+        with _variables(**{VARIABLE: "disable"}):
+            importlib.import_module("mujoco")
+    if os.environ.get(VARIABLE) or is_headless():
+        with _variables(**{VARIABLE: "disable"}):
+            render: Any = importlib.import_module("dm_control._render")
+        # One that was imported before this package has settled on GLFW, without a display in vain.
+        settled = render.BACKEND != "off" and bool(os.environ.get(VARIABLE))
+        if render.BACKEND in ("off", "glfw") and not settled:
+            render.BACKEND = os.environ.get(VARIABLE) or "off"
+            render.Renderer = _choose_and_render
+    importlib.import_module("dm_control.mujoco")
     keep_render_threads()
+
+
+def _choose_and_render(*args: Any, **kwargs: Any) -> Any:
+    """Stands in for dm_control's class of OpenGL contexts until the first one is made."""
+    render: Any = importlib.import_module("dm_control._render")
+    backend = choose_backend() or "glfw"
+    known = render._ALL_RENDERERS + render._NO_RENDERER
+    found = next(((names[0], load) for names, load in known if backend in names), None)
+    if found is None:
+        names = sorted(name for group, _ in known for name in group if name)
+        raise RenderingError(
+            f"Cannot render: {VARIABLE} is {backend!r}, which dm_control does not know; use one of "
+            f"{', '.join(names)}."
+        )
+    empty = {DEVICE_VARIABLE: None} if not os.environ.get(DEVICE_VARIABLE) else {}
+    platform = os.environ.get(PLATFORM_VARIABLE)
+    try:
+        with _variables(**empty):
+            renderer = found[1]()
+    except Exception as error:  # PyOpenGL fails in many ways where its library is missing
+        # dm_control has set it on the way; once the cause is gone, the next picture tries again.
+        _set_variable(PLATFORM_VARIABLE, platform)
+        raise explain(error) from error
+    render.BACKEND, render.Renderer = found[0], renderer
+    render.USING_GPU = found[0] in ("egl", "glfw")
+    return renderer(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _variables(**values: str | None) -> Iterator[None]:
+    """Set environment variables for a while; None removes one."""
+    before = {name: os.environ.get(name) for name in values}
+    for name, value in values.items():
+        _set_variable(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            _set_variable(name, value)
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def keep_render_threads() -> None:
@@ -150,34 +219,23 @@ def osmesa_loads() -> bool:
     return False
 
 
-def correct_early_import() -> None:
-    """Repair dm_control's choice where the user imported it before this package.
-
-    On a headless machine it has settled on GLFW by then, which cannot work there, so its renderer
-    is replaced by the one that does.
-    """
-    from dm_control import _render
-
-    if _render.BACKEND != "glfw" or not is_headless():
-        return
-    backend = choose_backend()
-    if backend == "egl":
-        _render.Renderer = _render._import_egl()
-    elif backend == "osmesa":
-        _render.Renderer = _render._import_osmesa()
-    else:
-        return
-    _render.BACKEND = backend
-
-
 def explain(error: BaseException) -> RenderingError:
-    """Return an error that says what to install, from whatever the backend raised."""
+    """Return an error that says what to do, from whatever the backend raised."""
+    if isinstance(error, RenderingError):
+        return error
     backend = os.environ.get(VARIABLE)
     if backend in ("disable", "disabled", "off", "false", "0"):
         cause = f"{VARIABLE} is {backend!r} (set by you, or as neither EGL nor OSMesa works)"
+        return RenderingError(f"Cannot render: {cause}; {REMEDY}, or set {VARIABLE}.")
+    cause = f"the OpenGL backend {backend or 'of the display'} failed ({error})"
+    device, platform = os.environ.get(DEVICE_VARIABLE), os.environ.get(PLATFORM_VARIABLE)
+    if backend == "egl" and device:
+        remedy = f"{DEVICE_VARIABLE} is {device!r}: unset it or name a device that is there"
+    elif platform and backend in ("egl", "osmesa") and platform != backend:
+        remedy = f"{PLATFORM_VARIABLE} is {platform!r}: unset it or set it to {backend}"
     else:
-        cause = f"the OpenGL backend {backend or 'of the display'} failed ({error})"
-    return RenderingError(f"Cannot render: {cause}; {REMEDY}, or set {VARIABLE}.")
+        remedy = f"{REMEDY}, or set {VARIABLE}"
+    return RenderingError(f"Cannot render: {cause}; {remedy}.")
 
 
 def _call_nothing() -> Any:

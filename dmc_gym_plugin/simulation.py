@@ -42,7 +42,7 @@ def check_mujoco(version: str | None = None) -> None:
 check_mujoco()
 rendering.import_dm_control()
 
-import mujoco  # noqa: E402 - after the version check and the choice of an OpenGL backend
+import mujoco  # noqa: E402 - after the version check, and without a choice of OpenGL
 from dm_control import suite  # noqa: E402
 from dm_control.mujoco import Physics  # noqa: E402
 from dm_control.rl.control import PhysicsError  # noqa: E402

@@ -1,6 +1,7 @@
 """Refuses what is no state of ``get_state()``, before anything of it is restored.
 
-Apart from ``state.py``, because that imports MuJoCo, which has to wait for the choice of a backend.
+Apart from ``state.py``, because that imports MuJoCo, which :mod:`dmc_gym_plugin.rendering` has to
+do first.
 """
 
 from __future__ import annotations

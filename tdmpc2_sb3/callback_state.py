@@ -121,8 +121,10 @@ class RestoreCallbacks(BaseCallback):
         for name, rows in state["evaluations"].items():
             setattr(callback, f"evaluations_{name}", rows)
         environments = state.get("environments")
-        if environments is not None and episode_state.can_capture(callback.eval_env):
-            episode_state.restore(callback.eval_env, environments)
+        if environments is not None:
+            same_number = len(environments) == callback.eval_env.num_envs
+            if same_number and episode_state.obstacle(callback.eval_env, environments) is None:
+                episode_state.restore(callback.eval_env, environments)
         if callback.log_path is None:
             return
         # EvalCallback writes its file anew at each evaluation, and a kill may have cut it off.

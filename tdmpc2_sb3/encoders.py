@@ -1,21 +1,29 @@
 """From observations to latents: vectors, images and dictionaries of both.
 
+What counts as which is told in :mod:`tdmpc2_sb3.observation_entries`.
+
 Shapes: ``...`` leading axes, O observation, C, h, w image, Z latent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 
 from tdmpc2_sb3.kernels import Layer
 from tdmpc2_sb3.layers import MLP, NormedLinear, SimNorm
+from tdmpc2_sb3.observation_entries import (
+    check_entries,
+    entries_of,
+    input_size,
+    is_image,
+    vector_of,
+)
 
 Observation: TypeAlias = "th.Tensor | dict[str, th.Tensor]"
 
@@ -75,11 +83,16 @@ class PixelEncoder(nn.Module):
     :param shape: (C, h, w) of the stacked frames
     :param latent_dim: Z
     :param simnorm_dim: V
+    :param normalize: whether values are in 0..255 and are to be moved to -0.5..0.5; if not, they
+        are read as they are
     :raises ValueError: if the image is too small for the four convolutions
     """
 
-    def __init__(self, shape: tuple[int, ...], latent_dim: int, simnorm_dim: int):
+    def __init__(
+        self, shape: tuple[int, ...], latent_dim: int, simnorm_dim: int, normalize: bool = True
+    ):
         super().__init__()
+        self.normalize = normalize
         channels, *size = shape
         for kernel, stride in CONV_KERNEL_STRIDE:
             size = [(side - kernel) // stride + 1 for side in size]
@@ -102,13 +115,13 @@ class PixelEncoder(nn.Module):
 
     def forward(self, images: th.Tensor, offsets: th.Tensor | None = None) -> th.Tensor:
         """
-        :param images: uint8 or float in 0..255, [..., C, h, w]
+        :param images: uint8 or float, [..., C, h, w]
         :param offsets: of :func:`random_shift`, [prod(...), 2]; centred if None
         """
         x = images.reshape(-1, *images.shape[-3:]).float()
         if offsets is not None:
             x = random_shift(x, offsets)
-        latent = self.net(x / 255.0 - 0.5)
+        latent = self.net(x / 255.0 - 0.5 if self.normalize else x)
         return latent.view(*images.shape[:-3], -1)  # type: ignore[no-any-return]
 
 
@@ -119,12 +132,13 @@ class Encoder(nn.Module):
     encoder of its own, and the latent is the mean of theirs, which is again a point of the
     simplices (the reference is single-modal: a deviation).
 
-    :param observation_space: Box of a vector or of (C, h, w) uint8 images, or a Dict of such
+    :param observation_space: an entry of :mod:`tdmpc2_sb3.observation_entries`, or a Dict of such
     :param enc_dim: width of the state encoder's hidden layers
     :param latent_dim: Z
     :param num_layers: layers of the state encoder
     :param simnorm_dim: V
-    :raises ValueError: if the space or an entry of it is no Box
+    :param normalize_images: False: every Box of three axes is an image and is read as it is
+    :raises ValueError: if the space or an entry of it is of another kind
     """
 
     def __init__(
@@ -134,30 +148,27 @@ class Encoder(nn.Module):
         latent_dim: int,
         num_layers: int,
         simnorm_dim: int,
+        normalize_images: bool = True,
     ):
         super().__init__()
+        check_entries(observation_space)
         self.is_dict = isinstance(observation_space, spaces.Dict)
-        entries: dict[str, spaces.Space] = (
-            dict(observation_space.spaces)
-            if isinstance(observation_space, spaces.Dict)
-            else {"observation": observation_space}
-        )
         self.vector_keys: list[str] = []
         self.image_keys: list[str] = []
         num_inputs = 0
         pixels = nn.ModuleDict()
+        entries = entries_of(observation_space)
+        self._names = module_names(entries)
         for key, space in entries.items():
-            if not isinstance(space, spaces.Box):
-                raise ValueError(
-                    f"Observation '{key}' is a {type(space).__name__}: TDMPC2 encodes Box spaces "
-                    "only; flatten it, e.g. with gymnasium.wrappers.FlattenObservation."
-                )
-            if is_image_space(space):
+            if is_image(space, normalize_images):
+                assert space.shape is not None
                 self.image_keys.append(key)
-                pixels[key] = PixelEncoder(space.shape, latent_dim, simnorm_dim)
+                pixels[self._names[key]] = PixelEncoder(
+                    space.shape, latent_dim, simnorm_dim, normalize_images
+                )
             else:
                 self.vector_keys.append(key)
-                num_inputs += math.prod(space.shape)
+                num_inputs += input_size(space)
         if self.vector_keys:
             self.state = StateEncoder(num_inputs, enc_dim, latent_dim, num_layers, simnorm_dim)
         self.pixels = pixels
@@ -172,7 +183,7 @@ class Encoder(nn.Module):
         for index, key in enumerate(self.image_keys):
             image = observation[key] if isinstance(observation, dict) else observation
             offset = None if offsets is None else offsets[index]
-            latents.append(self.pixels[key](image, offset))
+            latents.append(self.pixels[self._names[key]](image, offset))
         return latents[0] if len(latents) == 1 else th.stack(latents).mean(0)
 
     def vectors(self, observation: Observation) -> th.Tensor:
@@ -207,25 +218,45 @@ class Encoder(nn.Module):
         )
 
 
-def flatten_vectors(observation: Observation, space: spaces.Space) -> Observation:
-    """Gives every vector entry a single axis behind the batch axes; images stay as they are.
+def flatten_vectors(
+    observation: Observation, space: spaces.Space, normalize_images: bool = True
+) -> Observation:
+    """Gives every entry but the images a single axis of what the state encoder reads.
 
     :param observation: entries [..., *shape]
     :param space: the space it comes from
+    :param normalize_images: as of :class:`Encoder`
     """
     if isinstance(space, spaces.Dict):
         assert isinstance(observation, dict)
-        return {key: _flatten_entry(value, space.spaces[key]) for key, value in observation.items()}
+        return {
+            key: _flatten_entry(value, space.spaces[key], normalize_images)
+            for key, value in observation.items()
+        }
     assert isinstance(observation, th.Tensor)
-    return _flatten_entry(observation, space)
+    return _flatten_entry(observation, space, normalize_images)
 
 
-def _flatten_entry(value: th.Tensor, space: spaces.Space) -> th.Tensor:
-    assert space.shape is not None
-    if is_image_space(space):
-        return value
-    batch = value.shape[: value.dim() - len(space.shape)]
-    return value.reshape(*batch, math.prod(space.shape))
+def _flatten_entry(value: th.Tensor, space: spaces.Space, normalize_images: bool) -> th.Tensor:
+    return value if is_image(space, normalize_images) else vector_of(value, space)
+
+
+def module_names(keys: Iterable[str]) -> dict[str, str]:
+    """Under which name a module of modules keeps what belongs to each key.
+
+    The key itself, but for those that torch refuses: names with dots, of a module's own attributes,
+    and none at all.
+    """
+    taken, names = set(keys), {}
+    for index, key in enumerate(keys):
+        name = key
+        if not key or "." in key or hasattr(nn.ModuleDict(), key):
+            name = f"entry_{index}"
+            while name in taken:
+                name += "_"
+            taken.add(name)
+        names[key] = name
+    return names
 
 
 __all__ = [
@@ -234,5 +265,6 @@ __all__ = [
     "PixelEncoder",
     "StateEncoder",
     "flatten_vectors",
+    "module_names",
     "random_shift",
 ]

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import get_obs_shape
+
+from tdmpc2_sb3.observation_entries import entry_dtype, entry_shape
 
 MAX_FRAMES = 16  # the buffer has 4 bits a row for the place in the episode
 _FRAME_CHANNELS = (3, 1, 4, 2)  # RGB, grey, RGBA or RGB with depth, two-channel frames
@@ -30,11 +31,9 @@ class ObservationStorage:
     num_frames = 1
 
     def __init__(self, space: spaces.Space, num_rows: int) -> None:
-        shape = get_obs_shape(space)
-        assert isinstance(shape, tuple)  # entries of a Dict space are handed over one by one
-        self.obs_shape = shape
+        self.obs_shape = entry_shape(space)
         self.dtype = storage_dtype(space)
-        self.output_dtype = np.dtype(np.uint8) if _is_image(space) else np.dtype(np.float32)
+        self.output_dtype = entry_dtype(space)
         self.num_rows = num_rows
         self.rows = np.zeros((0, *self.row_shape), dtype=self.dtype)
 
@@ -159,16 +158,12 @@ def likely_storage(space: spaces.Space, num_rows: int) -> ObservationStorage:
 
 def looks_stacked(space: spaces.Space) -> bool:
     """Say whether images of ``space`` have more channels than one picture has."""
-    return _is_image(space) and space.shape is not None and space.shape[0] > 4
+    return entry_dtype(space) == np.uint8 and entry_shape(space)[0] > 4
 
 
 def _frame_storages(space: spaces.Space, num_rows: int) -> Iterator[FrameStorage]:
-    if not _is_image(space) or space.shape is None:
+    if entry_dtype(space) != np.uint8 or space.shape is None:
         return
     for channels in _FRAME_CHANNELS:
         if space.shape[0] % channels == 0 and 1 < space.shape[0] // channels <= MAX_FRAMES:
             yield FrameStorage(space, num_rows, channels)
-
-
-def _is_image(space: spaces.Space) -> bool:
-    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3

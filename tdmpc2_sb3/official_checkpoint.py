@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 import torch as th
-from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 
 from tdmpc2_sb3.dynamics import MLPDynamics
 from tdmpc2_sb3.file_io import CorruptFileError, PathOrFile, reading_path, write_to
+from tdmpc2_sb3.observation_entries import input_size, is_image
 from tdmpc2_sb3.world_model import LOG_STD_MAX, LOG_STD_MIN, WorldModel
 
 Tensors = dict[str, th.Tensor]
@@ -195,14 +195,11 @@ def _check_inputs(model: WorldModel, tensors: Tensors) -> None:
         "actions": (tensors["_dynamics.0.weight"].shape[1] - latent_dim, model.action_dim),
     }
     space = model.observation_space
-    assert space.shape is not None
-    if is_image_space(space):
+    if is_image(space, model.normalize_images):
+        assert space.shape is not None
         found["channels"] = (tensors["_encoder.rgb.2.weight"].shape[1], space.shape[0])
     else:
-        found["observations"] = (
-            tensors["_encoder.state.0.weight"].shape[1],
-            math.prod(space.shape),
-        )
+        found["observations"] = (tensors["_encoder.state.0.weight"].shape[1], input_size(space))
     for what, (theirs, ours) in found.items():
         if theirs != ours:
             raise ValueError(
@@ -273,6 +270,8 @@ def _check_convertible(model: WorldModel, what: str) -> None:
         problem = f"its dynamics are {type(model.dynamics).__name__}"
     elif encoder.is_dict:
         problem = "its observations are dictionaries"
+    elif not model.normalize_images:
+        problem = "its images are normalised by the environment"
     elif encoder.image_keys and not _is_reference_encoder(model):
         problem = "its images or its latent_dim are not of the paper's pixel encoder"
     else:

@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.preprocessing import maybe_transpose
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
@@ -21,6 +21,13 @@ from tdmpc2_sb3.compilation import Compiled
 from tdmpc2_sb3.cuda_graphs import Graphed, recorder_for
 from tdmpc2_sb3.direct_planning import DirectPlanning
 from tdmpc2_sb3.kernels import weights_held
+from tdmpc2_sb3.observation_entries import (
+    check_entries,
+    entries_of,
+    entry_shape,
+    is_image,
+    to_device,
+)
 from tdmpc2_sb3.parts import Parts
 from tdmpc2_sb3.planner import (
     DEFAULT_ITERATIONS,
@@ -76,8 +83,10 @@ def automatic_iterations(num_iterations: Any, action_dim: int) -> Any:
 class TDMPC2Policy(BasePolicy):
     """World model, planner and optimisers of TD-MPC2.
 
-    :param observation_space: Box (vectors, or images for :class:`CnnPolicy`) or Dict of such
-    :param action_space: Box with finite bounds; planning happens in [-1, 1]
+    :param observation_space: Box (vectors, or images for :class:`CnnPolicy`), Discrete,
+        MultiDiscrete or MultiBinary (read one-hot, as SB3's policies do), or Dict of such
+    :param action_space: Box with finite bounds; planning happens in [-1, 1]. Of integers every
+        value has an equal share of it
     :param lr_schedule: learning rate as a function of the remaining progress
     :param gamma: discount factor
     :param episodic: whether there is a termination head
@@ -104,6 +113,9 @@ class TDMPC2Policy(BasePolicy):
     :param enc_lr_scale: the encoder's learning rate relative to the others'
     :param compile: whether planning is compiled, see :func:`tdmpc2_sb3.compilation.compiled`; on
         CUDA it is also recorded as a graph, unless this is False
+    :param normalize_images: whether images are uint8 and scaled here. If False every Box of three
+        axes, (C, h, w), is an image that the environment has scaled
+    :raises ValueError: naming the argument that is unknown or out of range
     """
 
     DEFAULT_DYNAMICS = "mlp"
@@ -138,8 +150,16 @@ class TDMPC2Policy(BasePolicy):
         max_std: float = 2.0,
         enc_lr_scale: float = 0.3,
         compile: bool | str = "auto",
+        normalize_images: bool = True,
+        **unknown: Any,
     ):
-        super().__init__(observation_space, action_space, squash_output=True)
+        _refuse_unknown(unknown)
+        super().__init__(
+            observation_space,
+            action_space,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
         self._check_observations()
         action_dim = int(np.prod(action_space.shape))
         sizes: dict[str, Any] = {
@@ -169,6 +189,7 @@ class TDMPC2Policy(BasePolicy):
             "dynamics": dynamics,
             "dynamics_kwargs": dynamics_kwargs,
             "enc_lr_scale": check_setting("enc_lr_scale", enc_lr_scale),
+            "normalize_images": normalize_images,
         }
         self.world_model = WorldModel(
             observation_space,
@@ -177,6 +198,7 @@ class TDMPC2Policy(BasePolicy):
             dynamics,
             dynamics_kwargs,
             episodic,
+            normalize_images,
         )
         self.register_buffer("scale", th.ones(()))  # S, the running scale of Q
         self._make_optimizers(lr_schedule(1.0), enc_lr_scale)
@@ -227,10 +249,11 @@ class TDMPC2Policy(BasePolicy):
         self.model_optimizer.param_groups[0]["lr_scale"] = scale
 
     def _check_observations(self) -> None:
+        check_entries(self.observation_space)
         found = "vectors"
         if isinstance(self.observation_space, spaces.Dict):
             found = "dictionaries"
-        elif is_image_space(self.observation_space):
+        elif is_image(self.observation_space, self.normalize_images):
             found = "images"
         if self.OBSERVATIONS not in ("", found):
             raise ValueError(
@@ -489,6 +512,40 @@ class TDMPC2Policy(BasePolicy):
         noise = self._steady_noise(ages)
         return self._plan_with(observation, previous_mean, start, noise, explore=False)
 
+    def obs_to_tensor(
+        self, observation: np.ndarray | dict[str, np.ndarray]
+    ) -> tuple[PyTorchObs, bool]:
+        """Observations as the encoder takes them, see :mod:`tdmpc2_sb3.observation_entries`.
+
+        :param observation: of one environment or of E
+        :return: [E, ...] each, and whether there was an axis of environments
+        :raises ValueError: if they are none of the observation space
+        """
+        entries = entries_of(self.observation_space)
+        is_dict = isinstance(self.observation_space, spaces.Dict)
+        if isinstance(observation, dict) != is_dict:
+            raise ValueError(
+                f"The observation is a {type(observation).__name__}, but the observation space is "
+                f"{self.observation_space}: pass what the environment returns."
+            )
+        given = observation
+        if not isinstance(given, dict):
+            given = dict.fromkeys(entries, given)
+        if set(given) != set(entries):
+            raise ValueError(
+                f"The observation has the keys {sorted(given)}, but the observation space has "
+                f"{sorted(entries)}: pass what the environment returns."
+            )
+        tensors, vectorized = {}, False
+        for key, space in entries.items():
+            values = np.asarray(given[key])
+            if is_image(space):
+                values = maybe_transpose(values, space)
+            vectorized = _has_environments(values, key, space) or vectorized
+            values = values.reshape(-1, *entry_shape(space))
+            tensors[key] = to_device(values, key, space, self.device)
+        return (tensors if is_dict else next(iter(tensors.values()))), vectorized
+
     def unscale(self, scaled: th.Tensor) -> np.ndarray:
         """Actions in [-1, 1], [E, A], as actions within the space's bounds, [E, *shape]."""
         assert isinstance(self.action_space, spaces.Box)
@@ -497,6 +554,25 @@ class TDMPC2Policy(BasePolicy):
         return np.clip(
             self.unscale_action(array), self.action_space.low, self.action_space.high
         ).astype(self.action_space.dtype, copy=False)
+
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """Actions within the space's bounds as actions in [-1, 1].
+
+        Of integers every value has an equal share of it, whose centre this is.
+        """
+        if not is_of_integers(self.action_space):
+            return super().scale_action(action)
+        low, count = _integer_shares(self.action_space)
+        return (2.0 * (np.asarray(action, np.float64) - low) + 1.0) / count - 1.0
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """Actions in [-1, 1] as actions within the space's bounds; of integers the value in whose
+        share they lie."""
+        if not is_of_integers(self.action_space):
+            return super().unscale_action(scaled_action)
+        low, count = _integer_shares(self.action_space)
+        share = np.floor(0.5 * (np.asarray(scaled_action, np.float64) + 1.0) * count)
+        return low + np.clip(share, 0.0, count - 1.0)
 
     def _read_state(
         self, state: PlanState | None, episode_start: np.ndarray | None, num_envs: int
@@ -583,6 +659,61 @@ class TDMPC2Policy(BasePolicy):
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic)
+
+
+def is_of_integers(space: spaces.Space) -> bool:
+    """Whether actions are whole numbers."""
+    return isinstance(space, spaces.Box) and space.dtype.kind in "iub"
+
+
+def _integer_shares(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
+    """The least value of every action dimension, and how many there are."""
+    assert isinstance(space, spaces.Box)
+    low = space.low.astype(np.float64)
+    return low, space.high.astype(np.float64) - low + 1.0
+
+
+def _has_environments(values: np.ndarray, key: str, space: spaces.Space) -> bool:
+    """Whether an entry's values have an axis of environments.
+
+    :raises ValueError: if they have another shape than the space's, with or without it
+    """
+    shape = space.shape
+    assert shape is not None
+    if values.shape == shape:
+        return False
+    if values.ndim == len(shape) + 1 and values.shape[1:] == shape:
+        return True
+    batch = f"(n_env, {', '.join(map(str, shape))})" if shape else "(n_env,)"
+    raise ValueError(
+        f"Unexpected observation shape {values.shape} of '{key}', a {type(space).__name__}: pass "
+        f"{shape}, or {batch} for several environments."
+    )
+
+
+#: What SB3's other policies take and this one does not, and what to use instead.
+_INSTEAD = {
+    "optimizer_class": "its gradient steps are Adam's, which kernels and CUDA graphs know; set "
+    "learning_rate and enc_lr_scale",
+    "optimizer_kwargs": "its gradient steps are Adam's with the paper's settings; set "
+    "learning_rate, enc_lr_scale and max_grad_norm",
+    "net_arch": "set mlp_dim, enc_dim and num_enc_layers",
+    "n_critics": "set num_q",
+    "activation_fn": "its layers are the paper's, LayerNorm and Mish",
+    "features_extractor_class": "its encoder is chosen by the observation space",
+    "features_extractor_kwargs": "set latent_dim, enc_dim and num_enc_layers",
+    "share_features_extractor": "all its networks share the encoder",
+    "use_sde": "its plans explore by their own spread; set max_std or action_noise",
+}
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    """
+    :raises ValueError: naming the first argument that the policy does not take
+    """
+    for name in arguments:
+        instead = _INSTEAD.get(name, "see the arguments of tdmpc2_sb3.policies.TDMPC2Policy")
+        raise ValueError(f"policy_kwargs hold {name!r}, which TDMPC2's policy lacks: {instead}.")
 
 
 class MlpPolicy(TDMPC2Policy):

@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tdmpc2_sb3 import replay_file
 from tdmpc2_sb3.episode_rings import EpisodeRings
 from tdmpc2_sb3.file_io import PathOrFile
+from tdmpc2_sb3.normalization import NormalizationBelow
 from tdmpc2_sb3.observation_storage import ObservationStorage
 from tdmpc2_sb3.settings import whole_number
 from tdmpc2_sb3.stored_observations import ArrayOrDict, Arrays, StoredObservations
@@ -224,14 +225,16 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param reward: rewards [E]
         :param done: where the episode ended [E]
         :param infos: ``info["TimeLimit.truncated"]`` tells a truncation from a termination
-        :raises RuntimeError: an observation, action or reward is not finite (nothing is stored
-            then), or the buffer is too small for a sub-sequence
+        :raises RuntimeError: an observation, action or reward is not finite or none of its space's
+            choices (nothing is stored then), or the buffer is too small for a sub-sequence
         """
         obs_, next_obs_ = self.stored.as_arrays(obs), self.stored.as_arrays(next_obs)
         with np.errstate(over="ignore", invalid="ignore"):
             action = np.asarray(action, dtype=np.float32).reshape(self.n_envs, self.action_dim)
             reward = np.asarray(reward, dtype=np.float32).reshape(self.n_envs)
         self._check_finite(obs_, next_obs_, action, reward)
+        self.stored.check_choices(obs_)
+        self.stored.check_choices(next_obs_)
         if not self.stored.storages:
             self._allocate(obs_, next_obs_)
         done = np.asarray(done, dtype=bool).reshape(self.n_envs)
@@ -333,12 +336,12 @@ class SequenceReplayBuffer(ReplayBuffer):
     # --------------------------------------------------------------- sampling
 
     def sample(  # type: ignore[override]
-        self, batch_size: int, env: VecNormalize | None = None
+        self, batch_size: int, env: VecNormalize | NormalizationBelow | None = None
     ) -> SequenceBatch:
         """Draw sub-sequences with replacement, each as likely as any other.
 
         :param batch_size: number B of sub-sequences
-        :param env: normalises observations and rewards
+        :param env: normalises observations and rewards; a VecNormalize alone those of its own shape
         :raises RuntimeError: no stored episode has T steps
         """
         running = self._num_running_starts()
@@ -350,10 +353,16 @@ class SequenceReplayBuffer(ReplayBuffer):
                 "lower the horizon."
             )
         rows = self.rings.draw(batch_size, running, self.rng)  # [T+1, B]
-        observations = self._normalize_obs(self.stored.gather(rows), env)
+        observations = self.stored.gather(rows)
+        if isinstance(env, NormalizationBelow):
+            observations = env.normalize(observations, self.rings.place(rows))
+        elif env is not None:
+            observations = env.normalize_obs(observations)
         rows = rows[:-1]
         actions = self.actions.take(rows, axis=0)
-        rewards = self._normalize_reward(self.rewards.take(rows), env)
+        rewards = self.rewards.take(rows)
+        if env is not None:
+            rewards = env.normalize_reward(rewards)
         valid = None
         if self.past_terminations:
             is_step = self.rings.is_step(rows).astype(np.float32)

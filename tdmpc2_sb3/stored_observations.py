@@ -9,9 +9,9 @@ import warnings
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import get_obs_shape
 
 from tdmpc2_sb3.episode_rings import EpisodeRings
+from tdmpc2_sb3.observation_entries import SINGLE, check_choices, entry_shape
 from tdmpc2_sb3.observation_storage import (
     FrameStorage,
     ObservationStorage,
@@ -36,13 +36,14 @@ class StoredObservations:
     """
 
     def __init__(self, space: spaces.Space, rings: EpisodeRings) -> None:
+        self.is_dict = isinstance(space, spaces.Dict)
         self.entries: dict[str, spaces.Space] = {_SINGLE: space}
         if isinstance(space, spaces.Dict):
             self.entries = dict(space.spaces)
         self.rings = rings
         self.storages: dict[str, ObservationStorage] = {}  # empty: nothing is allocated
         self.newest: Arrays = {}  # each environment's last observation [E, ...]
-        self._shapes = {key: get_obs_shape(space) for key, space in self.entries.items()}
+        self._shapes = {key: entry_shape(space) for key, space in self.entries.items()}
         self._said_unstacked = False
 
     def as_arrays(self, obs: ArrayOrDict) -> Arrays:
@@ -61,6 +62,15 @@ class StoredObservations:
         return {
             key: likely_storage(space, self.rings.num_rows) for key, space in self.entries.items()
         }
+
+    def check_choices(self, obs: Arrays) -> None:
+        """
+        :raises RuntimeError: if a Discrete or MultiDiscrete entry is none of its space's values
+        """
+        for key, space in self.entries.items():
+            wrong = check_choices(obs[key], key or SINGLE, space)
+            if wrong is not None:
+                raise RuntimeError(wrong)
 
     def choose(self, obs: Arrays, next_obs: Arrays) -> dict[str, ObservationStorage]:
         """Return storages that suit the first observations and the ones that followed."""
@@ -117,7 +127,7 @@ class StoredObservations:
     def gather(self, rows: np.ndarray) -> ArrayOrDict:
         """Return the observations in flat ``rows``: an array, or a dict of arrays, [*rows, ...]."""
         gathered = {key: self._gather(storage, rows) for key, storage in self.storages.items()}
-        return gathered[_SINGLE] if _SINGLE in self.entries else gathered
+        return gathered if self.is_dict else gathered[_SINGLE]
 
     def recall_newest(self) -> None:
         """Read the newest observations from their rows, after the rows came from a file."""

@@ -19,6 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import check_for_nested_spaces
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -47,6 +48,8 @@ from tdmpc2_sb3.environment_facts import (
 from tdmpc2_sb3.fast_paths import unknown_to_search
 from tdmpc2_sb3.kernels import usable
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.normalization import NormalizationBelow
+from tdmpc2_sb3.observation_entries import check_entries
 from tdmpc2_sb3.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
 from tdmpc2_sb3.policies import (
@@ -57,6 +60,7 @@ from tdmpc2_sb3.policies import (
     SSMPolicy,
     TDMPC2Policy,
     automatic_iterations,
+    is_of_integers,
 )
 from tdmpc2_sb3.saving import read_archive, write_archive
 from tdmpc2_sb3.schedules import can_be_written, for_writing, tabulated
@@ -118,7 +122,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     that.
 
     :param policy: "MlpPolicy", "SSMPolicy", "CnnPolicy", "MultiInputPolicy" or a policy class
-    :param env: environment with a bounded Box action space, or its id
+    :param env: environment with a bounded Box action space (of integers every value gets an equal
+        share of the planned [-1, 1], and the buffer holds what was planned), or its id
     :param learning_rate: of Adam; may be a function of the remaining progress
     :param buffer_size: steps that the replay buffer holds
     :param learning_starts: steps of random actions before learning; "auto": five episodes, at
@@ -262,7 +267,10 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         usable_device(device)
         if env is not None:
             env = maybe_make_env(env, verbose)
-            check_action_space(env.action_space)  # SB3's own check names no remedy
+            # SB3's own checks name no remedy.
+            check_action_space(env.action_space)
+            check_for_nested_spaces(env.observation_space)
+            check_entries(env.observation_space)
         elif _init_setup_model:
             raise ValueError("env is None: pass an environment or its id.")
         super().__init__(
@@ -377,6 +385,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         self._said_plain: set[str] = set()
         self._said_reward = False
         self._known_planner = self.policy.planner
+        self._normalization = self._find_normalization()
+        self._why_anew: str | None = None  # saved episodes cannot go on
         self._update_step = self._make_update_step()
         self._is_set_up = True
 
@@ -390,6 +400,11 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             return None
         action_dim = self.policy.world_model.action_dim
         return PinkNoise(self.n_envs, action_dim, self._training_generator)
+
+    def _find_normalization(self) -> NormalizationBelow | None:
+        if self.env is None or self._vec_normalize_env is None:
+            return None
+        return NormalizationBelow(self.env, self._vec_normalize_env)
 
     def _make_buffer(self) -> SequenceReplayBuffer:
         if self.replay_buffer_class is None:
@@ -449,7 +464,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         if buffer_class is not None and not issubclass(buffer_class, SequenceReplayBuffer):
             raise ValueError(
                 f"replay_buffer_class is {buffer_class.__name__}: TDMPC2 learns from "
-                "sub-sequences, use SequenceReplayBuffer or a subclass of it."
+                "sub-sequences, without hindsight relabelling: use SequenceReplayBuffer or a "
+                "subclass of it."
             )
         self._check_update_ratio()
 
@@ -678,6 +694,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         result = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if self._normalization is not None and not going_on:
+            self._last_original_obs = self._normalization.first(self._last_obs)  # type: ignore[arg-type]
         if noise is not None and type(noise) is type(self.action_noise):
             # SB3 resets the noise at each call; within an episode it goes on.
             vars(self.action_noise).update(vars(noise))
@@ -688,7 +706,11 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         closed = self.replay_buffer.close_episodes()
         if closed and self.verbose >= 1:
-            print(f"The environment starts anew: {closed} open episode(s) closed as truncated.")
+            why = "" if self._why_anew is None else f" ({self._why_anew})"
+            print(
+                f"The environment starts anew: {closed} open episode(s) closed as truncated{why}."
+            )
+        self._why_anew = None
         self._plan_mean = None
         self._rollout_steps = self._rollout_episodes = 0
 
@@ -807,7 +829,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         learning_rate = self.lr_schedule(self._current_progress_remaining)
         self.policy.set_learning_rate(learning_rate)
         for _ in range(gradient_steps):
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            batch = self.replay_buffer.sample(batch_size, env=self._normalization)  # type: ignore[arg-type]
             noise = sample_update_noise(
                 self.policy.world_model,
                 self.sequence_length,
@@ -853,11 +875,19 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         if self._warming_up and noise is not None:
             scaled = uniform(noise)
             return self.policy.unscale(scaled), scaled.cpu().numpy()
+        if self._warming_up and is_of_integers(self.action_space):
+            # The buffer holds what was meant within a value's share, as it does of plans.
+            shape = (n_envs, self.policy.world_model.action_dim)
+            meant = self.action_space.np_random.uniform(-1.0, 1.0, shape).astype(np.float32)
+            return self.policy.unscale(th.from_numpy(meant)), meant
         if self._warming_up:
             unscaled = np.array([self.action_space.sample() for _ in range(n_envs)])
             return unscaled, self.policy.scale_action(unscaled).astype(np.float32)
         assert self._last_obs is not None
-        observation, _ = self.policy.obs_to_tensor(self._last_obs)
+        try:
+            observation, _ = self.policy.obs_to_tensor(self._last_obs)
+        except ValueError as error:  # which the zoo would take for a trial to be pruned
+            raise RuntimeError(str(error)) from error
         if self.use_planner:
             scaled = self._plan_action(observation, n_envs, noise).action
         else:
@@ -997,6 +1027,38 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             stacklevel=2,
         )
 
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """Stores a step with its observations as they were before VecNormalize, if there is one."""
+        below = self._normalization
+        if below is None:
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+            return
+        before = self._last_original_obs
+        assert before is not None
+        original = below.next(new_obs, dones, before)
+        following = copy.deepcopy(original)
+        for index in np.flatnonzero(dones):
+            last = infos[index].get("terminal_observation")
+            if last is None:
+                continue
+            last = below.last(last, before, int(index))
+            if isinstance(following, dict):
+                for key, values in following.items():
+                    values[index] = last[key]
+            else:
+                following[index] = last
+        reward = below.normalizer.get_original_reward()
+        replay_buffer.add(before, following, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
+        self._last_obs, self._last_original_obs = new_obs, original
+
     def _count_episodes(
         self, dones: np.ndarray, action_noise: ActionNoise | None, n_envs: int
     ) -> list[int]:
@@ -1022,6 +1084,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             "_means",
             "_plan_mean",
             "_pink_noise",
+            "_normalization",
             "_saved_episodes",
             "_update_step",
             "_made_update_step",
@@ -1029,6 +1092,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             "_is_set_up",
             "_said_plain",
             "_said_reward",
+            "_why_anew",
         ]
 
     def save(
@@ -1189,7 +1253,9 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             several = self.n_envs > 1
             self.action_noise = VectorizedActionNoise(base, self.n_envs) if several else base
         episodes = run_state["episodes"]
-        restorable = same_envs and episodes is not None and episode_state.can_capture(self.env)  # type: ignore[arg-type]
+        if same_envs and self.env is not None:
+            self._why_anew = self._find_obstacle(episodes)
+        restorable = same_envs and episodes is not None and self._why_anew is None
         if restorable or (same_envs and not force_reset):
             self._saved_episodes = episodes if restorable else None
             if "plan_mean" in streams:
@@ -1197,6 +1263,19 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         else:
             self._last_obs = None
             self._last_original_obs = None
+
+    def _find_obstacle(self, episodes: episode_state.EpisodeStates | None) -> str | None:
+        """What keeps the saved episodes from going on. Where the environments themselves could,
+        it comes as a surprise, and is a warning."""
+        assert self.env is not None
+        found = episode_state.obstacle(self.env, episodes)
+        if found is not None and episode_state.has_state(self.env):
+            warnings.warn(
+                f"The episode in progress does not go on where it was, but ends as truncated: "
+                f"{found}.",
+                stacklevel=4,
+            )
+        return found
 
     def set_parameters(
         self,
@@ -1264,6 +1343,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         super().set_env(env, force_reset)
         self._saved_episodes = None
+        self._normalization = self._find_normalization()
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """Saves the replay buffer atomically, as plain arrays.

@@ -67,6 +67,7 @@ class WorldModel(nn.Module):
     :param dynamics: key of :data:`tdmpc2_sb3.dynamics.DYNAMICS`
     :param dynamics_kwargs: further arguments of that dynamics
     :param episodic: whether there is a termination head
+    :param normalize_images: as of :class:`tdmpc2_sb3.encoders.Encoder`
     :raises ValueError: if the sizes do not fit together or the dynamics is unknown
     """
 
@@ -78,6 +79,7 @@ class WorldModel(nn.Module):
         dynamics: str = "mlp",
         dynamics_kwargs: dict[str, Any] | None = None,
         episodic: bool = False,
+        normalize_images: bool = True,
     ):
         super().__init__()
         check_architecture(architecture)
@@ -90,8 +92,14 @@ class WorldModel(nn.Module):
         self.observation_space = observation_space
         self.action_dim = action_dim
         self.architecture = arch
+        self.normalize_images = normalize_images
         self.encoder = Encoder(
-            observation_space, arch.enc_dim, arch.latent_dim, arch.num_enc_layers, arch.simnorm_dim
+            observation_space,
+            arch.enc_dim,
+            arch.latent_dim,
+            arch.num_enc_layers,
+            arch.simnorm_dim,
+            normalize_images,
         )
         self.dynamics: LatentDynamics = DYNAMICS[dynamics](
             arch.latent_dim, action_dim, arch.mlp_dim, arch.simnorm_dim, **(dynamics_kwargs or {})
@@ -126,14 +134,14 @@ class WorldModel(nn.Module):
         :param offsets: random shifts of images, see :meth:`Encoder.sample_offsets`
         :return: [..., Z]
         """
-        return self.encoder(  # type: ignore[no-any-return]
-            flatten_vectors(observation, self.observation_space), offsets
-        )
+        return self.encoder(self._flat(observation), offsets)  # type: ignore[no-any-return]
 
     def observation_rows(self, observation: Observation) -> th.Tensor:
         """What the state encoder reads of an observation, [..., O], without images."""
-        vectors = self.encoder.vectors(flatten_vectors(observation, self.observation_space))
-        return self.encoder.state.cast(vectors)
+        return self.encoder.state.cast(self.encoder.vectors(self._flat(observation)))
+
+    def _flat(self, observation: Observation) -> Observation:
+        return flatten_vectors(observation, self.observation_space, self.normalize_images)
 
     def latent_simplices(self) -> int:
         """Of how many simplices (see :func:`tdmpc2_sb3.kernels.on_simplices`) every latent is

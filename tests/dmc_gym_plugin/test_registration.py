@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import gymnasium
 import pytest
 from dm_control import suite
+from gymnasium.envs.registration import EnvSpec
 
 import dmc_gym_plugin
 from dmc_gym_plugin import registration, tasks
@@ -73,6 +75,48 @@ def test_limit_counts_agent_steps(kwargs: dict, limit: int | None) -> None:
             assert truncated == (step == limit)
     if kwargs == {"action_repeat": 3}:  # 1000 = 333 * 3 + 1: the last repeat stops at the limit
         assert info["frames"] == 1
+
+
+def limit_of(spec: str | EnvSpec, **kwargs: Any) -> int | None:
+    env = gymnasium.make(spec, **kwargs)
+    limit = env.get_wrapper_attr("max_episode_steps")
+    assert env.spec.max_episode_steps == limit
+    return limit
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize(
+    ("first", "second", "limit"),
+    [
+        (None, {"action_repeat": 4}, 250),
+        (None, {"action_repeat": 4, "max_episode_steps": 600}, 600),
+        (None, {"max_episode_steps": -1}, None),
+        ({"action_repeat": 2}, {}, 500),
+        ({"action_repeat": 2}, {"action_repeat": 4}, 250),
+        ({"action_repeat": 2, "max_episode_steps": 1000}, {}, 1000),
+        ({"max_episode_steps": 300}, {"action_repeat": 4}, 300),
+        ({"max_episode_steps": -1}, {"action_repeat": 4}, None),
+    ],
+)
+def test_limit_of_a_spec_made_again(
+    first: dict | None, second: dict, limit: int | None, as_json: bool
+) -> None:
+    name = "DMC/cartpole-balance-v0"
+    spec = gymnasium.spec(name) if first is None else gymnasium.make(name, **first).spec
+    for _ in range(2):  # also of the spec of what was made from a spec
+        if as_json:
+            spec = EnvSpec.from_json(spec.to_json())
+        assert limit_of(spec, **second) == limit
+        spec = gymnasium.make(spec, **second).spec
+
+
+def test_limit_of_vector_environments() -> None:
+    for mode in ("sync", "async"):
+        envs = gymnasium.make_vec(
+            "DMC/cartpole-balance-v0", 2, vectorization_mode=mode, action_repeat=4
+        )
+        assert envs.get_attr("max_episode_steps") == (250, 250)
+        envs.close()
 
 
 @pytest.mark.parametrize("name", ["DMC/walker-wlak-v0", "DMC/wlaker-walk-v0"])

@@ -56,7 +56,16 @@ ROWS = {
                 "zoo_yaml",
             ],
         ),
-        ("environment", ["environment_facts", "episode_state"]),
+        (
+            "environment",
+            [
+                "environment_facts",
+                "wrapper_state",
+                "episode_state",
+                "normalization",
+                "observation_entries",
+            ],
+        ),
         (
             "sequence buffer",
             [

@@ -146,8 +146,8 @@ def test_offsets_are_uniform_over_seven_places_in_both_directions():
 
 
 def test_bad_spaces():
-    with pytest.raises(ValueError, match=r"Observation 'd' is a Discrete: .* flatten it"):
-        Encoder(spaces.Dict({"d": spaces.Discrete(3)}), 7, 16, 2, 8)
+    with pytest.raises(ValueError, match=r"Observation 'd' is a Text: .* flatten it"):
+        Encoder(spaces.Dict({"d": spaces.Text(3)}), 7, 16, 2, 8)
     with pytest.raises(ValueError, match=r"38x38 pixels is too small .* at least 39x39"):
         Encoder(spaces.Box(0, 255, (3, 38, 38), np.uint8), 7, 16, 2, 8)
     Encoder(spaces.Box(0, 255, (3, 39, 39), np.uint8), 7, 16, 2, 8)

@@ -220,8 +220,8 @@ def test_other_action_spaces(make_agent, point_env, space, message):
 
 def test_other_observation_spaces(make_agent, point_env):
     env = point_env()
-    env.observation_space = spaces.Dict({"x": spaces.Discrete(3)})
-    with pytest.raises(ValueError, match=r"Observation 'x' is a Discrete: .* flatten it"):
+    env.observation_space = spaces.Dict({"x": spaces.Text(3)})
+    with pytest.raises(ValueError, match=r"Observation 'x' is a Text: .* flatten it"):
         make_agent(env, "MultiInputPolicy")
 
 

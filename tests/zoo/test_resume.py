@@ -174,6 +174,33 @@ def test_ctrl_c_in_the_burst_of_first_updates(tmp_path, tiny):
 
 
 @pytest.mark.slow
+def test_a_run_killed_under_wrappers_with_a_state_goes_on_exactly(tmp_path, tiny):
+    names = ["TimeFeatureWrapper", {"HistoryWrapper": {"horizon": 2}}, "DelayedRewardWrapper"]
+    wrappers = [
+        f"rl_zoo3.wrappers.{each}"
+        if isinstance(each, str)
+        else {f"rl_zoo3.wrappers.{name}": kwargs for name, kwargs in each.items()}
+        for each in names
+    ]
+    command = train_command(
+        tiny, "-n", "200", "--eval-freq", "-1",
+        params=(f"env_wrapper:{wrappers}", "frame_stack:2", "normalize:True"),
+    )  # fmt: skip
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    for folder in (whole, killed):
+        folder.mkdir()
+    finish(start(whole, command))
+    process = start(killed, command)
+    wait_for_step(killed / RUN, 75, process)  # episodes have 50 steps
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    output = finish(start(killed, ["tdmpc2_sb3.zoo", "resume", RUN]))
+    assert "closed as truncated" not in output
+    assert_same_model(whole / RUN, killed / RUN)
+    assert episodes(whole / RUN) == episodes(killed / RUN)
+
+
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_environment_processes_too(tmp_path, tiny):
     command = train_command(
         tiny, "-n", "300", "--eval-freq", "-1", "--vec-env", "subproc",

@@ -484,6 +484,7 @@ def policy_objective(
         by_values,
         by_entropy,
         out,
+        values.new_empty(starts),
         *values.shape,
         starts,
     )

@@ -136,7 +136,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "exponential": (POINTER, POINTER, REAL, POINTER, INTEGER),
     "least_values": (POINTER, POINTER, INTEGER, INTEGER),
     "lambda_returns": (*(POINTER,) * 3, REAL, REAL, POINTER, INTEGER, INTEGER),
-    "policy_objective": (*(POINTER,) * 5, REAL, REAL, *(POINTER,) * 3, *(INTEGER,) * 3),
+    "policy_objective": (*(POINTER,) * 5, REAL, REAL, *(POINTER,) * 4, *(INTEGER,) * 3),
     "policy_sample_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),
     "policy_sample_backward": (*(POINTER,) * 6, *(INTEGER,) * 4),
     "total_norm": (*(POINTER,) * 3, *(INTEGER,) * 2),
@@ -316,7 +316,7 @@ def attempts() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
 
 def fingerprint(compiler: str, options: tuple[str, ...]) -> str:
     """A name for what would be built: it changes with source, compiler, options and processor."""
-    parts = [SOURCE.read_text(), compiler, *options, platform.platform(), th.__version__]
+    parts = [SOURCE.read_text(), compiler, *FLAGS, *options, platform.platform(), th.__version__]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     parts.append(version.stdout)
     processor = Path("/proc/cpuinfo")

@@ -101,12 +101,13 @@ class KeptLayers(list[Layer]):
     def look_up(self) -> NetworkArguments:
         """Their arguments."""
         now = hold()
-        if now is None or self._looked_up is None or self._looked_up[0] is not now:
-            known = None if self._looked_up is None else self._looked_up[1]
+        looked_up = self._looked_up  # once: another thread may look them up meanwhile
+        if now is None or looked_up is None or looked_up[0] is not now:
+            known = None if looked_up is None else looked_up[1]
             if known is None or not known.stand_still(self):
                 known = _find(self)
-            self._looked_up = now, _while_held(known, self)
-        return self._looked_up[1]
+            looked_up = self._looked_up = now, _while_held(known, self)
+        return looked_up[1]
 
 
 def widest(layers: Sequence[Layer]) -> int:
@@ -157,7 +158,7 @@ class NetworkArguments:
         first = layers[0].weight
         self._shapes = _shapes(layers)
         self._places = _places(_parameters(layers))
-        self._thread = threading.get_ident()
+        self._thread = _thread.itself
         self.can_be_read = _can_be_read(layers)
         self.num_layers = len(layers)
         self.num_networks = len(first) if first.dim() == 3 else 1
@@ -216,7 +217,7 @@ class NetworkArguments:
 
     def stand_still(self, layers: KeptLayers) -> bool:
         """Whether they still are those of layers that they were of, and this thread's own."""
-        return self._thread == threading.get_ident() and self._places == _places(layers.parameters)
+        return self._thread is _thread.itself and self._places == _places(layers.parameters)
 
     def forward(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
         """Layers of the Q' networks, one network after the other, laid out to be evaluated."""
@@ -296,6 +297,7 @@ class _Thread(threading.local):
     lay out in one place."""
 
     def __init__(self) -> None:
+        self.itself = object()  # unlike its identity, which a later thread may have
         self.by_weight = WeakTensorKeyDictionary()
 
 

@@ -71,7 +71,8 @@ class Dropped(NamedTuple):
     def mask(self) -> th.Tensor:
         """What the product is multiplied with."""
         size = math.prod(self.shape)
-        mask = th.full((size + 1,), 1.0 / self.keep, device=self.positions.device)
+        device = self.positions.device
+        mask = th.full((size + 1,), 1.0 / self.keep, device=device, dtype=th.float32)
         positions = self.positions.clamp(max=size)  # a spare element
         return mask.index_fill_(0, positions, 0.0)[:size].view(self.shape)
 

@@ -42,7 +42,7 @@ def total_norm(arrays: Sequence[th.Tensor]) -> th.Tensor:
     :param arrays: that are :func:`readable`
     """
     sizes, numbers = _sizes(arrays)
-    norm = th.empty(())
+    norm = arrays[0].new_empty(())
     call("total_norm", addresses(arrays), sizes, norm, len(arrays), _threads(numbers))
     return norm
 

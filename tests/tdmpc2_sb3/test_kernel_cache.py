@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -40,6 +41,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     found = cache_directory()
     build(found)
+    # A copy, for tests to damage: this process goes on with the file that it has loaded.
+    copied = shutil.copy(kept(found), tmp_path)
+    os.replace(copied, kept(found))
     return found
 
 

@@ -153,6 +153,18 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "choose_action": (*(POINTER,) * 15, *(INTEGER,) * 4),
     "panel_width": (),
 }
+# Positions of arrays whose rows may lie apart, and of arrays of int64; all others are contiguous
+# arrays of float32.
+ROWS_APART = {
+    "networks_forward": {3},
+    "networks_backward": {3},
+    "copy_rows": {0, 2},
+    "gelu_sum_forward": {1},
+    "gelu_sum_backward": {2},
+    "selective_scan_forward": {1},
+    "selective_scan_backward": {2},
+}
+WHOLE_NUMBERS = {"networks_forward": {5}, "networks_backward": {5}}
 SIZES = ("workspace_size", "scratch_size", "planning_scratch", "panel_width")  # what they return
 
 
@@ -224,12 +236,50 @@ def calls_written_down() -> Iterator[list[Call]]:
         _thread.written_down = before
 
 
+def check_array(
+    what: str, x: th.Tensor, shape: Sequence[int] | None = None, dtype: th.dtype = th.float32
+) -> None:
+    """That an array is what ``kernels.c`` reads, or would be if it were contiguous.
+
+    :param what: its name
+    :param shape: that it must have; None for any
+    :raises RuntimeError: naming what it is instead
+    """
+    if x.dtype is not dtype or not x.is_cpu:
+        raise RuntimeError(f"{what} is {x.dtype} on {x.device}: the kernels read {dtype} on a CPU.")
+    if shape is not None and x.shape != tuple(shape):
+        raise RuntimeError(f"{what} has shape {tuple(x.shape)}, but {tuple(shape)} is needed.")
+
+
+def check_strides(what: str, x: th.Tensor, rows_apart: bool = False) -> None:
+    """That it is contiguous, or that at least the numbers of a row stand side by side.
+
+    :raises RuntimeError: if they do not
+    """
+    if x.is_contiguous() or (rows_apart and (x.stride(-1) == 1 or x.shape[-1] == 1)):
+        return
+    raise RuntimeError(f"{what} has strides {x.stride()}: its numbers must stand side by side.")
+
+
+def _checked_address(name: str, position: int, x: th.Tensor) -> int:
+    """Where the numbers of an array begin that a function takes."""
+    if x.dtype is not th.float32 or not x.is_cpu or not x.is_contiguous():
+        what = f"Array {position} of {name}"
+        whole = position in WHOLE_NUMBERS.get(name, ())
+        check_array(what, x, None, th.int64 if whole else th.float32)
+        check_strides(what, x, position in ROWS_APART.get(name, ()))
+    return x.data_ptr()
+
+
 def call(name: str, *arguments: th.Tensor | ctypes.Array[Any] | float | None) -> Any:
     """Calls a function of kernels.c; a tensor is handed over as the address of its numbers."""
     loaded = library()
     assert loaded is not None, "ask whether there is a library first"
     function = getattr(loaded, name)
-    values = [each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments]
+    values = [
+        _checked_address(name, position, each) if isinstance(each, th.Tensor) else each
+        for position, each in enumerate(arguments)
+    ]
     if _thread.written_down is not None and name not in SIZES:
         _thread.written_down.append(Call(function, tuple(values)))
     return function(*values)
@@ -243,7 +293,11 @@ def with_calls(action: Callable[[], None]) -> None:
 
 
 def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
-    """Where the arrays stand, as an array itself."""
+    """Where the arrays, contiguous and of float32, stand, as an array itself."""
+    for each in arrays:
+        if each.dtype is not th.float32 or not each.is_cpu or not each.is_contiguous():
+            check_array("An array", each)
+            check_strides("An array", each)
     return (POINTER * len(arrays))(*[each.data_ptr() for each in arrays])
 
 

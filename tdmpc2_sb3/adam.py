@@ -30,7 +30,11 @@ class Adam(th.optim.Adam):
         )
         found = self._find() if closure is None and alike else None
         if found is None:
-            return super().step(closure)
+            result = super().step(closure)
+            if th.get_default_dtype() is not th.float32:  # which torch counts steps in
+                for state in self.state.values():
+                    state["step"] = state["step"].float()
+            return result
         arrays, rates = found
         adam_step(arrays, rates, first["betas"], first["eps"])
         return None
@@ -95,7 +99,7 @@ class Adam(th.optim.Adam):
         if not arrays:  # all are frozen
             return None
         if self._arrays is None or not self._arrays.are(arrays):
-            if not readable([each for of_one in arrays for each in of_one[:4]]):
+            if not readable([each for of_one in arrays for each in of_one]):
                 return None
             self._arrays = AdamArrays(arrays)
         return self._arrays, rates

@@ -102,7 +102,7 @@ class _Arm:
             offsets = self.policy.world_model.encoder.sample_offsets(1, self.generator)
             self.latent = self.policy.world_model.encode(self.observation, offsets).unsqueeze(1)
         shape = (horizon, 1, agent.num_samples, self.policy.world_model.action_dim)
-        self.actions = 2 * th.rand(shape, device=self.device) - 1
+        self.actions = 2 * th.rand(shape, device=self.device, dtype=th.float32) - 1
         self._rollout = Compiled(self._eager_rollout, compile)
         self.mean = self.policy.zero_plan(1)
         self.start = th.ones(1, dtype=th.bool, device=self.device)

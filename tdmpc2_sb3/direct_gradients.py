@@ -274,7 +274,8 @@ class DirectGradients:
                 config.reward_coef,
                 config.value_coef,
                 config.termination_coef,
-            ]
+            ],
+            dtype=th.float32,
         )
         numbers = list(model.parameters())
         self._model_results = kernels.Captured(self._take_model_gradients, numbers)

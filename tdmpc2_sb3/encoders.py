@@ -103,7 +103,8 @@ class PixelEncoder(nn.Module):
             )
         layers: list[nn.Module] = []
         for kernel, stride in CONV_KERNEL_STRIDE:
-            layers += [nn.Conv2d(channels, CONV_CHANNELS, kernel, stride), nn.ReLU()]
+            convolution = nn.Conv2d(channels, CONV_CHANNELS, kernel, stride, dtype=th.float32)
+            layers += [convolution, nn.ReLU()]
             channels = CONV_CHANNELS
         layers[-1] = nn.Flatten()  # no ReLU before the normalisation
         num_features = CONV_CHANNELS * math.prod(size)

@@ -181,9 +181,9 @@ class NormedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, activation: nn.Module | None = None):
         super().__init__()
         self.in_features = in_features
-        self.weight = nn.Parameter(th.empty(out_features, in_features))
-        self.bias = nn.Parameter(th.empty(out_features))
-        self.ln = nn.LayerNorm(out_features)
+        self.weight = nn.Parameter(th.empty(out_features, in_features, dtype=th.float32))
+        self.bias = nn.Parameter(th.empty(out_features, dtype=th.float32))
+        self.ln = nn.LayerNorm(out_features, dtype=th.float32)
         self.activation = Mish() if activation is None else activation
         init_linear(self.weight, self.bias)
 
@@ -247,7 +247,10 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th
 
 
 class FastLinear(nn.Linear):
-    """``nn.Linear`` by :func:`linear`."""
+    """``nn.Linear`` by :func:`linear`, in float32 whatever torch's default is."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias, dtype=th.float32)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         return linear(x, self.weight, self.bias)
@@ -349,14 +352,15 @@ class EnsembleLayer(nn.Module):
 
     def __init__(self, num_members: int, in_features: int, out_features: int, normed: bool):
         super().__init__()
-        self.weight = nn.Parameter(th.empty(num_members, out_features, in_features))
-        self.bias = nn.Parameter(th.empty(num_members, out_features))
+        weight_shape = num_members, out_features, in_features
+        self.weight = nn.Parameter(th.empty(weight_shape, dtype=th.float32))
+        self.bias = nn.Parameter(th.empty(num_members, out_features, dtype=th.float32))
         self.ln: nn.ParameterDict | None = None
         if normed:
             self.ln = nn.ParameterDict(
                 {
-                    "weight": nn.Parameter(th.ones(num_members, out_features)),
-                    "bias": nn.Parameter(th.zeros(num_members, out_features)),
+                    "weight": nn.Parameter(th.ones_like(self.bias)),
+                    "bias": nn.Parameter(th.zeros_like(self.bias)),
                 }
             )
         init_linear(self.weight, self.bias)
@@ -474,7 +478,8 @@ class QEnsemble(nn.Module):
         expected = math.prod(shape) * self.dropout
         count = int(expected + 10.0 * math.sqrt(expected) + 10.0)
         # Geometric by its inverse distribution: a third of the time of torch's geometric_.
-        uniform = th.rand(count, generator=generator, device=generator.device)  # [0, 1)
+        device = generator.device
+        uniform = th.rand(count, generator=generator, device=device, dtype=th.float32)  # [0, 1)
         logarithm = uniform.neg_().add_(1.0).log_()
         steps = logarithm.mul_(1.0 / math.log1p(-self.dropout)).add_(1.0).long()
         return Dropped(steps.cumsum(0).sub_(1), 1.0 - self.dropout, shape)

@@ -120,7 +120,7 @@ def sample_update_noise(
 
     def normal(num_steps: int) -> th.Tensor:
         shape = (num_steps, rows, model.action_dim)
-        return th.randn(shape, generator=generator, device=device)
+        return th.randn(shape, generator=generator, device=device, dtype=th.float32)
 
     policy: PolicyNoise | None = None
     if with_policy:
@@ -246,7 +246,7 @@ def model_losses(
     q_ce = two_hot_cross_entropy(q_logits, targets, model.bins)  # [Q, T, B]
     value = (weights * _mean(q_ce, batch.valid).mean(0)).sum()
 
-    termination = th.zeros((), device=weights.device)
+    termination = weights.new_zeros(())
     if model.episodic:
         classified = th.stack([predicted, encoded] if classifies_encoded else [predicted])
         logits = model.termination_logit(classified)  # [2 or 1, T, B]

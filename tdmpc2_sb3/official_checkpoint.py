@@ -249,8 +249,8 @@ def official_state(model: WorldModel, module_placeholders: bool = False) -> dict
     }
     online = {key[len(ONLINE) :]: value for key, value in state.items() if key.startswith(ONLINE)}
     state.update({DETACHED + name: value for name, value in online.items()})
-    state["log_std_min"] = th.tensor(LOG_STD_MIN)
-    state["log_std_dif"] = th.tensor(LOG_STD_MAX - LOG_STD_MIN)
+    state["log_std_min"] = th.tensor(LOG_STD_MIN, dtype=th.float32)
+    state["log_std_dif"] = th.tensor(LOG_STD_MAX - LOG_STD_MIN, dtype=th.float32)
     # Without these the version of tensordict that the authors pin refuses the file.
     for prefix in (ONLINE, DETACHED, TARGET):
         state[f"{prefix}__batch_size"] = th.Size([model.architecture.num_q])
@@ -258,9 +258,9 @@ def official_state(model: WorldModel, module_placeholders: bool = False) -> dict
     if module_placeholders:
         for name, value in online.items():
             shape = value.shape[1:]
-            state[f"_Qs.module.{name}"] = th.empty(shape, device="meta")
+            state[f"_Qs.module.{name}"] = th.empty(shape, device="meta", dtype=th.float32)
             for prefix in ("_detach_Qs", "_target_Qs"):
-                state[f"{prefix}.module.{name}"] = th.empty(value.shape, device="meta")
+                state[f"{prefix}.module.{name}"] = th.empty_like(value, device="meta")
     return state
 
 

@@ -39,7 +39,8 @@ class PinkNoise:
         self.state = self._normal((NUM_OCTAVES, num_envs, action_dim))
 
     def _normal(self, shape: tuple[int, ...]) -> th.Tensor:
-        return th.randn(shape, generator=self._generator, device=self._generator.device)
+        device = self._generator.device
+        return th.randn(shape, generator=self._generator, device=device, dtype=th.float32)
 
     def draw(self) -> th.Tensor:
         """The next step's numbers, [E, A]."""

@@ -129,9 +129,10 @@ def sample_plan_noise(
     num_gaussian = config.num_samples - config.num_pi_trajs
 
     def normal(*shape: int) -> th.Tensor:
-        return th.randn(*shape, generator=generator, device=device)
+        return th.randn(*shape, generator=generator, device=device, dtype=th.float32)
 
-    uniform = th.rand(rows, config.num_elites, generator=generator, device=device)
+    chances = (rows, config.num_elites)
+    uniform = th.rand(chances, generator=generator, device=device, dtype=th.float32)
     noise = PlanNoise(
         policy=normal(horizon, rows, config.num_pi_trajs, action_dim),
         samples=normal(num_iterations, horizon, rows, num_gaussian, action_dim),

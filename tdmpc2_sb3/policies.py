@@ -200,7 +200,7 @@ class TDMPC2Policy(BasePolicy):
             episodic,
             normalize_images,
         )
-        self.register_buffer("scale", th.ones(()))  # S, the running scale of Q
+        self.register_buffer("scale", th.ones((), dtype=th.float32))  # S, the running scale of Q
         self._make_optimizers(lr_schedule(1.0), enc_lr_scale)
         self._generator: th.Generator | None = None
         self.set_compile(compile)
@@ -448,13 +448,14 @@ class TDMPC2Policy(BasePolicy):
             offsets = offsets.expand(-1, num_envs, -1)
         if not deterministic and noise is None:
             shape = (num_envs, model.action_dim)
-            noise = th.randn(shape, generator=generator, device=generator.device)
+            device = generator.device
+            noise = th.randn(shape, generator=generator, device=device, dtype=th.float32)
         return model.policy_action(model.encode(observation, offsets), noise)
 
     def zero_plan(self, num_envs: int) -> th.Tensor:
         """The mean of a cold start, [E, H, A]."""
         shape = (num_envs, self.planner.horizon, self.world_model.action_dim)
-        return th.zeros(shape, device=self.device)
+        return th.zeros(shape, device=self.device, dtype=th.float32)
 
     def predict(
         self,

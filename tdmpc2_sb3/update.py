@@ -82,7 +82,7 @@ class UpdateStep:
             self._graphed = Graphed(self._without_waiting, self._state, recorder)
             num_groups = sum(len(each.param_groups) for each in self._optimizers)
             self._known_rates: list[float] = []
-            self._rates = th.zeros(num_groups, device=policy.device)
+            self._rates = th.zeros(num_groups, device=policy.device, dtype=th.float32)
 
     def __call__(self, batch: SequenceBatch, noise: UpdateNoise) -> dict[str, th.Tensor]:
         """
@@ -180,7 +180,7 @@ class UpdateStep:
         groups = [group for each in self._optimizers for group in each.param_groups]
         rates = [group["lr"] for group in groups]
         if rates != self._known_rates:
-            self._rates.copy_(th.tensor(rates))
+            self._rates.copy_(th.tensor(rates, dtype=th.float32))
             self._known_rates = rates
         statistics = graphed(batch, noise)
         values = th.stack(list(statistics.values())).cpu()

@@ -102,15 +102,15 @@ class SSMLayer(nn.Module):
         super().__init__()
         self.modes = modes
         self.rank = SELECTIVE_RANK if selective else 0
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, dtype=th.float32)
         self.drive = FastLinear(width, 2 * modes, bias=False)  # B
         hidden = HIDDEN_FACTOR * width
         self.readout = FastLinear(2 * modes, hidden, bias=False)  # C
         self.direct = FastLinear(width, hidden, bias=False)  # V
         self.mix = FastLinear(hidden, width, bias=False)  # W
-        self.nu = nn.Parameter(th.empty(modes))
-        self.omega = nn.Parameter(th.empty(modes))
-        self.beta = nn.Parameter(th.empty(modes))
+        self.nu = nn.Parameter(th.empty(modes, dtype=th.float32))
+        self.omega = nn.Parameter(th.empty(modes, dtype=th.float32))
+        self.beta = nn.Parameter(th.empty(modes, dtype=th.float32))
         if selective:
             self.select_in = FastLinear(width, SELECTIVE_RANK, bias=False)  # W_1
             self.select_out = FastLinear(SELECTIVE_RANK, modes, bias=False)  # W_2

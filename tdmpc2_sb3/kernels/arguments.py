@@ -10,6 +10,7 @@ Shapes: Q networks of an ensemble, Q' of them evaluated.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -19,10 +20,11 @@ import torch as th
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tdmpc2_sb3.kernels.functions import Activation, Norm
-from tdmpc2_sb3.kernels.library import LayerArgument, call
+from tdmpc2_sb3.kernels.library import LayerArgument, call, check_array
 from tdmpc2_sb3.kernels.products import held, hold, multiplies, panels
 
 SIMPLEX = 8  # numbers of the simplices that kernels.c knows, the paper's
+_VECTORS = ("bias", "gain", "shift")
 LAY_OUT_PARALLEL_FROM = 2**15  # numbers; waking a second thread costs more than fewer would save
 
 
@@ -71,7 +73,8 @@ class Dropped(NamedTuple):
     def mask(self) -> th.Tensor:
         """What the product is multiplied with."""
         size = math.prod(self.shape)
-        mask = th.full((size + 1,), 1.0 / self.keep, device=self.positions.device)
+        device = self.positions.device
+        mask = th.full((size + 1,), 1.0 / self.keep, device=device, dtype=th.float32)
         positions = self.positions.clamp(max=size)  # a spare element
         return mask.index_fill_(0, positions, 0.0)[:size].view(self.shape)
 
@@ -101,12 +104,13 @@ class KeptLayers(list[Layer]):
     def look_up(self) -> NetworkArguments:
         """Their arguments."""
         now = hold()
-        if now is None or self._looked_up is None or self._looked_up[0] is not now:
-            known = None if self._looked_up is None else self._looked_up[1]
+        looked_up = self._looked_up  # once: another thread may look them up meanwhile
+        if now is None or looked_up is None or looked_up[0] is not now:
+            known = None if looked_up is None else looked_up[1]
             if known is None or not known.stand_still(self):
                 known = _find(self)
-            self._looked_up = now, _while_held(known, self)
-        return self._looked_up[1]
+            looked_up = self._looked_up = now, _while_held(known, self)
+        return looked_up[1]
 
 
 def widest(layers: Sequence[Layer]) -> int:
@@ -143,8 +147,12 @@ def multiplied_here(rows: int, layers: Sequence[Layer]) -> bool:
 
 
 def _can_be_read(layers: Sequence[Layer]) -> bool:
-    """Whether the numbers of a row stand side by side."""
-    return all(each is None or each.stride(-1) == 1 for layer in layers for each in layer[:4])
+    """Whether they are float32 on a CPU, and the numbers of a row stand side by side."""
+    return all(
+        each is None or (each.dtype is th.float32 and each.is_cpu and each.stride(-1) == 1)
+        for layer in layers
+        for each in layer[:4]
+    )
 
 
 class NetworkArguments:
@@ -157,12 +165,17 @@ class NetworkArguments:
         first = layers[0].weight
         self._shapes = _shapes(layers)
         self._places = _places(_parameters(layers))
-        self._thread = threading.get_ident()
+        self._thread = _thread.itself
         self.can_be_read = _can_be_read(layers)
+        if self.can_be_read:
+            for number, layer in enumerate(layers):
+                _check(number, layer, first.shape[:-2])
         self.num_layers = len(layers)
         self.num_networks = len(first) if first.dim() == 3 else 1
-        self._input_dim = first.shape[-1]
+        self.input_dim = first.shape[-1]
         sizes = [layer.weight.shape[-2:] for layer in layers]
+        #: Whether each layer reads what the one before writes, as in a network.
+        self.is_chain = all(one[0] == other[1] for one, other in itertools.pairwise(sizes))
         self.multiply_adds = sum(cols * depth for cols, depth in sizes)  # a row and network
         forward = [panels(depth, cols) for cols, depth in sizes]
         back = [panels(cols, depth) for cols, depth in sizes]
@@ -196,6 +209,17 @@ class NetworkArguments:
                     eps,
                 )
 
+    def check_input(self, size: int) -> None:
+        """
+        :param size: numbers of a row of the input
+        :raises RuntimeError: if the layers do not read that many, or not each other's outputs
+        """
+        if size != self.input_dim or not self.is_chain:
+            raise RuntimeError(
+                f"The input has {size} columns for networks that read {self.input_dim}, or their "
+                "layers do not fit each other."
+            )
+
     def workspace_size(self, keep: bool, rows: int) -> int:
         """Numbers that a network writes on its way, with ``keep`` for gradients too."""
         return self._size("workspace_size", keep, rows)
@@ -216,7 +240,7 @@ class NetworkArguments:
 
     def stand_still(self, layers: KeptLayers) -> bool:
         """Whether they still are those of layers that they were of, and this thread's own."""
-        return self._thread == threading.get_ident() and self._places == _places(layers.parameters)
+        return self._thread is _thread.itself and self._places == _places(layers.parameters)
 
     def forward(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
         """Layers of the Q' networks, one network after the other, laid out to be evaluated."""
@@ -240,7 +264,7 @@ class NetworkArguments:
             simplices; None for none
         """
         now = hold()
-        mark = (now, self._input_dim if input_from is None else input_from)
+        mark = (now, self.input_dim if input_from is None else input_from)
         stale = _once(m for m in members if now is None or self._back_at[m] != mark)
         if stale:
             for member in stale:
@@ -274,6 +298,26 @@ def lay_out(*networks: tuple[NetworkArguments, tuple[int, ...]]) -> None:
         call("lay_out", array, len(layers), _threads(numbers))
 
 
+def _check(number: int, layer: Layer, networks: Sequence[int]) -> None:
+    """That a layer is one that the kernels read.
+
+    :param number: of the layer, by which a message names it
+    :param networks: [Q], or nothing if it is of one network
+    :raises RuntimeError: naming what it is instead
+    """
+    cols, depth = layer.weight.shape[-2:]
+    arrays = layer._asdict()
+    for name, shape in (("weight", (cols, depth)), *((n, (cols,)) for n in _VECTORS)):
+        if arrays[name] is not None:
+            what = f"The {name} of layer {number}"
+            check_array(what, arrays[name], (*networks, *shape))
+    norm = layer.norm
+    if norm is not None and (layer.gain is None or layer.shift is None or cols % norm[1]):
+        raise RuntimeError(f"The norm of layer {number} lacks a gain or shift, or cuts a simplex.")
+    if not 0 <= layer.simplices * SIMPLEX <= depth:
+        raise RuntimeError(f"Layer {number} reads no {layer.simplices} simplices of {SIMPLEX}.")
+
+
 def _threads(numbers: int) -> int:
     """Threads to lay out that many numbers."""
     return th.get_num_threads() if numbers >= LAY_OUT_PARALLEL_FROM else 1
@@ -296,6 +340,7 @@ class _Thread(threading.local):
     lay out in one place."""
 
     def __init__(self) -> None:
+        self.itself = object()  # unlike its identity, which a later thread may have
         self.by_weight = WeakTensorKeyDictionary()
 
 

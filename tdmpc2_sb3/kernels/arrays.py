@@ -14,7 +14,7 @@ from typing import Any
 import torch as th
 
 from tdmpc2_sb3.kernels.functions import usable
-from tdmpc2_sb3.kernels.library import INTEGER, REAL, addresses, call
+from tdmpc2_sb3.kernels.library import INTEGER, REAL, addresses, call, check_array
 
 PARALLEL_FROM = 2**17  # numbers, of which a thread takes some tens of microseconds
 
@@ -42,7 +42,7 @@ def total_norm(arrays: Sequence[th.Tensor]) -> th.Tensor:
     :param arrays: that are :func:`readable`
     """
     sizes, numbers = _sizes(arrays)
-    norm = th.empty(())
+    norm = arrays[0].new_empty(())
     call("total_norm", addresses(arrays), sizes, norm, len(arrays), _threads(numbers))
     return norm
 
@@ -55,6 +55,8 @@ def lerp_(arrays: Sequence[th.Tensor], targets: Sequence[th.Tensor], weight: flo
     :param weight: in [0, 1]
     """
     sizes, numbers = _sizes(arrays)
+    for array, target in zip(arrays, targets, strict=True):
+        check_array("A target", target, array.shape)
     columns = addresses(arrays), addresses(targets), sizes
     call("lerp_arrays", *columns, weight, len(arrays), _threads(numbers))
 
@@ -63,10 +65,17 @@ class AdamArrays:
     """What steps of Adam read and write, looked up once and not with every step.
 
     :param arrays: of each parameter: itself, its gradient, the running means of the gradient and
-        of its square, which are :func:`readable`, and the steps made so far, [] in float32
+        of its square, and the steps made so far, []; all :func:`readable`
+    :raises RuntimeError: if their shapes differ
     """
 
     def __init__(self, arrays: Sequence[tuple[th.Tensor, ...]]):
+        for parameter, *others, steps in arrays:
+            for each in others:
+                check_array(
+                    "A gradient, or its running mean in the optimiser,", each, parameter.shape
+                )
+            check_array("A count of steps in the optimiser", steps, ())
         self._flat = list(itertools.chain(*arrays))
         self._places = list(map(th.Tensor.data_ptr, self._flat))
         self.addresses = [addresses(column) for column in zip(*arrays, strict=True)]

@@ -36,8 +36,8 @@ _ALLOCATIONS = (
 )
 
 
-class _Memory(threading.local):
-    """Room for the arrays that functions make on their way, of each thread its own.
+class _Memory:
+    """Room for the arrays that functions make on their way.
 
     A capture writes an array before it reads it, so whatever no object is in any more is free for
     others, and what was used last is still in the caches.
@@ -91,14 +91,24 @@ def _references(views: list[Any], position: int) -> int:
 
 
 _REFERENCES_OF_LIST = _references([th.empty(1).numpy()], 0)
-_memory = _Memory()
+
+
+class _Thread(threading.local):
+    """What holds in one thread."""
+
+    def __init__(self) -> None:
+        self.memory = _Memory()  # shared by its captures, whose calls follow each other
+
+
+_thread = _Thread()
 
 
 class _Watch(TorchDispatchMode):
     """Notes what torch computes itself, and takes new arrays from the memory of captures."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: _Memory) -> None:
         super().__init__()
+        self._memory = memory
         self.computed: list[str] = []
 
     def __torch_dispatch__(
@@ -106,7 +116,7 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and result.is_cpu:
-            return _memory.like(result)
+            return self._memory.like(result)
         if not func.is_view:
             self.computed.append(str(func))
         return result
@@ -117,6 +127,22 @@ class _Capture(NamedTuple, Generic[Result]):
     calls: list[Call]
     result: Result
     kept: object  # whatever the calls point to
+    memory: _Memory  # that they write to on their way
+
+
+class _OfThread(threading.local, Generic[Result]):
+    """A thread's captures of a function. They go when the thread ends: another one may take its
+    identity, but neither its captures nor the memory that these write to."""
+
+    def __init__(self) -> None:
+        self.forget([])
+
+    def forget(self, places: list[int]) -> None:
+        """Begins anew, for parameters whose numbers stand there."""
+        self.places = places
+        self.captures: dict[Hashable, _Capture[Result]] = {}
+        self.failures: Counter[Hashable] = Counter()
+        self.replays = 0
 
 
 class Captured(Generic[Result]):
@@ -126,8 +152,8 @@ class Captured(Generic[Result]):
     It may make arrays and views, call ``kernels.c``, and act by :func:`with_calls`. If torch
     computes anything in it, it is called as it is; what it reads by ``tolist`` or ``numpy`` stays
     as it was, unseen. Arguments are tensors, which are read only, other hashable values, and tuples
-    of them; the values are part of what the capture is for. Weights are held within. What a
-    result's tensors hold is good until the thread's next call of a captured function.
+    of them; the values are part of what the capture is for, and so is the thread. Weights are held
+    within. What a result's tensors hold is good until the thread calls a captured function again.
 
     :param function: to be called without recording gradients
     :param parameters: what the function reads and writes besides: a capture holds while their
@@ -137,13 +163,7 @@ class Captured(Generic[Result]):
     def __init__(self, function: Callable[..., Result], parameters: Sequence[th.Tensor]):
         self._function = function
         self._parameters = parameters
-        self._forget()
-
-    def _forget(self) -> None:
-        self._places: list[int] = []
-        self._captures: dict[Hashable, _Capture[Result]] = {}
-        self._failures: Counter[Hashable] = Counter()
-        self.replays = 0
+        self._of_thread: _OfThread[Result] = _OfThread()
         self.computed_by_torch: list[str] = []  # in the last attempt at a capture that failed
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,42 +172,48 @@ class Captured(Generic[Result]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
+    @property
+    def replays(self) -> int:
+        """How many there were in this thread since parameters moved."""
+        return self._of_thread.replays
+
     def __call__(self, *arguments: object) -> Result:
         """What the function makes of the arguments."""
         tensors: list[th.Tensor] = []
-        key = threading.get_ident(), th.get_num_threads(), without_tensors(arguments, tensors)
+        key = th.get_num_threads(), without_tensors(arguments, tensors)
         places = list(map(th.Tensor.data_ptr, self._parameters))
-        if places != self._places:
-            self._forget()
-            self._places = places
-        if goes_by_torch() or self._failures[key] == ATTEMPTS:
+        own = self._of_thread
+        if places != own.places:
+            own.forget(places)
+        if goes_by_torch() or own.failures[key] == ATTEMPTS:
             with weights_held():
                 return self._function(*arguments)
-        captured = self._captures.get(key)
+        captured = own.captures.get(key)
         if captured is None:
             return self._capture(key, arguments, tensors)
         for static, tensor in zip(captured.inputs, tensors, strict=True):
             static.copy_(tensor)
         for function, values in captured.calls:
             function(*values)
-        self.replays += 1
+        own.replays += 1
         return captured.result
 
     def _capture(
         self, key: Hashable, arguments: tuple[object, ...], tensors: list[th.Tensor]
     ) -> Result:
+        own, memory = self._of_thread, _thread.memory
         with th.inference_mode(False):  # or they could not be written to outside that mode
             inputs = [each.clone(memory_format=th.contiguous_format) for each in tensors]
         rebuilt = with_tensors(arguments, iter(inputs))
-        watch = _Watch()
+        watch = _Watch(memory)
         with weights_held_anew() as made, calls_written_down() as calls, watch:
             result = self._function(*rebuilt)
             kept = list(made.values())
         if watch.computed:
-            self._failures[key] += 1
+            own.failures[key] += 1
             self.computed_by_torch = watch.computed
         else:
-            if len(self._captures) == MAX_CAPTURES:
-                self._captures.clear()
-            self._captures[key] = _Capture(inputs, calls, result, kept)
+            if len(own.captures) == MAX_CAPTURES:
+                own.captures.clear()
+            own.captures[key] = _Capture(inputs, calls, result, kept, memory)
         return result

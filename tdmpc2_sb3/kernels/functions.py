@@ -102,7 +102,7 @@ def norm_backward(
         grad_parameters.zero_()
         return grad_x
     threads = _threads(x.numel())
-    sums = th.empty(threads, 3, cols)
+    sums = x.new_empty(threads, 3, cols)
     call(
         "norm_backward",
         grad,
@@ -137,7 +137,7 @@ class _LayerNorm(th.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
         x, y, gain, shift, statistics = ctx.saved_tensors
-        parts = th.empty(3, x.shape[-1])
+        parts = x.new_empty(3, x.shape[-1])
         grad = grads[0].contiguous()
         grad_x = norm_backward(grad, x, y, gain, shift, statistics, parts, ctx.norm)
         return grad_x, parts[0], parts[1], None
@@ -484,6 +484,7 @@ def policy_objective(
         by_values,
         by_entropy,
         out,
+        values.new_empty(starts),
         *values.shape,
         starts,
     )
@@ -691,7 +692,7 @@ def selective_scan_backward(grad: th.Tensor, scan: Scan, states: th.Tensor) -> S
     grad_drive = th.empty_like(states)
     parameters = zeros(states, 3, modes)
     threads = _threads(scan.selection.numel())
-    carry, sums = th.empty(threads, 2, modes), th.empty(threads, 3, modes)
+    carry, sums = grad.new_empty(threads, 2, modes), grad.new_empty(threads, 3, modes)
     if scan.selection.numel():
         call(
             "selective_scan_backward",

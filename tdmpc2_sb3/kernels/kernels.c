@@ -814,7 +814,8 @@ static void pack_simplices_back(const layer *it, int64_t begin, int64_t end) {
     float numbers[PANEL_GROUP * PANEL + 3 * SIMPLEX];
     for (; begin < end; begin += chunk) {
         int64_t until = begin + chunk < end ? begin + chunk : end; /* columns of reduced rows */
-        int64_t first = begin < reduced ? begin / inner : it->simplices, base = first * inner;
+        int64_t first = begin < reduced ? begin / inner : it->simplices;
+        int64_t base = begin < reduced ? first * inner : begin; /* column of numbers[0] */
         int64_t last = until < reduced ? (until + inner - 1) / inner : it->simplices;
         for (int64_t k = 0; k < it->cols; k++) {
             const float *row = it->weight + k * it->weight_row;
@@ -1249,36 +1250,38 @@ void networks_backward(const layer *layers, int64_t count, int64_t networks, con
     int64_t last = layers[count - 1].cols, first = layers[0].cols;
     const float *input = layers->simplices ? workspaces[0] : x;
     int64_t input_row = layers->simplices ? row_of(reduced_depth(layers)) : x_row;
-    place all_places[networks * count], *kept = all_places;
-    gradient_place all_gradients[networks * count], *to = all_gradients;
     int64_t own_numbers = own_size(layers, count, rows, threads);
-    float *own = 0; /* for one network after the other */
-    for (int64_t n = 0; n < networks; n++) {
-        find_places(layers + n * count, count, 1, rows,
-                    dropout_of(dropped, count_dropped, share, n * rows * first), workspaces[n],
-                    result + n * rows * last, kept + n * count);
-        float *behind = find_gradient_places(layers + n * count, count, rows, threads,
-                                             scratches[n], to + n * count);
-        own = n ? own : behind;
-        to[n * count].rest = to[0].rest; /* x is the same for all */
-    }
+    gradient_place first_places[count]; /* of the first network */
+    /* What the threads have for themselves, for one network after the other, is behind those. */
+    float *own = find_gradient_places(layers, count, rows, threads, scratches[0], first_places);
+#define FIND_PLACES                                                                             \
+    const layer *net = layers + n * count;                                                      \
+    place kept[count]; /* of one network only: a thread's stack holds few */                    \
+    gradient_place to[count];                                                                   \
+    find_places(net, count, 1, rows,                                                            \
+                dropout_of(dropped, count_dropped, share, n * rows * first), workspaces[n],     \
+                result + n * rows * last, kept);                                                \
+    find_gradient_places(net, count, rows, threads, scratches[n], to);                          \
+    to[0].rest = first_places[0].rest; /* x is the same for all */
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        for (int64_t l = 0; l < networks * count; l += count) {
-            clear_sums(layers + l, to + l, count, t);
-            layers_backward(layers + l, kept + l, to + l, count, input, input_row,
-                            grad + l / count * rows * last, by_input, input_from, input_cols,
-                            adds || l, by_parameters != 0, by_parameters && !l,
-                            own + t * own_numbers, t,
-                            rows * t / threads, rows * (t + 1) / threads, rows);
+        for (int64_t n = 0; n < networks; n++) {
+            FIND_PLACES
+            clear_sums(net, to, count, t);
+            layers_backward(net, kept, to, count, input, input_row, grad + n * rows * last,
+                            by_input, input_from, input_cols, adds || n, by_parameters != 0,
+                            by_parameters && !n, own + t * own_numbers, t, rows * t / threads,
+                            rows * (t + 1) / threads, rows);
         }
     if (!by_parameters) return;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < threads; t++)
-        for (int64_t n = 0; n < networks; n++)
-            parameter_gradients(layers + n * count, kept + n * count, to + n * count, count, input,
-                                input_row, grad + n * rows * last, n, networks, by_parameters,
-                                own + t * own_numbers, rows, t, threads);
+        for (int64_t n = 0; n < networks; n++) {
+            FIND_PLACES
+            parameter_gradients(net, kept, to, count, input, input_row, grad + n * rows * last, n,
+                                networks, by_parameters, own + t * own_numbers, rows, t, threads);
+        }
+#undef FIND_PLACES
 }
 
 /* Gradients of rollout_forward with keep, whose inputs, workspace and latents these are. by_latents:
@@ -1545,12 +1548,12 @@ static float percentile(const float *ordered, int64_t count, double share) {
 
 /* The policy prior's loss as in losses.py, from values of heads networks at rows states, [heads,
  * rows], of which the first ones, at the sub-sequences' starts, move the scale. out: loss, mean
- * entropy, mean scaled entropy, new scale. Gradients: by the values and by the scaled entropies. */
+ * entropy, mean scaled entropy, new scale. Gradients: by the values and by the scaled entropies.
+ * ordered: scratch, [starts]. */
 void policy_objective(const float *values, const float *log_prob, const float *entropy,
                       const float *weights, const float *scale, float tau, float entropy_coef,
-                      float *by_values, float *by_entropy, float *out, int64_t heads,
-                      int64_t rows, int64_t starts) {
-    float ordered[starts];
+                      float *by_values, float *by_entropy, float *out, float *ordered,
+                      int64_t heads, int64_t rows, int64_t starts) {
     double loss = 0.0, log_probs = 0.0, entropies = 0.0;
     for (int64_t i = 0; i < rows; i++) {
         float mean = 0.0f;

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch as th
 
+from tdmpc2_sb3.kernels.cache import VARIABLE, CacheError, cache_directory, find, keep, told
+
 SWITCH = "TDMPC2_SB3_KERNELS"  # 0 in the environment switches the kernels off
 SOURCE = Path(__file__).with_name("kernels.c")
 COMPILERS = ("cc", "gcc", "clang")
@@ -136,7 +138,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "exponential": (POINTER, POINTER, REAL, POINTER, INTEGER),
     "least_values": (POINTER, POINTER, INTEGER, INTEGER),
     "lambda_returns": (*(POINTER,) * 3, REAL, REAL, POINTER, INTEGER, INTEGER),
-    "policy_objective": (*(POINTER,) * 5, REAL, REAL, *(POINTER,) * 3, *(INTEGER,) * 3),
+    "policy_objective": (*(POINTER,) * 5, REAL, REAL, *(POINTER,) * 4, *(INTEGER,) * 3),
     "policy_sample_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),
     "policy_sample_backward": (*(POINTER,) * 6, *(INTEGER,) * 4),
     "total_norm": (*(POINTER,) * 3, *(INTEGER,) * 2),
@@ -151,6 +153,18 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "choose_action": (*(POINTER,) * 15, *(INTEGER,) * 4),
     "panel_width": (),
 }
+# Positions of arrays whose rows may lie apart, and of arrays of int64; all others are contiguous
+# arrays of float32.
+ROWS_APART = {
+    "networks_forward": {3},
+    "networks_backward": {3},
+    "copy_rows": {0, 2},
+    "gelu_sum_forward": {1},
+    "gelu_sum_backward": {2},
+    "selective_scan_forward": {1},
+    "selective_scan_backward": {2},
+}
+WHOLE_NUMBERS = {"networks_forward": {5}, "networks_backward": {5}}
 SIZES = ("workspace_size", "scratch_size", "planning_scratch", "panel_width")  # what they return
 
 
@@ -160,19 +174,39 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH, "") == "0":
         return None
     try:
-        loaded = build(cache_directory())
+        loaded = _load_kept_or_new()
         keep_freed_memory()
         return loaded
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = (
+            f"Set {VARIABLE} to a folder that you can write to and from which programs may run"
+            if isinstance(error, OSError)
+            else "Install a C compiler (Debian: apt install gcc; macOS: xcode-select --install)"
+        )
         warnings.warn(
             f"The CPU kernels could not be built ({reason}); training goes on with torch's own, "
-            "which take twice as long. Install a C compiler (Debian: apt install gcc; macOS: "
-            f"xcode-select --install), or set {SWITCH}=0 to silence this.",
+            f"which take twice as long. {remedy}, or set {SWITCH}=0 to silence this.",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
+
+
+def _load_kept_or_new() -> ctypes.CDLL:
+    try:
+        return build(cache_directory())
+    except CacheError as error:
+        # A file that is loaded may be removed.
+        with tempfile.TemporaryDirectory(prefix="tdmpc2_sb3_") as folder:
+            loaded = build(Path(folder))
+        warnings.warn(
+            f"The CPU kernels were built for this process alone, and every other one will take "
+            f"the time again: {error}. Set {VARIABLE} to a folder to which you alone can write.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return loaded
 
 
 class Call(NamedTuple):
@@ -202,12 +236,50 @@ def calls_written_down() -> Iterator[list[Call]]:
         _thread.written_down = before
 
 
+def check_array(
+    what: str, x: th.Tensor, shape: Sequence[int] | None = None, dtype: th.dtype = th.float32
+) -> None:
+    """That an array is what ``kernels.c`` reads, or would be if it were contiguous.
+
+    :param what: its name
+    :param shape: that it must have; None for any
+    :raises RuntimeError: naming what it is instead
+    """
+    if x.dtype is not dtype or not x.is_cpu:
+        raise RuntimeError(f"{what} is {x.dtype} on {x.device}: the kernels read {dtype} on a CPU.")
+    if shape is not None and x.shape != tuple(shape):
+        raise RuntimeError(f"{what} has shape {tuple(x.shape)}, but {tuple(shape)} is needed.")
+
+
+def check_strides(what: str, x: th.Tensor, rows_apart: bool = False) -> None:
+    """That it is contiguous, or that at least the numbers of a row stand side by side.
+
+    :raises RuntimeError: if they do not
+    """
+    if x.is_contiguous() or (rows_apart and (x.stride(-1) == 1 or x.shape[-1] == 1)):
+        return
+    raise RuntimeError(f"{what} has strides {x.stride()}: its numbers must stand side by side.")
+
+
+def _checked_address(name: str, position: int, x: th.Tensor) -> int:
+    """Where the numbers of an array begin that a function takes."""
+    if x.dtype is not th.float32 or not x.is_cpu or not x.is_contiguous():
+        what = f"Array {position} of {name}"
+        whole = position in WHOLE_NUMBERS.get(name, ())
+        check_array(what, x, None, th.int64 if whole else th.float32)
+        check_strides(what, x, position in ROWS_APART.get(name, ()))
+    return x.data_ptr()
+
+
 def call(name: str, *arguments: th.Tensor | ctypes.Array[Any] | float | None) -> Any:
     """Calls a function of kernels.c; a tensor is handed over as the address of its numbers."""
     loaded = library()
     assert loaded is not None, "ask whether there is a library first"
     function = getattr(loaded, name)
-    values = [each.data_ptr() if isinstance(each, th.Tensor) else each for each in arguments]
+    values = [
+        _checked_address(name, position, each) if isinstance(each, th.Tensor) else each
+        for position, each in enumerate(arguments)
+    ]
     if _thread.written_down is not None and name not in SIZES:
         _thread.written_down.append(Call(function, tuple(values)))
     return function(*values)
@@ -221,7 +293,11 @@ def with_calls(action: Callable[[], None]) -> None:
 
 
 def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
-    """Where the arrays stand, as an array itself."""
+    """Where the arrays, contiguous and of float32, stand, as an array itself."""
+    for each in arrays:
+        if each.dtype is not th.float32 or not each.is_cpu or not each.is_contiguous():
+            check_array("An array", each)
+            check_strides("An array", each)
     return (POINTER * len(arrays))(*[each.data_ptr() for each in arrays])
 
 
@@ -240,45 +316,26 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(*trim) and mallopt(*mmap))
 
 
-def cache_directory() -> Path:
-    """The user's own cache directory for the built library; a temporary one if that is not his.
-
-    A library that others could replace must not be loaded, so ownership is checked.
-    """
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "tdmpc2_sb3"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        private = status.st_uid == os.getuid() and not status.st_mode & 0o022
-        if private and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="tdmpc2_sb3_"))
-
-
 def build(folder: Path) -> ctypes.CDLL:
     """Loads the library from ``folder``, building it if it is not there.
 
     :param folder: where libraries are kept; one a source, compiler and processor
     :raises RuntimeError: if there is no compiler or every way to build fails
-    :raises OSError: if the folder cannot be written
+    :raises CacheError: if it has to be built and the folder cannot be written to
+    :raises OSError: if what was built cannot be loaded
     """
     compiler = find_compiler()
-    failure = "no attempt"
+    failure: Exception = RuntimeError("no attempt")
     for options, runtime in attempts():
-        path = folder / f"kernels-{fingerprint(compiler, (*options, *runtime))}.so"
+        name = f"kernels-{fingerprint(compiler, (*options, *runtime))}"
         try:
-            if not path.exists():
-                _compile(compiler, options, runtime, path)
+            path = find(folder, name) or _compile(compiler, options, runtime, folder, name)
             return _load(path)
+        except CacheError:
+            raise
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            failure = str(error)
-    raise RuntimeError(failure)
+            failure = error
+    raise failure
 
 
 def find_compiler() -> str:
@@ -316,32 +373,54 @@ def attempts() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
 
 def fingerprint(compiler: str, options: tuple[str, ...]) -> str:
     """A name for what would be built: it changes with source, compiler, options and processor."""
-    parts = [SOURCE.read_text(), compiler, *options, platform.platform(), th.__version__]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    parts.append(version.stdout)
+    parts = [
+        SOURCE.read_text("utf-8"),
+        compiler,
+        *FLAGS,
+        *options,
+        platform.platform(),
+        th.__version__,
+    ]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False)
+    parts.append(version.stdout.decode(errors="replace"))
     processor = Path("/proc/cpuinfo")
     if processor.exists():
         fields = ("model name", "flags", "Features", "CPU part")
-        lines = processor.read_text().splitlines()
+        lines = processor.read_text("utf-8", "replace").splitlines()
         parts.extend(sorted({line for line in lines if line.startswith(fields)}))
     return hashlib.sha256("\0".join([*parts, platform.processor()]).encode()).hexdigest()[:20]
 
 
-def _compile(compiler: str, options: tuple[str, ...], runtime: tuple[str, ...], path: Path) -> None:
-    # Built under another name and moved, so that processes that start together never meet half a
-    # file. Linked apart, so that the compiler does not add an OpenMP runtime of its own.
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        objects, library = f"{work}/kernels.o", f"{work}/kernels.so"
-        _run([compiler, *FLAGS, *options, "-c", str(SOURCE), "-o", objects])
-        _run([compiler, "-shared", objects, *runtime, "-lm", "-o", library])
-        os.replace(library, path)
+def _compile(
+    compiler: str, options: tuple[str, ...], runtime: tuple[str, ...], folder: Path, name: str
+) -> Path:
+    # Linked apart, so that the compiler does not add an OpenMP runtime of its own.
+    with told(folder):
+        work = tempfile.TemporaryDirectory(dir=folder)
+    with work:
+        objects, library = f"{work.name}/kernels.o", f"{work.name}/kernels.so"
+        _run([compiler, *FLAGS, *options, "-c", str(SOURCE), "-o", objects], work.name)
+        _run([compiler, "-shared", objects, *runtime, "-lm", "-o", library], work.name)
+        return keep(Path(library), folder, name)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], folder: str) -> None:
+    """
+    :param folder: for the compiler's own files
+    """
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False
+        command,
+        env={**os.environ, "TMPDIR": folder, "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=BUILD_SECONDS,
+        check=False,
     )
     if done.returncode:
+        for reason in ("No space left on device", "Disk quota exceeded"):
+            if reason in done.stderr:
+                raise CacheError(f"{Path(folder).parent} cannot be written to ({reason})")
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RuntimeError(f"{Path(command[0]).name}: {lines[0]}")
 

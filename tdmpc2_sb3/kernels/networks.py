@@ -243,6 +243,7 @@ class _ByKernels(Evaluation):
 
     def __init__(self, arguments: NetworkArguments, *others: Any):
         super().__init__(*others)
+        arguments.check_input(self.x.shape[-1])
         self._arguments = arguments
         self._chosen = self.members or (0,)
         self._threads = product_threads(self.rows * self.count * arguments.multiply_adds)

@@ -34,6 +34,8 @@ from tdmpc2_sb3.kernels.library import (
     SearchArgument,
     StateSpaceLayerArgument,
     call,
+    check_array,
+    check_strides,
 )
 from tdmpc2_sb3.kernels.products import MIN_ROWS, held, product_threads
 
@@ -226,6 +228,62 @@ def _memory(dynamics: Sequence[Layer] | StateSpace) -> int:
     return max(of_start, 2 * width + len(first.products.weight) + modes + hidden + states)
 
 
+def _check(
+    networks: PlanningNetworks,
+    bins: th.Tensor,
+    start: th.Tensor,
+    initial_mean: th.Tensor,
+    draws: Draws,
+    num_elites: int,
+) -> None:
+    """That what :func:`search` reads fits together.
+
+    :raises RuntimeError: naming what does not
+    """
+    horizon, num_envs = len(draws.policy), len(start)
+    num_iterations, _, num_samples, _ = draws.terminal.shape
+    num_prior, action_dim = draws.policy.shape[2], networks.policy[-1].weight.shape[-2] // 2
+    latent_dim = networks.policy[0].weight.shape[-1]
+    num_gaussian, pair_dim = num_samples - num_prior, latent_dim + action_dim
+    shapes: dict[str, tuple[th.Tensor, tuple[int, ...]]] = {
+        "The plan that is gone on with": (initial_mean, (horizon, num_envs, action_dim)),
+        "The latent": (start, (num_envs, latent_dim)),
+        "The policy's noise": (draws.policy, (horizon, num_envs, num_prior, action_dim)),
+        "The samples' noise": (
+            draws.samples,
+            (num_iterations, horizon, num_envs, num_gaussian, action_dim),
+        ),
+        "The last actions' noise": (
+            draws.terminal,
+            (num_iterations, num_envs, num_samples, action_dim),
+        ),
+        "The bins": (bins, (networks.reward[-1].weight.shape[-2],)),
+    }
+    for what, (x, shape) in shapes.items():
+        check_array(what, x, shape)
+    check_array("The Q heads", draws.heads, (num_iterations, 2), th.int64)
+    check_strides("The bins", bins)
+    ends = [(networks.reward, pair_dim), (networks.q, pair_dim), (networks.policy, latent_dim)]
+    if networks.termination is not None:
+        ends.append((networks.termination, latent_dim))
+    if isinstance(networks.dynamics, StateSpace):
+        last = networks.dynamics.out
+        ends += [
+            ([networks.dynamics.features], latent_dim),
+            ([networks.dynamics.action], action_dim),
+        ]
+    else:
+        last = networks.dynamics[-1]
+        ends.append((networks.dynamics, pair_dim))
+    sizes = [(layers[0].weight.shape[-1], wanted) for layers, wanted in ends]
+    sizes += [(last.weight.shape[-2], latent_dim), (networks.q[-1].weight.shape[-2], len(bins))]
+    for size, wanted in sizes:
+        if size != wanted:
+            raise RuntimeError(f"A network that is planned with has {size} numbers, not {wanted}.")
+    if not 0 < num_elites <= num_samples:
+        raise RuntimeError(f"{num_elites} elites cannot be among {num_samples} sequences.")
+
+
 def search(
     networks: PlanningNetworks,
     bins: th.Tensor,
@@ -250,7 +308,9 @@ def search(
     :param temperature: factor of the values in the exponents of the elites' weights
     :param min_std: least standard deviation
     :param max_std: greatest
+    :raises RuntimeError: if sizes do not fit together
     """
+    _check(networks, bins, start, initial_mean, draws, num_elites)
     horizon, num_envs, action_dim = initial_mean.shape
     num_iterations, _, num_samples, _ = draws.terminal.shape
     num_prior, latent_dim = draws.policy.shape[2], start.shape[-1]
@@ -355,6 +415,9 @@ def choose_action(
         exploration
     """
     horizon, num_envs, action_dim = elites.mean.shape
+    check_array("The choice's noise", gumbel, elites.weights.shape)
+    if exploration is not None:
+        check_array("The exploration", exploration, (num_envs, action_dim))
     empty = elites.mean.new_empty
     action, (mean, std) = empty(num_envs, action_dim), empty(2, num_envs, horizon, action_dim)
     fields = action, mean, std, *empty(4, num_envs)

@@ -20,7 +20,7 @@ from tdmpc2_sb3.kernels.arguments import (
     multiplied_here,
 )
 from tdmpc2_sb3.kernels.functions import records_gradients
-from tdmpc2_sb3.kernels.library import call
+from tdmpc2_sb3.kernels.library import call, check_array
 from tdmpc2_sb3.kernels.networks import GradientRoom, by_parameter
 from tdmpc2_sb3.kernels.products import product_threads
 
@@ -43,6 +43,9 @@ class Rollout:
     def __init__(self, z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]):
         self.start, self.actions, self.layers = z.contiguous(), actions.contiguous(), layers
         self.arguments: NetworkArguments = arguments_of(layers)
+        self.arguments.check_input(z.shape[-1] + actions.shape[-1])
+        check_array("The latent", z, (*z.shape[:-1], layers[-1].weight.shape[-2]))
+        check_array("The actions", actions, (len(actions), *z.shape[:-1], actions.shape[-1]))
         self.steps, self.rows = len(actions), z.numel() // z.shape[-1]
         work = self.steps * self.rows * self.arguments.multiply_adds
         self.threads = product_threads(work)

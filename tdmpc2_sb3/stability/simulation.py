@@ -53,7 +53,9 @@ def try_candidates(
     :param num_candidates: N further ones, drawn around the mean
     """
     mean, std = plan.mean[0], plan.std[0].clamp_min(CANDIDATE_STD)  # [H, A]
-    noise = th.randn(num_candidates, *mean.shape, generator=planner.generator, device=mean.device)
+    shape = num_candidates, *mean.shape
+    generator = planner.generator
+    noise = th.randn(shape, generator=generator, device=mean.device, dtype=mean.dtype)
     sequences = th.cat([mean[None], mean + std * noise]).clamp(-1.0, 1.0)  # [1 + N, H, A]
     rewards, values = predicted_returns(planner, planner.encode(observation), sequences)
     simulated, last, alive = simulate(planner, env, sequences)

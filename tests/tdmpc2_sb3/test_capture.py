@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch as th
@@ -71,6 +74,64 @@ def test_a_capture_is_for_sizes_values_and_threads():
     assert (sums.calls, sums.captured.replays) == (6, 0)
     sums.captured(rows, 1)
     assert sums.captured.replays == 1
+
+
+def in_a_thread(action):
+    """What the action returns, in a thread that has ended afterwards."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(action()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_captures_end_with_their_thread():
+    """A later thread may have the identity of an ended one, whose memory is someone else's."""
+    sums, rows = Sums(1000), th.randn(40, 1000)
+    wanted = rows + sums.bias + sums.bias + sums.bias
+    identities, memories, others = set(), [], []
+
+    def run():
+        identities.add(threading.get_ident())
+        memories.append(weakref.ref(capture._thread.memory))
+        results = [sums.captured(rows, 3).clone() for _ in range(3)]
+        assert sums.captured.replays == 2
+        return results
+
+    for turn in range(8):
+        for result in in_a_thread(run):
+            assert th.equal(result, wanted)
+        others.append(th.full((40, 1000), float(turn)))  # where the thread's arrays may have been
+    assert len(identities) < 8, "no identity came back here: nothing was shown"
+    assert sums.calls == 8
+    for turn, other in enumerate(others):
+        assert th.equal(other, th.full((40, 1000), float(turn)))
+    gc.collect()
+    assert [each() for each in memories] == [None] * 8
+
+
+def test_results_outlive_their_thread():
+    sums, rows = Sums(1000), th.randn(40, 1000)
+    result = in_a_thread(lambda: sums.captured(rows, 3))
+    gc.collect()
+    others = [in_a_thread(lambda: sums.captured(rows + 1, 3)) for _ in range(4)]
+    assert th.equal(result, rows + sums.bias + sums.bias + sums.bias)
+    for other in others:
+        assert th.equal(other, rows + 1 + sums.bias + sums.bias + sums.bias)
+
+
+def test_threads_at_the_same_time():
+    """Each captures by itself, whatever the others do meanwhile."""
+    sums = Sums(1000)
+    rows = [th.randn(40, 1000) for _ in range(6)]
+
+    def run(x):
+        return [sums.captured(x, 3).clone() for _ in range(50)]
+
+    with ThreadPoolExecutor(6) as pool:
+        for x, results in zip(rows, pool.map(run, rows), strict=True):
+            wanted = x + sums.bias + sums.bias + sums.bias
+            assert all(th.equal(result, wanted) for result in results)
 
 
 def test_inputs_that_lie_apart_or_are_one_number():
@@ -213,6 +274,44 @@ def test_an_error_leaves_nothing_behind():
     rows = th.randn(3, 4)
     for _ in range(2):
         assert th.equal(sums.captured(rows, 1), rows + sums.bias)
+
+
+def assert_same_parameters(one, other):
+    for ours, theirs in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
+        assert th.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", "SSMPolicy"])
+def test_learning_goes_on_in_other_threads(make_agent, policy):
+    """As a server or a notebook does: a thread for every few steps, bit for bit as in one."""
+    pieces = [23, *[3] * 12]
+    wanted = make_agent(policy=policy, initial_gradient_steps=2)
+    threaded = make_agent(policy=policy, initial_gradient_steps=2)
+    identities = set()
+
+    def learn(steps):
+        identities.add(threading.get_ident())
+        return threaded.learn(steps, reset_num_timesteps=False)
+
+    for steps in pieces:
+        wanted.learn(steps, reset_num_timesteps=False)
+        in_a_thread(lambda steps=steps: learn(steps))
+        th.randn(64, 1024)  # takes memory that the thread had
+    assert len(identities) < len(pieces), "no identity came back here: nothing was shown"
+    assert_same_parameters(threaded, wanted)
+
+
+def test_threads_predict_at_the_same_time(make_agent):
+    model = make_agent()
+    observations = th.randn(6, 3).numpy()
+    wanted = [model.predict(each, deterministic=True)[0].tolist() for each in observations]
+
+    def run(observation):
+        return [model.predict(observation, deterministic=True)[0].tolist() for _ in range(30)]
+
+    with ThreadPoolExecutor(6) as pool:
+        for action, actions in zip(wanted, pool.map(run, observations), strict=True):
+            assert actions == [action] * 30
 
 
 # -- what torch does in operations of its own ---------------------------------------------------

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import platform
-import stat
 import subprocess
 import sys
 import warnings
@@ -23,7 +22,7 @@ from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp
 from tdmpc2_sb3.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
 from tdmpc2_sb3.kernels import Activation, Dropped, Layer, Norm, library
 from tdmpc2_sb3.kernels.arguments import SIMPLEX, arguments_of, on_simplices
-from tdmpc2_sb3.kernels.library import SWITCH, build, cache_directory
+from tdmpc2_sb3.kernels.library import SWITCH
 from tdmpc2_sb3.kernels.products import operation_counter
 
 EPS = 1e-5
@@ -595,20 +594,6 @@ def test_empty_inputs():
 def test_not_used_in_double_precision():
     assert kernels.usable(th.zeros(2))
     assert not kernels.usable(th.zeros(2, dtype=th.float64))
-
-
-def test_the_library_is_kept_and_private(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = cache_directory()
-    assert folder.parent == tmp_path
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    build(folder)
-    before = {each: each.stat().st_mtime_ns for each in folder.iterdir()}
-    assert before  # more than one where a compiler's first attempt does not load
-    build(folder)  # loads what is there
-    assert {each: each.stat().st_mtime_ns for each in folder.iterdir()} == before
-    folder.chmod(0o777)  # anyone could put a library of his own there
-    assert cache_directory() != folder
 
 
 @pytest.mark.parametrize(

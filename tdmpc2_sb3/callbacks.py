@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+import sys
+from collections.abc import Iterator
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -15,10 +18,11 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
-from tdmpc2_sb3 import run_files
+from tdmpc2_sb3 import interrupts, run_files
 from tdmpc2_sb3.callback_state import RestoreCallbacks, callback_states, walk_callbacks
 from tdmpc2_sb3.file_io import atomic_write, sync_folder
 from tdmpc2_sb3.json_codec import decode, encode
+from tdmpc2_sb3.workers import WorkerDiedError
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
@@ -33,7 +37,8 @@ class ResumableCheckpointCallback(BaseCallback):
 
     Each checkpoint is a folder that appears under its name when it is complete, and only then is
     the one before removed: at any moment a killed process leaves one from which
-    :func:`load_checkpoint` goes on exactly.
+    :func:`load_checkpoint` goes on exactly. TD-MPC2 writes a last one when Ctrl-C, SIGTERM or
+    SIGHUP ends its training, see :func:`last_checkpoint`.
 
     :param save_freq: agent steps between checkpoints
     :param folder: where they go; None takes the folder of the run's EvalCallback or log, as in the
@@ -54,9 +59,14 @@ class ResumableCheckpointCallback(BaseCallback):
         self.save_freq = save_freq
         self.folder = None if folder is None else pathlib.Path(folder)
         self._last_steps = 0
+        #: How to go on from the last checkpoint, for people; None tells of load_checkpoint.
+        self.advice: str | None = None
+        #: Whether the end of training by a signal was written.
+        self.wrote_last = False
 
     def _on_training_start(self) -> None:
         self._last_steps = self.num_timesteps
+        self.wrote_last = False
         if self.folder is None:
             self.folder = self._find_folder()
 
@@ -90,6 +100,43 @@ class ResumableCheckpointCallback(BaseCallback):
         if self.verbose >= 1:
             print(f"Checkpoint written: {path}")
         return path
+
+    def describe_last(self) -> str:
+        """One sentence: which checkpoint is the last, and how to go on from it."""
+        newest = None if self.folder is None else latest_checkpoint(self.folder)
+        if newest is None:
+            return f"No checkpoint was written yet: the first is due after {self.save_freq} steps."
+        advice = self.advice or f"tdmpc2_sb3.callbacks.load_checkpoint(..., '{self.folder}', env)"
+        return f"The last checkpoint is '{newest}'. To go on: {advice}"
+
+
+@contextlib.contextmanager
+def last_checkpoint(callback: BaseCallback) -> Iterator[None]:
+    """Write a last checkpoint when a signal ends the block, or tell of the one there is.
+
+    Only a training with a :class:`ResumableCheckpointCallback` is ended so by SIGTERM and SIGHUP.
+
+    :param callback: of the training that is the block
+    :raises KeyboardInterrupt: at Ctrl-C; at SIGTERM and SIGHUP :class:`interrupts.Ended`
+    :raises WorkerDiedError: if a process of an environment has died
+    """
+    ours = [
+        each for each in walk_callbacks(callback) if isinstance(each, ResumableCheckpointCallback)
+    ]
+    with interrupts.ending_signals() if ours else contextlib.nullcontext():
+        try:
+            yield
+        except KeyboardInterrupt:
+            for each in ours:
+                try:
+                    each.wrote_last = each.write() is not None
+                except OSError as error:  # a full disk is no reason to lose what else is saved
+                    print(error, file=sys.stderr)
+            raise
+        except WorkerDiedError as error:
+            raise WorkerDiedError(" ".join([str(error), *(e.describe_last() for e in ours)])) from (
+                error.__cause__
+            )
 
 
 def write_checkpoint(

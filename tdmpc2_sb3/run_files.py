@@ -6,13 +6,15 @@ without this, episodes would stand in the log twice.
 
 from __future__ import annotations
 
+import csv
 import os
 import pathlib
 import time
 from typing import Any
 
 from stable_baselines3.common.logger import Logger, configure
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 MONITOR_FILES = "*.monitor.csv"
 
@@ -52,14 +54,53 @@ def continue_clock(folder: pathlib.Path, env: VecEnv) -> None:
     :param env: with Monitor around each environment
     """
     seconds = max((_last_second(path) for path in folder.glob(MONITOR_FILES)), default=0.0)
-    env.env_method("set_wrapper_attr", "t_start", time.time() - seconds)
+    env.env_method("set_wrapper_attr", "t_start", SteadyStart.before(seconds))
 
 
 def _last_second(path: pathlib.Path) -> float:
-    rows = path.read_text().splitlines()[1:]  # after the header in JSON
-    if len(rows) < 2:
-        return 0.0
-    return float(rows[-1].split(",")[rows[0].split(",").index("t")])
+    """The largest, not the newest: the clock may have been set back."""
+    rows = list(csv.DictReader(path.read_text().splitlines()[1:]))  # after the header in JSON
+    return max((float(row["t"]) for row in rows), default=0.0)
+
+
+class SteadyStart(float):
+    """A moment of the wall's clock from which seconds are counted that never go back.
+
+    Monitor subtracts its start from the time of day, which somebody may set back. From this start
+    the difference is what a stop-watch shows.
+
+    :ivar started: the same moment on the system's steady clock
+    """
+
+    started: float
+
+    @classmethod
+    def before(cls, seconds: float) -> SteadyStart:
+        """The moment so many seconds ago."""
+        seconds = max(seconds, 0.0)
+        start = cls(time.time() - seconds)
+        start.started = time.monotonic() - seconds
+        return start
+
+    def __rsub__(self, now: float) -> float:
+        return time.monotonic() - self.started
+
+
+def steady_clock(env: VecEnv | None) -> None:
+    """Let Monitor's seconds go on from where they are by a clock that nobody sets back.
+
+    :param env: whose Monitors are changed; other wrappers stay as they are
+    """
+    inner: Any = env
+    while hasattr(inner, "venv"):
+        inner = inner.venv
+    if not isinstance(inner, (DummyVecEnv, SubprocVecEnv)):
+        return
+    for index, monitored in enumerate(inner.env_is_wrapped(Monitor)):
+        start = inner.get_attr("t_start", index)[0] if monitored else None
+        if isinstance(start, float) and not isinstance(start, SteadyStart):
+            steady = SteadyStart.before(time.time() - start)
+            inner.env_method("set_wrapper_attr", "t_start", steady, indices=index)
 
 
 def reopen_logger(

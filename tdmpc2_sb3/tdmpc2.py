@@ -6,6 +6,7 @@ import copy
 import io
 import pathlib
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -34,7 +35,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from tdmpc2_sb3 import action_noise as noises
-from tdmpc2_sb3 import episode_state, interrupts, official_checkpoint
+from tdmpc2_sb3 import episode_state, interrupts, official_checkpoint, run_files, workers
+from tdmpc2_sb3.callback_state import environments_of
+from tdmpc2_sb3.callbacks import last_checkpoint
 from tdmpc2_sb3.environment_facts import (
     EnvironmentFacts,
     automatic_gamma,
@@ -354,6 +357,7 @@ class TDMPC2(OffPolicyAlgorithm):
             )
         self._saved_episodes: episode_state.EpisodeStates | None = None
         self._update_step = self._make_update_step()
+        self._workers = workers.Watch()  # of learn()'s environments
 
     def _make_buffer(self) -> SequenceReplayBuffer:
         if self.replay_buffer_class is None:
@@ -528,25 +532,27 @@ class TDMPC2(OffPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        callback.on_training_start(locals(), globals())
         assert self.env is not None
         assert isinstance(self.train_freq, TrainFreq)
         assert self.replay_buffer is not None
-        self._make_interrupted_updates()
-        while self.num_timesteps < total_timesteps or self._rollout_is_complete:
-            rollout = self.collect_rollouts(
-                self.env,
-                train_freq=self.train_freq,
-                action_noise=self.action_noise,
-                callback=callback,
-                learning_starts=int(self.learning_starts),
-                replay_buffer=self.replay_buffer,
-                log_interval=log_interval,
-            )
-            if not rollout.continue_training:
-                break
-            self._learn_from(rollout)
-        callback.on_training_end()
+        envs = [self.env, *environments_of(callback)]
+        with last_checkpoint(callback), workers.watched(envs) as self._workers:
+            callback.on_training_start(locals(), globals())
+            self._make_interrupted_updates()
+            while self.num_timesteps < total_timesteps or self._rollout_is_complete:
+                rollout = self.collect_rollouts(
+                    self.env,
+                    train_freq=self.train_freq,
+                    action_noise=self.action_noise,
+                    callback=callback,
+                    learning_starts=int(self.learning_starts),
+                    replay_buffer=self.replay_buffer,
+                    log_interval=log_interval,
+                )
+                if not rollout.continue_training:
+                    break
+                self._learn_from(rollout)
+            callback.on_training_end()
         return self
 
     def _setup_learn(
@@ -558,16 +564,19 @@ class TDMPC2(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None, "You must set the environment before calling learn()"
-        if reset_num_timesteps or self._last_obs is None:
-            self._abandon_episodes()
-        elif self._saved_episodes is not None:
-            episode_state.restore(self.env, self._saved_episodes)
-        self._saved_episodes = None
         going_on = not reset_num_timesteps and self._last_obs is not None
         noise = copy.deepcopy(self.action_noise) if going_on else None
-        result = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        with workers.watched([self.env]):
+            if not going_on:
+                self._abandon_episodes()
+            elif self._saved_episodes is not None:
+                episode_state.restore(self.env, self._saved_episodes)
+            self._saved_episodes = None
+            result = super()._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
+            run_files.steady_clock(self.env)
+        self._started = time.monotonic_ns()
         if noise is not None and type(noise) is type(self.action_noise):
             # SB3 resets the noise at each call; within an episode it goes on.
             vars(self.action_noise).update(vars(noise))
@@ -679,6 +688,7 @@ class TDMPC2(OffPolicyAlgorithm):
         learning_rate = self.lr_schedule(self._current_progress_remaining)
         self.policy.set_learning_rate(learning_rate)
         for _ in range(gradient_steps):
+            self._workers.check()
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             noise = sample_update_noise(
                 self.policy.world_model,
@@ -699,6 +709,8 @@ class TDMPC2(OffPolicyAlgorithm):
     def dump_logs(self) -> None:
         for name, value in self._means.pop().items():
             self.logger.record(name, value)
+        # SB3 reads the clock of the wall, which may be set back.
+        self.start_time = time.time_ns() - (time.monotonic_ns() - self._started)
         super().dump_logs()
 
     # -- acting --------------------------------------------------------------------------------
@@ -711,6 +723,7 @@ class TDMPC2(OffPolicyAlgorithm):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, PlanState | None]:
         """See :meth:`TDMPC2Policy.predict`; ``use_planner`` chooses planner or policy prior."""
+        self._workers.check()  # training's environments, while another one is evaluated in
         return self.policy.predict(
             observation, state, episode_start, deterministic, self.use_planner
         )
@@ -861,6 +874,8 @@ class TDMPC2(OffPolicyAlgorithm):
             "_pink_noise",
             "_saved_episodes",
             "_update_step",
+            "_workers",
+            "_started",
         ]
 
     def save(

@@ -1,15 +1,17 @@
 """What the zoo's runs do so that they can be resumed; `resume.py` then resumes them.
 
 The YAML names :class:`tdmpc2_sb3.callbacks.ResumableCheckpointCallback`. Here it learns the run's
-folder, stays out of tuning, and writes a last checkpoint when the run ends or Ctrl-C stops it.
+folder, stays out of tuning, and writes a last checkpoint when the run ends or a
+signal stops it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing.forkserver
+import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +41,7 @@ def without_checkpoints(callback: Any) -> list[Any]:
     return [entry for entry in specified(callback) if not is_checkpoint_entry(entry)]
 
 
-def adopt(callbacks: list[Any], folder: str) -> list[Any]:
+def adopt(callbacks: list[Any], folder: str, advice: str) -> list[Any]:
     """Tell the checkpoint callbacks the run's folder and put them last.
 
     A checkpoint then holds what the others did in the same step; and the zoo closes the first
@@ -47,48 +49,63 @@ def adopt(callbacks: list[Any], folder: str) -> list[Any]:
 
     :param callbacks: of the run
     :param folder: of the run
+    :param advice: how to go on from a checkpoint in it
     :return: the same callbacks in their new order
     """
     ours = [each for each in callbacks if isinstance(each, ResumableCheckpointCallback)]
     for each in ours:
         if each.folder is None:
             each.folder = Path(folder)
+            each.advice = advice
     return [each for each in callbacks if each not in ours] + ours
 
 
-def write_last(callbacks: list[Any], folder: str, model: Any, total_steps: int) -> None:
+def resume_command(folder: str | Path, arguments: Iterable[str] = ()) -> str:
+    """The command that goes on with a run.
+
+    :param folder: of the run
+    :param arguments: that it needs besides
+    """
+    return shlex.join(["python", "-m", "tdmpc2_sb3.zoo", "resume", str(folder), *arguments])
+
+
+def write_last(callbacks: list[Any], model: Any, total_steps: int) -> None:
     """Write a checkpoint of the ended run, and say how to go on if it was stopped early.
 
     :param callbacks: of the run
-    :param folder: of the run
     :param model: as it is now
     :param total_steps: that the run was to make
     """
     ours = [each for each in callbacks if isinstance(each, ResumableCheckpointCallback)]
-    written = [path for path in (each.write() for each in ours) if path is not None]
+    written = [each for each in ours if each.wrote_last or each.write() is not None]
     if model.num_timesteps >= total_steps or not written:
         return
     print(f"Stopped after {model.num_timesteps} of {total_steps} steps. To go on:")
-    print(f"  python -m tdmpc2_sb3.zoo resume {folder}")
+    print(f"  {written[0].advice}")
     if interrupts.broken_off():
         print("The last step was broken off: the resumed run starts with new episodes.")
 
 
-@contextlib.contextmanager
-def ctrl_c_spares_workers() -> Iterator[None]:
-    """Let environment processes that are started in this block ignore Ctrl-C.
+def spare_workers() -> None:
+    """Let environment processes that are started from now on ignore the signals that stop a run.
 
-    The terminal sends it to them, too; without them the model could not save the episodes in
-    progress. They end with the main process.
+    A terminal and a cluster send them to the whole group of processes; without its environments the
+    model could not save the episodes in progress. They end with the main process.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    if "forkserver" not in multiprocessing.get_all_start_methods():
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    # They are copies of the server, which this process starts once: all inherit what it ignores.
+    before = {
+        each: signal.signal(each, signal.SIG_IGN)
+        for each in (signal.SIGINT, *interrupts.ENDING_SIGNALS)
+    }
     try:
-        yield
+        multiprocessing.forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def lock(folder: str | Path) -> IO[str] | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
+from tdmpc2_sb3 import interrupts, workers
 from tdmpc2_sb3.zoo import checkpoints
 from tdmpc2_sb3.zoo.register import (
     ALGORITHMS,
@@ -126,20 +127,23 @@ def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def create_callbacks(self: Any) -> None:
         original(self)
-        self.callbacks = checkpoints.adopt(self.callbacks, self.save_path)
+        advice = checkpoints.resume_command(self.save_path)
+        self.callbacks = checkpoints.adopt(self.callbacks, self.save_path, advice)
 
     return create_callbacks
 
 
 def _create_envs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let Ctrl-C reach the main process alone: it still needs the environments to save them."""
+    """Let signals reach the main process alone: it still needs the environments to save them."""
 
     @functools.wraps(original)
     def create_envs(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.algo not in ALGORITHMS or not issubclass(self.vec_env_class, SubprocVecEnv):
             return original(self, *args, **kwargs)
-        with checkpoints.ctrl_c_spares_workers():
-            return original(self, *args, **kwargs)
+        checkpoints.spare_workers()
+        env = original(self, *args, **kwargs)
+        workers.kill_at_exit(env)
+        return env
 
     return create_envs
 
@@ -160,7 +164,11 @@ def _learn(original: Callable[..., None]) -> Callable[..., None]:
         _innermost(env).close = lambda: None
         try:
             self._run_lock = checkpoints.lock(self.save_path)
-            original(self, model)
+            with interrupts.ending_signals():
+                original(self, model)
+        except workers.WorkerDiedError as error:
+            _close(env)
+            raise SystemExit(f"{error}") from error
         except BaseException:
             _close(env)
             raise
@@ -169,20 +177,27 @@ def _learn(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _save_trained_model(original: Callable[..., None]) -> Callable[..., None]:
-    """Write a last checkpoint beside the model, from which a stopped run goes on."""
+    """Write a last checkpoint beside the model, from which a stopped run goes on.
+
+    What SIGTERM or SIGHUP stopped then ends with the exit code that a shell gives to the signal.
+    """
 
     @functools.wraps(original)
     def save_trained_model(self: Any, model: Any) -> None:
         if self.algo not in ALGORITHMS:
             original(self, model)
             return
+        signum = interrupts.ended_by()
         try:
+            interrupts.drop_closed_output()
             original(self, model)
-            checkpoints.write_last(self.callbacks, self.save_path, model, self.n_timesteps)
+            checkpoints.write_last(self.callbacks, model, self.n_timesteps)
         finally:
             _close(model.env)
             if self.__dict__.get("_run_lock") is not None:
                 self._run_lock.close()
+        if signum is not None:
+            raise SystemExit(128 + signum)
 
     return save_trained_model
 
@@ -196,6 +211,8 @@ def _innermost(env: Any) -> Any:
 
 def _close(env: Any) -> None:
     _innermost(env).__dict__.pop("close", None)  # uncovers the class's own
+    if getattr(_innermost(env), "waiting", False):
+        workers.kill(env)  # in a step that was broken off: some have answered, and will not again
     with contextlib.suppress(EOFError, BrokenPipeError):  # workers that Ctrl-C has ended
         env.close()
 

@@ -193,6 +193,60 @@ def test_ctrl_c_in_a_terminal_reaches_environment_processes_too(tmp_path, tiny):
         assert [length for _, length in episodes(tmp_path / RUN, environment)] == ["50"] * 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_ending_signals_to_all_processes_write_a_last_checkpoint(tmp_path, tiny, signum):
+    command = train_command(
+        tiny, "-n", "3000", "--eval-freq", "-1", "--vec-env", "subproc",
+        params=("n_envs:2", "gradient_steps:-1", "callback:[{'" + checkpoints.CALLBACK_NAME + "':"
+                " dict(save_freq=50)}]"),
+    )  # fmt: skip
+    process = start(tmp_path, command, start_new_session=True)
+    wait_for_step(tmp_path / RUN, 50, process)
+    os.killpg(process.pid, signum)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, output
+    stopped_at = int(re.search(r"Stopped after (\d+) of 3000 steps", output).group(1))
+    assert latest_checkpoint(tmp_path / RUN).name.startswith(f"checkpoint_{stopped_at:012d}")
+    resumed = finish(start(tmp_path, ["tdmpc2_sb3.zoo", "resume", RUN, "-n", str(stopped_at + 40)]))
+    assert f"at step {stopped_at} of {stopped_at + 40}" in resumed
+    assert "closed as truncated" not in resumed
+    lengths = {length for index in (0, 1) for _, length in episodes(tmp_path / RUN, index)}
+    assert lengths == {"50"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_ends_the_run_with_the_way_to_go_on(tmp_path, tiny, victim):
+    command = train_command(
+        tiny, "-n", "3000", "--eval-freq", "-1", "--vec-env", "subproc",
+        params=("n_envs:2", "gradient_steps:-1"),
+    )  # fmt: skip
+    process = start(tmp_path, command)
+    wait_for_step(tmp_path / RUN, 75, process)
+    os.kill(worker_pids(process.pid)[victim], signal.SIGKILL)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1, output
+    (sentence,) = re.findall(r"^Environment process .*$", output, re.M)
+    assert f"Environment process {victim} of 2" in sentence
+    assert "died by signal SIGKILL" in sentence
+    newest = latest_checkpoint(tmp_path / RUN).name
+    assert f"{RUN}/{newest}'. To go on: {RESUME}" in sentence
+    assert "Traceback" not in output
+    resumed = start(tmp_path, ["tdmpc2_sb3.zoo", "resume", RUN, "-n", "150"])
+    finish(resumed)
+
+
+def worker_pids(main: int) -> list[int]:
+    """The environments' processes: children of the server, in the order of their start."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        fields = stat.read_text().rpartition(")")[2].split()
+        found.append((int(stat.parent.name), int(fields[1])))
+    children = {pid for pid, parent in found if parent == main}
+    return sorted(pid for pid, parent in found if parent in children)
+
+
 def experiment(folder: Path, **options) -> ExperimentManager:
     options.setdefault("hyperparams", None)
     made = ExperimentManager(

@@ -18,18 +18,16 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
-from tdmpc2_sb3 import interrupts, run_files
+from tdmpc2_sb3 import checkpoint_files, interrupts, run_files
 from tdmpc2_sb3.callback_state import RestoreCallbacks, callback_states, walk_callbacks
-from tdmpc2_sb3.file_io import atomic_write, sync_folder
-from tdmpc2_sb3.json_codec import decode, encode
+from tdmpc2_sb3.checkpoint_files import BUFFER_FILE, MODEL_FILE, RUN_FILE, read_run
+from tdmpc2_sb3.file_io import CorruptFileError, atomic_write, sync_folder
+from tdmpc2_sb3.json_codec import encode
 from tdmpc2_sb3.workers import WorkerDiedError
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
 CHECKPOINT_PREFIX = "checkpoint_"
-MODEL_FILE = "model.zip"
-BUFFER_FILE = "replay_buffer.zip"
-RUN_FILE = "run.json"
 
 
 class ResumableCheckpointCallback(BaseCallback):
@@ -166,6 +164,7 @@ def write_checkpoint(
             "callbacks": [] if callback is None else callback_states(callback, model),
             "files": run_files.describe(folder, getattr(model, "_logger", None)),
             "normalizer": _normalizer_statistics(model.get_vec_normalize_env()),
+            "digests": checkpoint_files.digests(partial),
         }
         text = json.dumps(encode(run, "run")).encode()
 
@@ -216,9 +215,29 @@ def _order(checkpoint: pathlib.Path) -> tuple[int, int]:
     return int(steps), int(again or 0)
 
 
-def read_run(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint tells of the run beside the model: steps, callbacks and log files."""
-    return decode(json.loads((pathlib.Path(checkpoint) / RUN_FILE).read_text()))
+def sound_checkpoint(folder: str | os.PathLike[str]) -> pathlib.Path | None:
+    """The newest checkpoint that can be resumed from, None if there is none at all.
+
+    Says so where that is not the newest one.
+
+    :raises CorruptFileError: if there are checkpoints and none of them can
+    """
+    found = pathlib.Path(folder).glob(f"{CHECKPOINT_PREFIX}[0-9]*")
+    fault: Exception | None = None
+    for path in sorted(found, key=_order, reverse=True):
+        try:
+            checkpoint_files.check(path)
+        except (ValueError, OSError) as error:
+            print(f"The checkpoint '{path}' is left out: {error}", file=sys.stderr)
+            fault = error
+        else:
+            return path
+    if fault is not None:
+        raise CorruptFileError(
+            f"No checkpoint in '{folder}' can be resumed from: use another copy of the folder, or "
+            "start the run again."
+        ) from fault
+    return None
 
 
 def load_checkpoint(
@@ -227,7 +246,7 @@ def load_checkpoint(
     env: GymEnv,
     **kwargs: Any,
 ) -> tuple[Algorithm, RestoreCallbacks]:
-    """The run as its newest checkpoint left it.
+    """The run as its newest checkpoint left it, or the one before if that is damaged.
 
     Go on by ``model.learn(steps, callback=[restore, ...], reset_num_timesteps=False)`` with the
     steps that are left and the run's own callbacks.
@@ -238,10 +257,13 @@ def load_checkpoint(
     :param kwargs: further arguments of ``algorithm.load``
     :return: the model with its replay buffer, and a callback that restores the other callbacks
     :raises FileNotFoundError: if the folder holds no checkpoint
+    :raises ValueError: if none can be resumed from: damaged, or files of different runs
     """
     path = pathlib.Path(folder)
-    if not (path / RUN_FILE).is_file():  # a run's own folder may well hold a model.zip
-        newest = latest_checkpoint(path)
+    if (path / RUN_FILE).is_file():  # a run's own folder may well hold a model.zip
+        checkpoint_files.check(path)
+    else:
+        newest = sound_checkpoint(path)
         if newest is None:
             raise FileNotFoundError(
                 f"No checkpoint in '{path}': pass the folder of a run that used "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import pathlib
+import stat
 import time
 from typing import Any
 
@@ -31,6 +32,55 @@ def describe(folder: pathlib.Path, logger: Logger | None) -> dict[str, Any]:
         "monitor_sizes": {path.name: path.stat().st_size for path in folder.glob(MONITOR_FILES)},
         "logger": None if directory is None else os.path.relpath(directory, folder),
     }
+
+
+def check_confined(folder: pathlib.Path) -> None:
+    """Refuse a run's folder in which writing a file would write, or wait, somewhere else.
+
+    :param folder: of the run, an absolute path without links
+    :raises ValueError: naming a link that leads out of the folder, or what is no file
+    """
+    for root, folders, files in os.walk(folder):
+        for path in (pathlib.Path(root, name) for name in [*folders, *files]):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                if not pathlib.Path(os.path.realpath(path)).is_relative_to(folder):
+                    raise ValueError(
+                        f"'{path}' is a link out of the run's folder, to '{os.readlink(path)}': "
+                        "put a copy of the file in its place."
+                    )
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ValueError(f"'{path}' is neither a file nor a folder: remove it.")
+
+
+def find_log(
+    folder: pathlib.Path, description: dict[str, Any], known: pathlib.PurePath | None
+) -> pathlib.Path | None:
+    """The TensorBoard folder in which a run goes on, None if there was none.
+
+    It lies in the run's folder, or it is one that TensorBoard's files are in already and that the
+    run's options lead to: a run's file alone leads nowhere else.
+
+    :param folder: of the run
+    :param description: from :func:`describe`
+    :param known: how the path of the folder above it ends by the run's options, None if they name
+        no log
+    :raises ValueError: if it is neither
+    """
+    if description["logger"] is None:
+        return None
+    path = pathlib.Path(os.path.normpath(folder / description["logger"]))
+    if pathlib.Path(os.path.realpath(path)).is_relative_to(folder):
+        return path
+    if known is not None and not path.is_symlink() and any(path.glob("events.out.tfevents.*")):
+        parts = [part for part in known.parts if part != ".."]
+        if list(path.parent.parts[-len(parts) :]) == parts:
+            return path
+    raise ValueError(
+        f"The run's TensorBoard log is said to be in '{path}', outside the run's folder, where no "
+        "log of this run is: name its folder by --tensorboard-log FOLDER, or an empty one to go "
+        "without."
+    )
 
 
 def rewind(folder: pathlib.Path, description: dict[str, Any]) -> None:
@@ -103,19 +153,14 @@ def steady_clock(env: VecEnv | None) -> None:
             inner.env_method("set_wrapper_attr", "t_start", steady, indices=index)
 
 
-def reopen_logger(
-    folder: pathlib.Path, description: dict[str, Any], steps: int, verbose: int
-) -> Logger | None:
-    """The logger that goes on in the run's TensorBoard folder, None if there was none.
+def reopen_logger(folder: pathlib.Path, steps: int, verbose: int) -> Logger:
+    """The logger that goes on in a run's TensorBoard folder.
 
-    :param folder: of the run
-    :param description: from :func:`describe`
+    :param folder: from :func:`find_log`
     :param steps: of the checkpoint; TensorBoard drops what was logged after it
     :param verbose: whether it prints, too
     """
-    if description["logger"] is None:
-        return None
-    directory = os.path.normpath(folder / description["logger"])
+    directory = str(folder)
     from torch.utils.tensorboard import SummaryWriter
 
     SummaryWriter(directory, purge_step=steps + 1).close()

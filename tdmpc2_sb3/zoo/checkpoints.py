@@ -41,7 +41,7 @@ def without_checkpoints(callback: Any) -> list[Any]:
     return [entry for entry in specified(callback) if not is_checkpoint_entry(entry)]
 
 
-def adopt(callbacks: list[Any], folder: str, advice: str) -> list[Any]:
+def adopt(callbacks: list[Any], folder: str) -> list[Any]:
     """Tell the checkpoint callbacks the run's folder and put them last.
 
     A checkpoint then holds what the others did in the same step; and the zoo closes the first
@@ -49,14 +49,12 @@ def adopt(callbacks: list[Any], folder: str, advice: str) -> list[Any]:
 
     :param callbacks: of the run
     :param folder: of the run
-    :param advice: how to go on from a checkpoint in it
     :return: the same callbacks in their new order
     """
     ours = [each for each in callbacks if isinstance(each, ResumableCheckpointCallback)]
     for each in ours:
         if each.folder is None:
             each.folder = Path(folder)
-            each.advice = advice
     return [each for each in callbacks if each not in ours] + ours
 
 
@@ -67,6 +65,18 @@ def resume_command(folder: str | Path, arguments: Iterable[str] = ()) -> str:
     :param arguments: that it needs besides
     """
     return shlex.join(["python", "-m", "tdmpc2_sb3.zoo", "resume", str(folder), *arguments])
+
+
+def advise(callbacks: list[Any], folder: str, command: str) -> None:
+    """Let the run's checkpoint callbacks know the command that resumes it.
+
+    :param callbacks: of the run
+    :param folder: of the run; who writes elsewhere is not resumed by it
+    :param command: from :func:`resume_command`
+    """
+    for each in callbacks:
+        if isinstance(each, ResumableCheckpointCallback) and each.folder == Path(folder):
+            each.advice = command
 
 
 def write_last(callbacks: list[Any], model: Any, total_steps: int) -> None:
@@ -81,7 +91,8 @@ def write_last(callbacks: list[Any], model: Any, total_steps: int) -> None:
     if model.num_timesteps >= total_steps or not written:
         return
     print(f"Stopped after {model.num_timesteps} of {total_steps} steps. To go on:")
-    print(f"  {written[0].advice}")
+    for each in written:
+        print(f"  {each.advice or each.describe_last()}")
     if interrupts.broken_off():
         print("The last step was broken off: the resumed run starts with new episodes.")
 
@@ -115,7 +126,7 @@ def lock(folder: str | Path) -> IO[str] | None:
     :return: None where the file system has no locks
     :raises RuntimeError: if a process works in it
     """
-    file = open(Path(folder) / LOCK_FILE, "w")  # noqa: SIM115  (it stays open)
+    file = open(Path(folder) / LOCK_FILE, "a")  # noqa: SIM115  (it stays open)
     try:
         import fcntl
 

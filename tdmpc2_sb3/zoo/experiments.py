@@ -18,7 +18,7 @@ from typing import Any
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from tdmpc2_sb3 import interrupts, workers
-from tdmpc2_sb3.zoo import checkpoints
+from tdmpc2_sb3.zoo import checkpoints, trust
 from tdmpc2_sb3.zoo.register import (
     ALGORITHMS,
     concerns_us,
@@ -127,8 +127,7 @@ def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def create_callbacks(self: Any) -> None:
         original(self)
-        advice = checkpoints.resume_command(self.save_path)
-        self.callbacks = checkpoints.adopt(self.callbacks, self.save_path, advice)
+        self.callbacks = checkpoints.adopt(self.callbacks, self.save_path)
 
     return create_callbacks
 
@@ -217,6 +216,30 @@ def _close(env: Any) -> None:
         env.close()
 
 
+def _save_config(original: Callable[..., None]) -> Callable[..., None]:
+    """Let the checkpoint callback know the command that resumes the run."""
+
+    @functools.wraps(original)
+    def _save_config(self: Any, saved_hyperparams: dict[str, Any]) -> None:
+        original(self, saved_hyperparams)
+        if self.algo in ALGORITHMS:
+            advise(self, vars(self.args), saved_hyperparams)
+
+    return _save_config
+
+
+def advise(manager: Any, args: dict[str, Any], config: dict[str, Any]) -> None:
+    """Let a run's checkpoint callbacks know the command that resumes it.
+
+    :param manager: the zoo's, with the run's callbacks and folder
+    :param args: options of the run's command line
+    :param config: its hyperparameters
+    """
+    arguments = [trust.OPTION] if trust.foreign_code(args, config) else []
+    command = checkpoints.resume_command(manager.save_path, arguments)
+    checkpoints.advise(manager.callbacks, manager.save_path, command)
+
+
 def _optimization(original: Callable[..., None]) -> Callable[..., None]:
     """Open a database study with a heartbeat: the zoo hands Optuna a plain URL, without one."""
 
@@ -277,6 +300,7 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "_preprocess_hyperparams": _preprocess_hyperparams,
     "create_callbacks": _create_callbacks,
     "create_envs": _create_envs,
+    "_save_config": _save_config,
     "learn": _learn,
     "save_trained_model": _save_trained_model,
     "hyperparameters_optimization": _optimization,

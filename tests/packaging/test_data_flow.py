@@ -52,6 +52,7 @@ ROWS = {
                 "json_codec",
                 "saving",
                 "run_files",
+                "checkpoint_files",
                 "zoo_yaml",
             ],
         ),

@@ -13,7 +13,7 @@ import stat
 import time
 from typing import Any
 
-from stable_baselines3.common.logger import Logger, configure
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -27,7 +27,10 @@ def describe(folder: pathlib.Path, logger: Logger | None) -> dict[str, Any]:
     :param logger: of the run, None if it has not started
     :return: sizes in bytes, and the logger's folder relative to the run's; plain JSON
     """
-    directory = None if logger is None else logger.get_dir()
+    formats = [] if logger is None else logger.output_formats
+    directory = None
+    if any(isinstance(each, TensorBoardOutputFormat) for each in formats):  # else a temporary one
+        directory = logger.get_dir()  # type: ignore[union-attr]
     return {
         "monitor_sizes": {path.name: path.stat().st_size for path in folder.glob(MONITOR_FILES)},
         "logger": None if directory is None else os.path.relpath(directory, folder),
@@ -56,7 +59,7 @@ def check_confined(folder: pathlib.Path) -> None:
 def find_log(
     folder: pathlib.Path, description: dict[str, Any], known: pathlib.PurePath | None
 ) -> pathlib.Path | None:
-    """The TensorBoard folder in which a run goes on, None if there was none.
+    """The TensorBoard folder in which a run goes on, None if it has none by file or options.
 
     It lies in the run's folder, or it is one that TensorBoard's files are in already and that the
     run's options lead to: a run's file alone leads nowhere else.
@@ -72,7 +75,9 @@ def find_log(
     path = pathlib.Path(os.path.normpath(folder / description["logger"]))
     if pathlib.Path(os.path.realpath(path)).is_relative_to(folder):
         return path
-    if known is not None and not path.is_symlink() and any(path.glob("events.out.tfevents.*")):
+    if known is None:
+        return None
+    if not path.is_symlink() and any(path.glob("events.out.tfevents.*")):
         parts = [part for part in known.parts if part != ".."]
         if list(path.parent.parts[-len(parts) :]) == parts:
             return path

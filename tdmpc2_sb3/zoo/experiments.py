@@ -18,7 +18,8 @@ from typing import Any
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from tdmpc2_sb3 import interrupts, workers
-from tdmpc2_sb3.zoo import checkpoints, trust
+from tdmpc2_sb3.zoo import checkpoints, passwords, trust
+from tdmpc2_sb3.zoo.command_line import read_command
 from tdmpc2_sb3.zoo.register import (
     ALGORITHMS,
     concerns_us,
@@ -37,7 +38,10 @@ MISSED_HEARTBEATS = 4
 
 
 def extend(module: ModuleType) -> None:
-    """Wrap the methods of `module.ExperimentManager`."""
+    """Wrap the methods of `module.ExperimentManager`; the zoo has not read its arguments yet."""
+    command = read_command()
+    if concerns_us(command.algo, command.env_id):
+        passwords.hide()
     manager = module.ExperimentManager  # type: ignore[attr-defined]
     for name, wrap in WRAPPERS.items():
         setattr(manager, name, wrap(getattr(manager, name)))
@@ -217,11 +221,14 @@ def _close(env: Any) -> None:
 
 
 def _save_config(original: Callable[..., None]) -> Callable[..., None]:
-    """Let the checkpoint callback know the command that resumes the run."""
+    """Write no password, and let the checkpoint callback know the command that resumes the run."""
 
     @functools.wraps(original)
     def _save_config(self: Any, saved_hyperparams: dict[str, Any]) -> None:
         original(self, saved_hyperparams)
+        command = Path(self.params_path) / "command.txt"
+        if _ours(self) and command.is_file():
+            command.write_text(passwords.mask(command.read_text()))
         if self.algo in ALGORITHMS:
             advise(self, vars(self.args), saved_hyperparams)
 

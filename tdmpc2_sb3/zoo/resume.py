@@ -32,6 +32,24 @@ from tdmpc2_sb3.zoo_yaml import read_yaml
 SAVED_WITH_THE_MODEL = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
 
 
+#: The zoo's options without which a run is not made again; a run of ours has them all.
+NEEDED_OPTIONS = (
+    "eval_freq",
+    "eval_episodes",
+    "save_freq",
+    "env_kwargs",
+    "eval_env_kwargs",
+    "log_interval",
+    "save_replay_buffer",
+    "verbose",
+    "vec_env",
+    "n_eval_envs",
+    "num_threads",
+    "device",
+    "progress",
+)
+
+
 class Run(NamedTuple):
     """A run's folder, as the zoo's train wrote it.
 
@@ -249,6 +267,9 @@ def import_packages(run: Run, trusted: bool) -> None:
         importlib.import_module(module)
     if run.args["env"] not in gymnasium.registry:
         raise ValueError(f"The run's environment '{run.args['env']}' is not installed here.")
+    missing = [name for name in NEEDED_OPTIONS if name not in run.args]
+    if missing:
+        raise ValueError(f"The run's args.yml lacks {', '.join(missing)}: use another copy.")
 
 
 def resume(run: Run, checkpoint: Path, log: Path | None, device: str | None = None) -> None:

@@ -216,8 +216,10 @@ def test_ending_signals_to_all_processes_write_a_last_checkpoint(tmp_path, tiny,
     assert process.returncode == 128 + signum, output
     stopped_at = int(re.search(r"Stopped after (\d+) of 3000 steps", output).group(1))
     assert latest_checkpoint(tmp_path / RUN).name.startswith(f"checkpoint_{stopped_at:012d}")
-    resumed = finish(start(tmp_path, ["tdmpc2_sb3.zoo", "resume", RUN, "-n", str(stopped_at + 40)]))
-    assert f"at step {stopped_at} of {stopped_at + 40}" in resumed
+    resumed = finish(
+        start(tmp_path, ["tdmpc2_sb3.zoo", "resume", RUN, "-n", str(stopped_at + 120)])
+    )
+    assert f"at step {stopped_at} of {stopped_at + 120}" in resumed
     assert "closed as truncated" not in resumed
     lengths = {length for index in (0, 1) for _, length in episodes(tmp_path / RUN, index)}
     assert lengths == {"50"}

@@ -35,6 +35,7 @@ SCRUBBER = Scrubber([HOME, USER, HOST, "bob"], ["DMC/walker-walk-v0", "orga"])
         ),
         (f"by {USER}2 on {HOST}", "by ***2 on ***"),
         ("bob's bobsleigh", "***'s bobsleigh"),
+        ("value: 42.73 +/- 11.64", "value: 42.73 +/- 11.64"),
         (
             "DMC/walker-walk-v0 and/or 1 / 2 <br/></a> logs/",
             "DMC/walker-walk-v0 and/or 1 / 2 <br/></a> logs/",

@@ -15,6 +15,7 @@ from stable_baselines3.common.callbacks import (
     EvalCallback,
     EventCallback,
 )
+from stable_baselines3.common.vec_env import VecEnv
 
 from tdmpc2_sb3 import episode_state
 
@@ -37,6 +38,12 @@ def walk_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
     for child in children:
         if child is not None:
             yield from walk_callbacks(child)
+
+
+def environments_of(callback: BaseCallback) -> list[VecEnv]:
+    """The environments of the callbacks, such as an EvalCallback's."""
+    found = [getattr(each, "eval_env", None) for each in walk_callbacks(callback)]
+    return [env for env in found if isinstance(env, VecEnv)]
 
 
 def callback_states(callback: BaseCallback, model: BaseAlgorithm) -> list[dict[str, Any]]:

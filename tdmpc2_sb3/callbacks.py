@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+import sys
+from collections.abc import Iterator
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -15,17 +18,16 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
-from tdmpc2_sb3 import run_files
+from tdmpc2_sb3 import checkpoint_files, interrupts, run_files
 from tdmpc2_sb3.callback_state import RestoreCallbacks, callback_states, walk_callbacks
-from tdmpc2_sb3.file_io import atomic_write, sync_folder
-from tdmpc2_sb3.json_codec import decode, encode
+from tdmpc2_sb3.checkpoint_files import BUFFER_FILE, MODEL_FILE, RUN_FILE, read_run
+from tdmpc2_sb3.file_io import CorruptFileError, atomic_write, sync_folder
+from tdmpc2_sb3.json_codec import encode
+from tdmpc2_sb3.workers import WorkerDiedError
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
 CHECKPOINT_PREFIX = "checkpoint_"
-MODEL_FILE = "model.zip"
-BUFFER_FILE = "replay_buffer.zip"
-RUN_FILE = "run.json"
 
 
 class ResumableCheckpointCallback(BaseCallback):
@@ -33,7 +35,8 @@ class ResumableCheckpointCallback(BaseCallback):
 
     Each checkpoint is a folder that appears under its name when it is complete, and only then is
     the one before removed: at any moment a killed process leaves one from which
-    :func:`load_checkpoint` goes on exactly.
+    :func:`load_checkpoint` goes on exactly. TD-MPC2 writes a last one when Ctrl-C, SIGTERM or
+    SIGHUP ends its training, see :func:`last_checkpoint`.
 
     :param save_freq: agent steps between checkpoints
     :param folder: where they go; None takes the folder of the run's EvalCallback or log, as in the
@@ -54,9 +57,14 @@ class ResumableCheckpointCallback(BaseCallback):
         self.save_freq = save_freq
         self.folder = None if folder is None else pathlib.Path(folder)
         self._last_steps = 0
+        #: How to go on from the last checkpoint, for people; None tells of load_checkpoint.
+        self.advice: str | None = None
+        #: Whether the end of training by a signal was written.
+        self.wrote_last = False
 
     def _on_training_start(self) -> None:
         self._last_steps = self.num_timesteps
+        self.wrote_last = False
         if self.folder is None:
             self.folder = self._find_folder()
 
@@ -91,6 +99,43 @@ class ResumableCheckpointCallback(BaseCallback):
             print(f"Checkpoint written: {path}")
         return path
 
+    def describe_last(self) -> str:
+        """One sentence: which checkpoint is the last, and how to go on from it."""
+        newest = None if self.folder is None else latest_checkpoint(self.folder)
+        if newest is None:
+            return f"No checkpoint was written yet: the first is due after {self.save_freq} steps."
+        advice = self.advice or f"tdmpc2_sb3.callbacks.load_checkpoint(..., '{self.folder}', env)"
+        return f"The last checkpoint is '{newest}'. To go on: {advice}"
+
+
+@contextlib.contextmanager
+def last_checkpoint(callback: BaseCallback) -> Iterator[None]:
+    """Write a last checkpoint when a signal ends the block, or tell of the one there is.
+
+    Only a training with a :class:`ResumableCheckpointCallback` is ended so by SIGTERM and SIGHUP.
+
+    :param callback: of the training that is the block
+    :raises KeyboardInterrupt: at Ctrl-C; at SIGTERM and SIGHUP :class:`interrupts.Ended`
+    :raises WorkerDiedError: if a process of an environment has died
+    """
+    ours = [
+        each for each in walk_callbacks(callback) if isinstance(each, ResumableCheckpointCallback)
+    ]
+    with interrupts.ending_signals() if ours else contextlib.nullcontext():
+        try:
+            yield
+        except KeyboardInterrupt:
+            for each in ours:
+                try:
+                    each.wrote_last = each.write() is not None
+                except OSError as error:  # a full disk is no reason to lose what else is saved
+                    print(error, file=sys.stderr)
+            raise
+        except WorkerDiedError as error:
+            raise WorkerDiedError(" ".join([str(error), *(e.describe_last() for e in ours)])) from (
+                error.__cause__
+            )
+
 
 def write_checkpoint(
     model: BaseAlgorithm, folder: pathlib.Path, callback: BaseCallback | None = None
@@ -119,6 +164,7 @@ def write_checkpoint(
             "callbacks": [] if callback is None else callback_states(callback, model),
             "files": run_files.describe(folder, getattr(model, "_logger", None)),
             "normalizer": _normalizer_statistics(model.get_vec_normalize_env()),
+            "digests": checkpoint_files.digests(partial),
         }
         text = json.dumps(encode(run, "run")).encode()
 
@@ -169,9 +215,29 @@ def _order(checkpoint: pathlib.Path) -> tuple[int, int]:
     return int(steps), int(again or 0)
 
 
-def read_run(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint tells of the run beside the model: steps, callbacks and log files."""
-    return decode(json.loads((pathlib.Path(checkpoint) / RUN_FILE).read_text()))
+def sound_checkpoint(folder: str | os.PathLike[str]) -> pathlib.Path | None:
+    """The newest checkpoint that can be resumed from, None if there is none at all.
+
+    Says so where that is not the newest one.
+
+    :raises CorruptFileError: if there are checkpoints and none of them can
+    """
+    found = pathlib.Path(folder).glob(f"{CHECKPOINT_PREFIX}[0-9]*")
+    fault: Exception | None = None
+    for path in sorted(found, key=_order, reverse=True):
+        try:
+            checkpoint_files.check(path)
+        except (ValueError, OSError) as error:
+            print(f"The checkpoint '{path}' is left out: {error}", file=sys.stderr)
+            fault = error
+        else:
+            return path
+    if fault is not None:
+        raise CorruptFileError(
+            f"No checkpoint in '{folder}' can be resumed from: use another copy of the folder, or "
+            "start the run again."
+        ) from fault
+    return None
 
 
 def load_checkpoint(
@@ -180,7 +246,7 @@ def load_checkpoint(
     env: GymEnv,
     **kwargs: Any,
 ) -> tuple[Algorithm, RestoreCallbacks]:
-    """The run as its newest checkpoint left it.
+    """The run as its newest checkpoint left it, or the one before if that is damaged.
 
     Go on by ``model.learn(steps, callback=[restore, ...], reset_num_timesteps=False)`` with the
     steps that are left and the run's own callbacks.
@@ -191,10 +257,13 @@ def load_checkpoint(
     :param kwargs: further arguments of ``algorithm.load``
     :return: the model with its replay buffer, and a callback that restores the other callbacks
     :raises FileNotFoundError: if the folder holds no checkpoint
+    :raises ValueError: if none can be resumed from: damaged, or files of different runs
     """
     path = pathlib.Path(folder)
-    if not (path / RUN_FILE).is_file():  # a run's own folder may well hold a model.zip
-        newest = latest_checkpoint(path)
+    if (path / RUN_FILE).is_file():  # a run's own folder may well hold a model.zip
+        checkpoint_files.check(path)
+    else:
+        newest = sound_checkpoint(path)
         if newest is None:
             raise FileNotFoundError(
                 f"No checkpoint in '{path}': pass the folder of a run that used "

@@ -61,12 +61,17 @@ def can_capture(env: VecEnv) -> bool:
 
 
 def capture(env: VecEnv) -> EpisodeStates | None:
-    """Each environment's episode in progress; None if it cannot be restored.
+    """Each environment's episode in progress; None if it cannot be restored or has died.
 
     :return: nested dictionaries of numbers, strings and arrays
     """
-    if not can_capture(env):
+    try:
+        return _capture(env) if can_capture(env) else None
+    except (EOFError, ConnectionError):  # a process that the same signal has ended
         return None
+
+
+def _capture(env: VecEnv) -> EpisodeStates:
     states = _ask(env, "capture")
     for index, state in enumerate(states):
         state["layers"] = [

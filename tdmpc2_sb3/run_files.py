@@ -6,13 +6,16 @@ without this, episodes would stand in the log twice.
 
 from __future__ import annotations
 
+import csv
 import os
 import pathlib
+import stat
 import time
 from typing import Any
 
-from stable_baselines3.common.logger import Logger, configure
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 MONITOR_FILES = "*.monitor.csv"
 
@@ -24,11 +27,65 @@ def describe(folder: pathlib.Path, logger: Logger | None) -> dict[str, Any]:
     :param logger: of the run, None if it has not started
     :return: sizes in bytes, and the logger's folder relative to the run's; plain JSON
     """
-    directory = None if logger is None else logger.get_dir()
+    formats = [] if logger is None else logger.output_formats
+    directory = None
+    if any(isinstance(each, TensorBoardOutputFormat) for each in formats):  # else a temporary one
+        directory = logger.get_dir()  # type: ignore[union-attr]
     return {
         "monitor_sizes": {path.name: path.stat().st_size for path in folder.glob(MONITOR_FILES)},
         "logger": None if directory is None else os.path.relpath(directory, folder),
     }
+
+
+def check_confined(folder: pathlib.Path) -> None:
+    """Refuse a run's folder in which writing a file would write, or wait, somewhere else.
+
+    :param folder: of the run, an absolute path without links
+    :raises ValueError: naming a link that leads out of the folder, or what is no file
+    """
+    for root, folders, files in os.walk(folder):
+        for path in (pathlib.Path(root, name) for name in [*folders, *files]):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                if not pathlib.Path(os.path.realpath(path)).is_relative_to(folder):
+                    raise ValueError(
+                        f"'{path}' is a link out of the run's folder, to '{os.readlink(path)}': "
+                        "put a copy of the file in its place."
+                    )
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ValueError(f"'{path}' is neither a file nor a folder: remove it.")
+
+
+def find_log(
+    folder: pathlib.Path, description: dict[str, Any], known: pathlib.PurePath | None
+) -> pathlib.Path | None:
+    """The TensorBoard folder in which a run goes on, None if it has none by file or options.
+
+    It lies in the run's folder, or it is one that TensorBoard's files are in already and that the
+    run's options lead to: a run's file alone leads nowhere else.
+
+    :param folder: of the run
+    :param description: from :func:`describe`
+    :param known: how the path of the folder above it ends by the run's options, None if they name
+        no log
+    :raises ValueError: if it is neither
+    """
+    if description["logger"] is None:
+        return None
+    path = pathlib.Path(os.path.normpath(folder / description["logger"]))
+    if pathlib.Path(os.path.realpath(path)).is_relative_to(folder):
+        return path
+    if known is None:
+        return None
+    if not path.is_symlink() and any(path.glob("events.out.tfevents.*")):
+        parts = [part for part in known.parts if part != ".."]
+        if list(path.parent.parts[-len(parts) :]) == parts:
+            return path
+    raise ValueError(
+        f"The run's TensorBoard log is said to be in '{path}', outside the run's folder, where no "
+        "log of this run is: name its folder by --tensorboard-log FOLDER, or an empty one to go "
+        "without."
+    )
 
 
 def rewind(folder: pathlib.Path, description: dict[str, Any]) -> None:
@@ -52,29 +109,63 @@ def continue_clock(folder: pathlib.Path, env: VecEnv) -> None:
     :param env: with Monitor around each environment
     """
     seconds = max((_last_second(path) for path in folder.glob(MONITOR_FILES)), default=0.0)
-    env.env_method("set_wrapper_attr", "t_start", time.time() - seconds)
+    env.env_method("set_wrapper_attr", "t_start", SteadyStart.before(seconds))
 
 
 def _last_second(path: pathlib.Path) -> float:
-    rows = path.read_text().splitlines()[1:]  # after the header in JSON
-    if len(rows) < 2:
-        return 0.0
-    return float(rows[-1].split(",")[rows[0].split(",").index("t")])
+    """The largest, not the newest: the clock may have been set back."""
+    rows = list(csv.DictReader(path.read_text().splitlines()[1:]))  # after the header in JSON
+    return max((float(row["t"]) for row in rows), default=0.0)
 
 
-def reopen_logger(
-    folder: pathlib.Path, description: dict[str, Any], steps: int, verbose: int
-) -> Logger | None:
-    """The logger that goes on in the run's TensorBoard folder, None if there was none.
+class SteadyStart(float):
+    """A moment of the wall's clock from which seconds are counted that never go back.
 
-    :param folder: of the run
-    :param description: from :func:`describe`
+    Monitor subtracts its start from the time of day, which somebody may set back. From this start
+    the difference is what a stop-watch shows.
+
+    :ivar started: the same moment on the system's steady clock
+    """
+
+    started: float
+
+    @classmethod
+    def before(cls, seconds: float) -> SteadyStart:
+        """The moment so many seconds ago."""
+        seconds = max(seconds, 0.0)
+        start = cls(time.time() - seconds)
+        start.started = time.monotonic() - seconds
+        return start
+
+    def __rsub__(self, now: float) -> float:
+        return time.monotonic() - self.started
+
+
+def steady_clock(env: VecEnv | None) -> None:
+    """Let Monitor's seconds go on from where they are by a clock that nobody sets back.
+
+    :param env: whose Monitors are changed; other wrappers stay as they are
+    """
+    inner: Any = env
+    while hasattr(inner, "venv"):
+        inner = inner.venv
+    if not isinstance(inner, (DummyVecEnv, SubprocVecEnv)):
+        return
+    for index, monitored in enumerate(inner.env_is_wrapped(Monitor)):
+        start = inner.get_attr("t_start", index)[0] if monitored else None
+        if isinstance(start, float) and not isinstance(start, SteadyStart):
+            steady = SteadyStart.before(time.time() - start)
+            inner.env_method("set_wrapper_attr", "t_start", steady, indices=index)
+
+
+def reopen_logger(folder: pathlib.Path, steps: int, verbose: int) -> Logger:
+    """The logger that goes on in a run's TensorBoard folder.
+
+    :param folder: from :func:`find_log`
     :param steps: of the checkpoint; TensorBoard drops what was logged after it
     :param verbose: whether it prints, too
     """
-    if description["logger"] is None:
-        return None
-    directory = os.path.normpath(folder / description["logger"])
+    directory = str(folder)
     from torch.utils.tensorboard import SummaryWriter
 
     SummaryWriter(directory, purge_step=steps + 1).close()

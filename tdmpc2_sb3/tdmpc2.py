@@ -7,6 +7,7 @@ import io
 import math
 import pathlib
 import sys
+import time
 import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
@@ -37,7 +38,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from tdmpc2_sb3 import action_noise as noises
-from tdmpc2_sb3 import episode_state, interrupts, official_checkpoint
+from tdmpc2_sb3 import episode_state, interrupts, official_checkpoint, run_files, workers
+from tdmpc2_sb3.callback_state import environments_of
+from tdmpc2_sb3.callbacks import last_checkpoint
 from tdmpc2_sb3.environment_facts import (
     EnvironmentFacts,
     automatic_gamma,
@@ -388,6 +391,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         self._normalization = self._find_normalization()
         self._why_anew: str | None = None  # saved episodes cannot go on
         self._update_step = self._make_update_step()
+        self._workers = workers.Watch()  # of learn()'s environments
         self._is_set_up = True
 
     def _setup_lr_schedule(self) -> None:
@@ -649,28 +653,30 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        callback.on_training_start(locals(), globals())
         assert self.env is not None
         assert isinstance(self.train_freq, TrainFreq)
         assert self.replay_buffer is not None
-        self._follow_planner()
-        self._say_plain_ways()
-        self._warn_if_nothing_is_learnt(total_timesteps)
-        self._make_interrupted_updates()
-        while self.num_timesteps < total_timesteps or self._rollout_is_complete:
-            rollout = self.collect_rollouts(
-                self.env,
-                train_freq=self.train_freq,
-                action_noise=self.action_noise,
-                callback=callback,
-                learning_starts=int(self.learning_starts),
-                replay_buffer=self.replay_buffer,
-                log_interval=log_interval,
-            )
-            if not rollout.continue_training:
-                break
-            self._learn_from(rollout)
-        callback.on_training_end()
+        envs = [self.env, *environments_of(callback)]
+        with last_checkpoint(callback), workers.watched(envs) as self._workers:
+            callback.on_training_start(locals(), globals())
+            self._follow_planner()
+            self._say_plain_ways()
+            self._warn_if_nothing_is_learnt(total_timesteps)
+            self._make_interrupted_updates()
+            while self.num_timesteps < total_timesteps or self._rollout_is_complete:
+                rollout = self.collect_rollouts(
+                    self.env,
+                    train_freq=self.train_freq,
+                    action_noise=self.action_noise,
+                    callback=callback,
+                    learning_starts=int(self.learning_starts),
+                    replay_buffer=self.replay_buffer,
+                    log_interval=log_interval,
+                )
+                if not rollout.continue_training:
+                    break
+                self._learn_from(rollout)
+            callback.on_training_end()
         return self
 
     def _setup_learn(
@@ -684,16 +690,19 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         assert self.env is not None, "You must set the environment before calling learn()"
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         self.replay_buffer.check_memory(RuntimeError)
-        if reset_num_timesteps or self._last_obs is None:
-            self._abandon_episodes()
-        elif self._saved_episodes is not None:
-            episode_state.restore(self.env, self._saved_episodes)
-        self._saved_episodes = None
         going_on = not reset_num_timesteps and self._last_obs is not None
         noise = copy.deepcopy(self.action_noise) if going_on else None
-        result = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        with workers.watched([self.env]):
+            if not going_on:
+                self._abandon_episodes()
+            elif self._saved_episodes is not None:
+                episode_state.restore(self.env, self._saved_episodes)
+            self._saved_episodes = None
+            result = super()._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
+            run_files.steady_clock(self.env)
+        self._started = time.monotonic_ns()
         if self._normalization is not None and not going_on:
             self._last_original_obs = self._normalization.first(self._last_obs)  # type: ignore[arg-type]
         if noise is not None and type(noise) is type(self.action_noise):
@@ -829,6 +838,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         learning_rate = self.lr_schedule(self._current_progress_remaining)
         self.policy.set_learning_rate(learning_rate)
         for _ in range(gradient_steps):
+            self._workers.check()
             batch = self.replay_buffer.sample(batch_size, env=self._normalization)  # type: ignore[arg-type]
             noise = sample_update_noise(
                 self.policy.world_model,
@@ -849,6 +859,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     def dump_logs(self) -> None:
         for name, value in self._means.pop().items():
             self.logger.record(name, value)
+        # SB3 reads the clock of the wall, which may be set back.
+        self.start_time = time.time_ns() - (time.monotonic_ns() - self._started)
         super().dump_logs()
 
     # -- acting --------------------------------------------------------------------------------
@@ -861,6 +873,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, PlanState | None]:
         """See :meth:`TDMPC2Policy.predict`; ``use_planner`` chooses planner or policy prior."""
+        self._workers.check()  # training's environments, while another one is evaluated in
         return self.policy.predict(
             observation, state, episode_start, deterministic, self.use_planner
         )
@@ -1093,6 +1106,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             "_said_plain",
             "_said_reward",
             "_why_anew",
+            "_workers",
+            "_started",
         ]
 
     def save(

@@ -4,6 +4,8 @@
 - `experiments.py`: training and tuning (`rl_zoo3.exp_manager`);
 - `playback.py`: enjoy, record_video and push_to_hub build the environment as training did;
 - `hub.py`: model card and download (`huggingface_sb3`, `huggingface_hub`);
+- `passwords.py`, `scrubbing.py`: what must not be written, and what must not be uploaded;
+- `checkpoints.py`, `trust.py`, `resume.py`: going on with a run, and what it may run;
 - `search_space.py`: Optuna's ranges;
 - `__main__.py`: `python -m tdmpc2_sb3.zoo train ...`, the way that needs no start-up hook.
 """

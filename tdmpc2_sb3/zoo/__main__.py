@@ -55,6 +55,7 @@ def main() -> int:
     from tdmpc2_sb3.zoo.register import install
 
     install()
+    arguments = sys.argv[1:]  # without the password of a database
     # Programs that start others (record_training) start them as plain `python -m rl_zoo3...`.
     os.environ.pop("TDMPC2_SB3_NO_HOOK", None)
     sys.argv = [PROGRAMS[program], *arguments[1:]]

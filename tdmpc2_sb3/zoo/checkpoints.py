@@ -1,15 +1,17 @@
 """What the zoo's runs do so that they can be resumed; `resume.py` then resumes them.
 
 The YAML names :class:`tdmpc2_sb3.callbacks.ResumableCheckpointCallback`. Here it learns the run's
-folder, stays out of tuning, and writes a last checkpoint when the run ends or Ctrl-C stops it.
+folder, stays out of tuning, and writes a last checkpoint when the run ends or a
+signal stops it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing.forkserver
+import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,39 +58,65 @@ def adopt(callbacks: list[Any], folder: str) -> list[Any]:
     return [each for each in callbacks if each not in ours] + ours
 
 
-def write_last(callbacks: list[Any], folder: str, model: Any, total_steps: int) -> None:
+def resume_command(folder: str | Path, arguments: Iterable[str] = ()) -> str:
+    """The command that goes on with a run.
+
+    :param folder: of the run
+    :param arguments: that it needs besides
+    """
+    return shlex.join(["python", "-m", "tdmpc2_sb3.zoo", "resume", str(folder), *arguments])
+
+
+def advise(callbacks: list[Any], folder: str, command: str) -> None:
+    """Let the run's checkpoint callbacks know the command that resumes it.
+
+    :param callbacks: of the run
+    :param folder: of the run; who writes elsewhere is not resumed by it
+    :param command: from :func:`resume_command`
+    """
+    for each in callbacks:
+        if isinstance(each, ResumableCheckpointCallback) and each.folder == Path(folder):
+            each.advice = command
+
+
+def write_last(callbacks: list[Any], model: Any, total_steps: int) -> None:
     """Write a checkpoint of the ended run, and say how to go on if it was stopped early.
 
     :param callbacks: of the run
-    :param folder: of the run
     :param model: as it is now
     :param total_steps: that the run was to make
     """
     ours = [each for each in callbacks if isinstance(each, ResumableCheckpointCallback)]
-    written = [path for path in (each.write() for each in ours) if path is not None]
+    written = [each for each in ours if each.wrote_last or each.write() is not None]
     if model.num_timesteps >= total_steps or not written:
         return
     print(f"Stopped after {model.num_timesteps} of {total_steps} steps. To go on:")
-    print(f"  python -m tdmpc2_sb3.zoo resume {folder}")
+    for each in written:
+        print(f"  {each.advice or each.describe_last()}")
     if interrupts.broken_off():
         print("The last step was broken off: the resumed run starts with new episodes.")
 
 
-@contextlib.contextmanager
-def ctrl_c_spares_workers() -> Iterator[None]:
-    """Let environment processes that are started in this block ignore Ctrl-C.
+def spare_workers() -> None:
+    """Let environment processes that are started from now on ignore the signals that stop a run.
 
-    The terminal sends it to them, too; without them the model could not save the episodes in
-    progress. They end with the main process.
+    A terminal and a cluster send them to the whole group of processes; without its environments the
+    model could not save the episodes in progress. They end with the main process.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    if "forkserver" not in multiprocessing.get_all_start_methods():
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    # They are copies of the server, which this process starts once: all inherit what it ignores.
+    before = {
+        each: signal.signal(each, signal.SIG_IGN)
+        for each in (signal.SIGINT, *interrupts.ENDING_SIGNALS)
+    }
     try:
-        yield
+        multiprocessing.forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def lock(folder: str | Path) -> IO[str] | None:
@@ -98,7 +126,7 @@ def lock(folder: str | Path) -> IO[str] | None:
     :return: None where the file system has no locks
     :raises RuntimeError: if a process works in it
     """
-    file = open(Path(folder) / LOCK_FILE, "w")  # noqa: SIM115  (it stays open)
+    file = open(Path(folder) / LOCK_FILE, "a")  # noqa: SIM115  (it stays open)
     try:
         import fcntl
 

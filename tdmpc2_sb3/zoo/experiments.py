@@ -17,7 +17,9 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from tdmpc2_sb3.zoo import checkpoints
+from tdmpc2_sb3 import interrupts, workers
+from tdmpc2_sb3.zoo import checkpoints, passwords, trust
+from tdmpc2_sb3.zoo.command_line import read_command
 from tdmpc2_sb3.zoo.register import (
     ALGORITHMS,
     concerns_us,
@@ -36,7 +38,10 @@ MISSED_HEARTBEATS = 4
 
 
 def extend(module: ModuleType) -> None:
-    """Wrap the methods of `module.ExperimentManager`."""
+    """Wrap the methods of `module.ExperimentManager`; the zoo has not read its arguments yet."""
+    command = read_command()
+    if concerns_us(command.algo, command.env_id):
+        passwords.hide()
     manager = module.ExperimentManager  # type: ignore[attr-defined]
     for name, wrap in WRAPPERS.items():
         setattr(manager, name, wrap(getattr(manager, name)))
@@ -132,14 +137,16 @@ def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _create_envs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let Ctrl-C reach the main process alone: it still needs the environments to save them."""
+    """Let signals reach the main process alone: it still needs the environments to save them."""
 
     @functools.wraps(original)
     def create_envs(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.algo not in ALGORITHMS or not issubclass(self.vec_env_class, SubprocVecEnv):
             return original(self, *args, **kwargs)
-        with checkpoints.ctrl_c_spares_workers():
-            return original(self, *args, **kwargs)
+        checkpoints.spare_workers()
+        env = original(self, *args, **kwargs)
+        workers.kill_at_exit(env)
+        return env
 
     return create_envs
 
@@ -160,7 +167,11 @@ def _learn(original: Callable[..., None]) -> Callable[..., None]:
         _innermost(env).close = lambda: None
         try:
             self._run_lock = checkpoints.lock(self.save_path)
-            original(self, model)
+            with interrupts.ending_signals():
+                original(self, model)
+        except workers.WorkerDiedError as error:
+            _close(env)
+            raise SystemExit(f"{error}") from error
         except BaseException:
             _close(env)
             raise
@@ -169,20 +180,27 @@ def _learn(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _save_trained_model(original: Callable[..., None]) -> Callable[..., None]:
-    """Write a last checkpoint beside the model, from which a stopped run goes on."""
+    """Write a last checkpoint beside the model, from which a stopped run goes on.
+
+    What SIGTERM or SIGHUP stopped then ends with the exit code that a shell gives to the signal.
+    """
 
     @functools.wraps(original)
     def save_trained_model(self: Any, model: Any) -> None:
         if self.algo not in ALGORITHMS:
             original(self, model)
             return
+        signum = interrupts.ended_by()
         try:
+            interrupts.drop_closed_output()
             original(self, model)
-            checkpoints.write_last(self.callbacks, self.save_path, model, self.n_timesteps)
+            checkpoints.write_last(self.callbacks, model, self.n_timesteps)
         finally:
             _close(model.env)
             if self.__dict__.get("_run_lock") is not None:
                 self._run_lock.close()
+        if signum is not None:
+            raise SystemExit(128 + signum)
 
     return save_trained_model
 
@@ -196,8 +214,37 @@ def _innermost(env: Any) -> Any:
 
 def _close(env: Any) -> None:
     _innermost(env).__dict__.pop("close", None)  # uncovers the class's own
+    if getattr(_innermost(env), "waiting", False):
+        workers.kill(env)  # in a step that was broken off: some have answered, and will not again
     with contextlib.suppress(EOFError, BrokenPipeError):  # workers that Ctrl-C has ended
         env.close()
+
+
+def _save_config(original: Callable[..., None]) -> Callable[..., None]:
+    """Write no password, and let the checkpoint callback know the command that resumes the run."""
+
+    @functools.wraps(original)
+    def _save_config(self: Any, saved_hyperparams: dict[str, Any]) -> None:
+        original(self, saved_hyperparams)
+        command = Path(self.params_path) / "command.txt"
+        if _ours(self) and command.is_file():
+            command.write_text(passwords.mask(command.read_text()))
+        if self.algo in ALGORITHMS:
+            advise(self, vars(self.args), saved_hyperparams)
+
+    return _save_config
+
+
+def advise(manager: Any, args: dict[str, Any], config: dict[str, Any]) -> None:
+    """Let a run's checkpoint callbacks know the command that resumes it.
+
+    :param manager: the zoo's, with the run's callbacks and folder
+    :param args: options of the run's command line
+    :param config: its hyperparameters
+    """
+    arguments = [trust.OPTION] if trust.foreign_code(args, config) else []
+    command = checkpoints.resume_command(manager.save_path, arguments)
+    checkpoints.advise(manager.callbacks, manager.save_path, command)
 
 
 def _optimization(original: Callable[..., None]) -> Callable[..., None]:
@@ -260,6 +307,7 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "_preprocess_hyperparams": _preprocess_hyperparams,
     "create_callbacks": _create_callbacks,
     "create_envs": _create_envs,
+    "_save_config": _save_config,
     "learn": _learn,
     "save_trained_model": _save_trained_model,
     "hyperparameters_optimization": _optimization,

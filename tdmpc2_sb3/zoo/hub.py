@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tdmpc2_sb3.zoo import playback
+from tdmpc2_sb3.zoo import playback, scrubbing
 from tdmpc2_sb3.zoo.command_line import provide_tools, read_command
 from tdmpc2_sb3.zoo.register import ALGORITHMS, concerns_us
 
@@ -90,6 +90,12 @@ def _metadata_save(original: Callable[..., None]) -> Callable[..., None]:
             card.write_text(text, encoding="utf-8")
             if isinstance(data, dict) and isinstance(data.get("tags"), list):
                 data["tags"] = [*data["tags"], "tdmpc2-sb3", "dm_control"]
+            original(local_path, data, *args, **kwargs)
+            # The zoo's last step before it uploads the folder.
+            owner = re.search(r"-orga (\S+)", text)
+            keep = [owner.group(1) if owner else "", card.resolve().parent.name]
+            scrubbing.scrub_folder(card.resolve().parent, [*keep, run.algo, run.env_id])
+            return
         original(local_path, data, *args, **kwargs)
 
     return metadata_save

@@ -8,24 +8,46 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+import gymnasium
 import torch as th
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.utils import set_random_seed
 
 from tdmpc2_sb3 import run_files
-from tdmpc2_sb3.callbacks import latest_checkpoint, load_checkpoint, read_run
+from tdmpc2_sb3.callbacks import load_checkpoint, sound_checkpoint
+from tdmpc2_sb3.checkpoint_files import read_run
 from tdmpc2_sb3.saving import read_archive
-from tdmpc2_sb3.zoo import checkpoints
+from tdmpc2_sb3.zoo import checkpoints, trust
+from tdmpc2_sb3.zoo.experiments import advise
 from tdmpc2_sb3.zoo.register import ALGORITHMS, install
 from tdmpc2_sb3.zoo_yaml import read_yaml
 
 #: In the checkpoint already; the zoo would run strings among them as code.
 SAVED_WITH_THE_MODEL = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
+
+
+#: The zoo's options without which a run is not made again; a run of ours has them all.
+NEEDED_OPTIONS = (
+    "eval_freq",
+    "eval_episodes",
+    "save_freq",
+    "env_kwargs",
+    "eval_env_kwargs",
+    "log_interval",
+    "save_replay_buffer",
+    "verbose",
+    "vec_env",
+    "n_eval_envs",
+    "num_threads",
+    "device",
+    "progress",
+)
 
 
 class Run(NamedTuple):
@@ -71,7 +93,11 @@ def find_run(folder: str | Path) -> Run:
             f"'{folder}' {state}: name the folder of a run, "
             "such as logs/tdmpc2/DMC-walker-walk-v0_1."
         )
+    run_files.check_confined(path)
     run = Run(path, read_yaml(found[0]), read_yaml(found[0].with_name("config.yml")))
+    missing = [key for key in ("algo", "env", "n_timesteps", "seed") if key not in run.args]
+    if missing:
+        raise ValueError(f"'{found[0]}' lacks {', '.join(missing)}: it is no file of the zoo's.")
     if run.args["algo"] not in ALGORITHMS:
         raise ValueError(
             f"'{folder}' is a run of {run.args['algo']}: only {' and '.join(ALGORITHMS)} can be "
@@ -97,10 +123,11 @@ class ResumedExperiment(ExperimentManager):
 
     :param run: to continue
     :param checkpoint: to start from
+    :param log: TensorBoard's folder, None for none
     :param device: in place of the run's own, None to keep that
     """
 
-    def __init__(self, run: Run, checkpoint: Path, device: str | None = None):
+    def __init__(self, run: Run, checkpoint: Path, log: Path | None, device: str | None = None):
         args = run.args
         super().__init__(
             argparse.Namespace(**args),
@@ -125,6 +152,7 @@ class ResumedExperiment(ExperimentManager):
         )
         self.run = run
         self.checkpoint = checkpoint
+        self.log = log
         self.continue_training = True
         self.save_path = str(run.folder)
         self.params_path = str(run.folder / run.name)
@@ -159,17 +187,16 @@ class ResumedExperiment(ExperimentManager):
             verbose=self.verbose,
             tensorboard_log=None,
         )
-        logger = run_files.reopen_logger(
-            self.run.folder, described["files"], described["num_timesteps"], self.verbose
-        )
-        if logger is not None:
-            model.set_logger(logger)
+        if self.log is not None:
+            steps = described["num_timesteps"]
+            model.set_logger(run_files.reopen_logger(self.log, steps, self.verbose))
         # Behind the progress bar, which the zoo expects first.
         self.callbacks.insert(1 if self.show_progress else 0, restore)
         return model
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         """Keeps the run's own files."""
+        advise(self, self.run.args, self.run.config)
         print(f"Log path: {self.save_path}")
 
     def learn(self, model: Any) -> None:
@@ -192,43 +219,87 @@ def _explain_missing_checkpoint(run: Run) -> str:
 
 
 def find_checkpoint(run: Run) -> Path:
-    """Return the newest checkpoint of a run in which no process is at work.
+    """Return the newest sound checkpoint of a run in which no process is at work.
 
     :raises FileNotFoundError: if it has written none
+    :raises ValueError: if all are damaged
     :raises RuntimeError: if a process is still at work in it
     """
     held = checkpoints.lock(run.folder)
     if held is not None:
         held.close()
-    checkpoint = latest_checkpoint(run.folder)
+    checkpoint = sound_checkpoint(run.folder)
     if checkpoint is None:
         raise FileNotFoundError(_explain_missing_checkpoint(run))
     return checkpoint
 
 
-def resume(run: Run, checkpoint: Path, device: str | None = None) -> None:
+def find_log(run: Run, checkpoint: Path, asked: str | None) -> Path | None:
+    """Return the TensorBoard folder in which a run goes on, None for none.
+
+    :param run: from :func:`find_run`
+    :param checkpoint: from :func:`find_checkpoint`
+    :param asked: in place of the run's own; empty for none
+    :raises ValueError: if the run's own lies where the run's options do not lead
+    """
+    if asked is not None:
+        return Path(asked).absolute() if asked else None
+    given = run.args.get("tensorboard_log")
+    known = PurePath(os.path.normpath(str(given)), run.name) if given else None
+    return run_files.find_log(run.folder, read_run(checkpoint)["files"], known)
+
+
+def import_packages(run: Run, trusted: bool) -> None:
+    """Import the packages that a run's command line named, if all that it would run is trusted.
+
+    :param run: from :func:`find_run`
+    :param trusted: whether the caller has said so
+    :raises ValueError: naming what would run, or an environment that is not known
+    """
+    found = trust.foreign_code(run.args, run.config)
+    if found and not trusted:
+        listed = "".join(f"\n  {each}" for each in found)
+        raise ValueError(
+            f"'{run.folder}' has code of others run when it is resumed:{listed}\n"
+            f"If you trust all of it, add {trust.OPTION} (or set {trust.TRUST_VARIABLE}=True)."
+        )
+    for module in run.args.get("gym_packages") or ():
+        importlib.import_module(module)
+    if run.args["env"] not in gymnasium.registry:
+        raise ValueError(f"The run's environment '{run.args['env']}' is not installed here.")
+    missing = [name for name in NEEDED_OPTIONS if name not in run.args]
+    if missing:
+        raise ValueError(f"The run's args.yml lacks {', '.join(missing)}: use another copy.")
+
+
+def resume(run: Run, checkpoint: Path, log: Path | None, device: str | None = None) -> None:
     """Go on with a run until its end, in its folder.
 
     :param run: from :func:`find_run`
     :param checkpoint: from :func:`find_checkpoint`
+    :param log: from :func:`find_log`
     :param device: in place of the run's own
     """
     described = read_run(checkpoint)
     print(f"Resuming '{run.folder}' at step {described['num_timesteps']} of {run.total_steps}")
     if run.args.get("track"):
         print("Weights & Biases is not continued; the TensorBoard log is.")
-    for module in run.args.get("gym_packages") or ():
-        importlib.import_module(module)
     set_random_seed(run.args["seed"])
     if run.args["num_threads"] > 0:
         th.set_num_threads(run.args["num_threads"])
     run_files.rewind(run.folder, described["files"])
-    experiment = ResumedExperiment(run, checkpoint, device)
+    experiment = ResumedExperiment(run, checkpoint, log, device)
     setup = experiment.setup_experiment()
     assert setup is not None
     model, _ = setup
     experiment.learn(model)
     experiment.save_trained_model(model)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of steps: give at least 1.")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -241,8 +312,17 @@ def main(arguments: list[str] | None = None) -> int:
         description="Go on with a run that was stopped or killed, from its newest checkpoint.",
     )
     parser.add_argument("run", help="its folder, such as logs/tdmpc2/DMC-walker-walk-v0_1")
-    parser.add_argument("-n", "--n-timesteps", type=int, help="total steps, to prolong the run")
+    parser.add_argument("-n", "--n-timesteps", type=_positive, help="total steps, to prolong it")
     parser.add_argument("--device", help="in place of the run's own")
+    parser.add_argument(
+        "--tensorboard-log", metavar="FOLDER", help="in place of the run's own; '' for none"
+    )
+    parser.add_argument(
+        trust.OPTION,
+        action="store_true",
+        default=trust.is_trusted(),
+        help="import the packages, wrappers and callbacks that the run names",
+    )
     options = parser.parse_args(arguments)
     install()
     try:
@@ -256,8 +336,10 @@ def main(arguments: list[str] | None = None) -> int:
             )
             return 0
         checkpoint = find_checkpoint(run)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        log = find_log(run, checkpoint, options.tensorboard_log)
+        import_packages(run, options.trust_code)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1
-    resume(run, checkpoint, options.device)
+    resume(run, checkpoint, log, options.device)
     return 0

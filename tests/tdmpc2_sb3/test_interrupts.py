@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -209,3 +211,127 @@ def test_a_step_broken_off_lets_the_environment_start_anew(tmp_path: Path) -> No
     again.learn(15, reset_num_timesteps=False)
     assert again.num_timesteps == 45
     assert [row["l"] for row in again.ep_info_buffer] == [15, 15, 15]
+
+
+@pytest.fixture
+def usual_ends():
+    numbers = interrupts.ENDING_SIGNALS
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in numbers}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+@pytest.mark.parametrize("signum", interrupts.ENDING_SIGNALS)
+def test_ending_signals_wait_for_the_block_and_mean_exit_codes(usual_ends, signum):
+    done = []
+    with pytest.raises(SystemExit) as caught, interrupts.ending_signals():  # noqa: PT012
+        with interrupts.deferred():
+            signal.raise_signal(signum)
+            done.append("rest of the block")
+        done.append("next")
+    assert done == ["rest of the block"]
+    assert caught.value.code == 128 + signum
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert interrupts.ended_by() == signum
+    assert signal.getsignal(signum) is signal.SIG_DFL
+    with interrupts.ending_signals():
+        pass
+    assert interrupts.ended_by() is None
+
+
+def test_ending_signals_break_a_long_block_off(usual_ends, monkeypatch):
+    monkeypatch.setattr(interrupts, "GRACE_SECONDS", 0.1)
+    started = time.monotonic()
+    with (  # noqa: PT012
+        pytest.raises(interrupts.Ended),
+        interrupts.ending_signals(),
+        interrupts.deferred(),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+        while time.monotonic() < started + 30:
+            time.sleep(0.01)
+    assert time.monotonic() < started + 20
+    assert interrupts.broken_off()
+
+
+@pytest.mark.parametrize("own", [signal.SIG_IGN, lambda *_: None])
+def test_other_handlers_of_ending_signals_stay(own):
+    before = signal.signal(signal.SIGTERM, own)
+    with interrupts.ending_signals(), interrupts.deferred():
+        assert signal.getsignal(signal.SIGTERM) is own
+        signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_ending_signals_in_another_thread_install_nothing(usual_ends):
+    seen = []
+
+    def run() -> None:
+        with interrupts.ending_signals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [signal.SIG_DFL]
+
+
+ENDED_RUN = """
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from test_interrupts import TINY, make_env
+from tdmpc2_sb3 import TDMPC2
+from tdmpc2_sb3.callbacks import ResumableCheckpointCallback
+folder, kind = sys.argv[1:3]
+callback = ResumableCheckpointCallback(10_000, folder)
+model = TDMPC2("MlpPolicy", make_env(), **TINY)
+if kind == "stubborn":  # the last checkpoint takes a minute
+    TDMPC2.save_replay_buffer = lambda self, path: (print("saving", flush=True), time.sleep(60))
+def tell():
+    while model.num_timesteps < 30:
+        time.sleep(0.01)
+    print("ready", flush=True)
+threading.Thread(target=tell, daemon=True).start()
+model.learn(1_000_000, callback=None if kind == "without" else callback)
+"""
+
+
+def start_run(folder: Path, kind: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", ENDED_RUN, str(folder), kind, str(Path(__file__).parent)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("signum", interrupts.ENDING_SIGNALS)
+def test_a_process_that_is_ended_writes_a_last_checkpoint(tmp_path: Path, signum: int) -> None:
+    process = start_run(tmp_path, "usual")
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert errors == ""
+    resumed, _ = load_checkpoint(TDMPC2, tmp_path, make_env())
+    assert resumed.num_timesteps >= 30
+    assert resumed._saved_episodes is not None
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    process = start_run(tmp_path, "stubborn")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "saving\n"
+    time.sleep(2 * interrupts.SAME_SIGNAL_SECONDS)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_without_checkpoints_the_signals_keep_their_meaning(tmp_path: Path) -> None:
+    process = start_run(tmp_path, "without")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM

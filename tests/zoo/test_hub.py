@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import base64
+import io
 import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,6 +162,55 @@ def test_round_trip(zoo, tiny, tmp_path, hub_server):
     program.write_text(card_program(card))
     by_card = zoo("", module="card", environment={**environment, "PYTHONPATH": str(tmp_path)})
     assert float(by_card.stdout.split()[-1]) == pytest.approx(evaluated, abs=1e-3)
+
+
+PLANTED = ["zeldaplanted", "s3cretplanted", "node17planted"]
+
+
+def every_byte(content: bytes) -> Iterator[bytes]:
+    """The content, what is in it if it is an archive, and what its base64 stands for."""
+    yield content
+    if content[:2] == b"PK" and zipfile.is_zipfile(io.BytesIO(content)):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for name in archive.namelist():
+                yield name.encode()
+                yield from every_byte(archive.read(name))
+    for text in re.findall(rb"[A-Za-z0-9+/]{40,}={0,2}", content[:2_000_000]):
+        yield base64.b64decode(text[: len(text) // 4 * 4])
+
+
+@pytest.mark.slow
+def test_nothing_of_the_machine_is_uploaded(zoo, tiny, tmp_path, hub_server):
+    user, secret, host = PLANTED
+    home = tmp_path / "home" / user
+    home.mkdir(parents=True)
+    environment = {**client_environment(hub_server, tmp_path), "USER": user, "HOSTNAME": host}
+    storage = f"postgresql+psycopg://{user}:{secret}@{host}.example/optuna"
+    common = ["--algo", "tdmpc2", "--env", WALKER, "-f", str(home / "logs")]
+    trained = zoo(
+        "train", *common, "-n", "60", "--eval-freq", "60", "--eval-episodes", "1", "--seed", "0",
+        "--device", "cpu", "-tb", str(home / "tb"), "--storage", storage, "-params", *tiny,
+        "env_kwargs:dict(action_repeat=20)", environment=environment,
+    )  # fmt: skip
+    run = home / "logs" / "tdmpc2" / "DMC-walker-walk-v0_1"
+    for path in (path for path in run.rglob("*") if path.is_file()):
+        assert not any(secret.encode() in part for part in every_byte(path.read_bytes())), path
+    assert secret not in trained.stdout + trained.stderr
+    assert f"{user}:***@{host}" in (run / "DMC-walker-walk-v0" / "command.txt").read_text()
+    zoo(
+        "push_to_hub", *common, "-orga", "somebody", "--device", "cpu", "--no-render",
+        environment=environment,
+    )  # fmt: skip
+    repository = hub_server.repositories[REPOSITORY]
+    assert {"args.yml", "config.yml", f"{MODEL}.zip", "README.md"} <= set(repository.files)
+    planted = [*PLANTED, str(tmp_path), sys.prefix]
+    codes = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le")
+    for name, content in repository.files.items():
+        for part in every_byte(content):
+            for word in planted:
+                assert not any(word.encode(code) in part for code in codes), (name, word)
+    args = yaml.load(repository.files["args.yml"], Loader=yaml.UnsafeLoader)
+    assert (args["algo"], args["seed"], args["storage"]) == ("tdmpc2", 0, None)
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch as th
@@ -24,8 +27,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.callbacks import ResumableCheckpointCallback, latest_checkpoint
-from tdmpc2_sb3.zoo import checkpoints, resume
+from tdmpc2_sb3.callbacks import (
+    ResumableCheckpointCallback,
+    latest_checkpoint,
+    load_checkpoint,
+    write_checkpoint,
+)
+from tdmpc2_sb3.zoo import checkpoints, resume, trust
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "resume.md"
 WALKER = "DMC/walker-walk-v0"
@@ -220,6 +228,62 @@ def test_ctrl_c_in_a_terminal_reaches_environment_processes_too(tmp_path, tiny):
         assert [length for _, length in episodes(tmp_path / RUN, environment)] == ["50"] * 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_ending_signals_to_all_processes_write_a_last_checkpoint(tmp_path, tiny, signum):
+    command = train_command(
+        tiny, "-n", "3000", "--eval-freq", "-1", "--vec-env", "subproc",
+        params=("n_envs:2", "gradient_steps:-1", "callback:[{'" + checkpoints.CALLBACK_NAME + "':"
+                " dict(save_freq=50)}]"),
+    )  # fmt: skip
+    process = start(tmp_path, command, start_new_session=True)
+    wait_for_step(tmp_path / RUN, 50, process)
+    os.killpg(process.pid, signum)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, output
+    stopped_at = int(re.search(r"Stopped after (\d+) of 3000 steps", output).group(1))
+    assert latest_checkpoint(tmp_path / RUN).name.startswith(f"checkpoint_{stopped_at:012d}")
+    resumed = finish(
+        start(tmp_path, ["tdmpc2_sb3.zoo", "resume", RUN, "-n", str(stopped_at + 120)])
+    )
+    assert f"at step {stopped_at} of {stopped_at + 120}" in resumed
+    assert "closed as truncated" not in resumed
+    lengths = {length for index in (0, 1) for _, length in episodes(tmp_path / RUN, index)}
+    assert lengths == {"50"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_ends_the_run_with_the_way_to_go_on(tmp_path, tiny, victim):
+    command = train_command(
+        tiny, "-n", "3000", "--eval-freq", "-1", "--vec-env", "subproc",
+        params=("n_envs:2", "gradient_steps:-1"),
+    )  # fmt: skip
+    process = start(tmp_path, command)
+    wait_for_step(tmp_path / RUN, 75, process)
+    os.kill(worker_pids(process.pid)[victim], signal.SIGKILL)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1, output
+    (sentence,) = re.findall(r"^Environment process .*$", output, re.M)
+    assert f"Environment process {victim} of 2" in sentence
+    assert "died by signal SIGKILL" in sentence
+    newest = latest_checkpoint(tmp_path / RUN).name
+    assert f"{RUN}/{newest}'. To go on: {RESUME}" in sentence
+    assert "Traceback" not in output
+    resumed = start(tmp_path, ["tdmpc2_sb3.zoo", "resume", RUN, "-n", "150"])
+    finish(resumed)
+
+
+def worker_pids(main: int) -> list[int]:
+    """The environments' processes: children of the server, in the order of their start."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        fields = stat.read_text().rpartition(")")[2].split()
+        found.append((int(stat.parent.name), int(fields[1])))
+    children = {pid for pid, parent in found if parent == main}
+    return sorted(pid for pid, parent in found if parent in children)
+
+
 def experiment(folder: Path, **options) -> ExperimentManager:
     options.setdefault("hyperparams", None)
     made = ExperimentManager(
@@ -322,6 +386,191 @@ def test_a_run_at_work_is_left_alone(tmp_path, capsys):
     assert "still at work" in refusal(capsys, run)
     held.close()
     assert "has no checkpoint" in refusal(capsys, run)
+
+
+def checkpointed_run(folder: Path, config: dict | None = None, **args) -> Path:
+    """A run of two checkpoints, as if the older one had not been removed yet."""
+    run = write_run(folder, **args)
+    if config is not None:
+        (run / NAME / "config.yml").write_text(yaml.dump({"n_timesteps": 100, **config}))
+    model = small_model().learn(10)
+    older = write_checkpoint(model, run)
+    kept = folder / "kept"
+    older.rename(kept)
+    model.learn(10, reset_num_timesteps=False)
+    write_checkpoint(model, run)
+    kept.rename(older)
+    return run
+
+
+def small_model(seed: int = 0) -> TDMPC2:
+    env = gymnasium.make(WALKER, action_repeat=20)
+    sizes = {"latent_dim": 16, "enc_dim": 16, "mlp_dim": 16}
+    return TDMPC2("MlpPolicy", env, **sizes, device="cpu", seed=seed)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = bytes(400 * [0xA5])  # more than a zip's unread fields
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.zip", "replay_buffer.zip", "run.json"])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, Path.unlink, lambda path: path.write_text("{}")]
+)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, name, damage):
+    run = checkpointed_run(tmp_path)
+    newest = latest_checkpoint(run)
+    assert resume.find_checkpoint(resume.find_run(run)) == newest
+    if name == "run.json" and damage is flip:
+        damage = truncate  # text may well stay valid
+    damage(newest / name)
+    found = resume.find_checkpoint(resume.find_run(run))
+    assert found.name == "checkpoint_000000000010"
+    assert f"The checkpoint '{newest}' is left out: " in capsys.readouterr().err
+    loaded, _ = load_checkpoint(TDMPC2, run, gymnasium.make(WALKER, action_repeat=20))
+    assert loaded.num_timesteps == 10
+    damage(found / name)
+    assert "can be resumed from" in refusal(capsys, run)
+
+
+@pytest.mark.parametrize("steps", [5, 20, 30])
+def test_a_buffer_of_another_run_is_refused(tmp_path, capsys, steps):
+    run = checkpointed_run(tmp_path)
+    newest = latest_checkpoint(run)
+    shutil.rmtree(run / "checkpoint_000000000010")
+    small_model(seed=1).learn(steps).save_replay_buffer(newest / "replay_buffer.zip")
+    message = refusal(capsys, run)
+    assert "No checkpoint in" in message
+    assert f"it holds {steps} steps and the run made 20." in message
+
+
+def test_a_checkpoint_without_digests_is_compared_by_steps(tmp_path, capsys):
+    run = checkpointed_run(tmp_path)
+    newest = latest_checkpoint(run)
+    content = json.loads((newest / "run.json").read_text())
+    del content["digests"]
+    (newest / "run.json").write_text(json.dumps(content))
+    assert resume.find_checkpoint(resume.find_run(run)) == newest
+    small_model(seed=1).learn(30).save_replay_buffer(newest / "replay_buffer.zip")
+    assert resume.find_checkpoint(resume.find_run(run)).name == "checkpoint_000000000010"
+    assert "30 were put into the replay buffer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "config", "named"),
+    [
+        ({"gym_packages": ["foreign_package"]}, {}, "gym_packages: foreign_package"),
+        ({}, {"env_wrapper": "foreign_package.Wrapper"}, "env_wrapper: foreign_package.Wrapper"),
+        ({}, {"vec_env_wrapper": [{"foreign_package.W": {"x": 1}}]}, "vec_env_wrapper: "),
+        ({}, {"callback": "foreign_package.C"}, "callback: foreign_package.C"),
+        ({}, {"callback": [{checkpoints.CALLBACK_NAME: {"folder": "/x"}}]}, "callback: "),
+        ({}, {"policy": "foreign_package.P"}, "policy: foreign_package.P"),
+        ({}, {"normalize": "__import__('foreign_package')"}, "normalize: __import__"),
+        ({}, {"monitor_kwargs": "dict(x=open('x'))"}, "monitor_kwargs: dict(x=open('x'))"),
+    ],
+)
+def test_code_of_others_is_asked_for(tmp_path, capsys, monkeypatch, args, config, named):
+    witness = tmp_path / "witness"
+    (tmp_path / "foreign_package.py").write_text(f"open({str(witness)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
+    run = checkpointed_run(tmp_path, config, **args)
+    message = refusal(capsys, run)
+    assert f"has code of others run when it is resumed:\n  {named}" in message
+    assert "add --trust-code (or set TRUST_REMOTE_CODE=True)" in message
+    assert not witness.exists()
+    if args:
+        resume.import_packages(resume.find_run(run), trusted=True)
+        assert witness.exists()
+
+
+def test_what_is_harmless_is_not_asked_for():
+    callback = [{checkpoints.CALLBACK_NAME: {"save_freq": 5}}]
+    for config in (
+        {"policy": "MlpPolicy", "callback": callback, "normalize": True},
+        {"normalize": "dict(norm_obs=True, clip_obs=5.0)", "callback": checkpoints.CALLBACK_NAME},
+        {"normalize": "{'norm_obs': True}", "monitor_kwargs": {"info_keywords": ["a"]}},
+    ):
+        assert trust.foreign_code({"gym_packages": []}, config) == []
+    assert checkpoints.resume_command("a b", [trust.OPTION]) == (
+        "python -m tdmpc2_sb3.zoo resume 'a b' --trust-code"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["0.monitor.csv", ".running", f"{NAME}/vecnormalize.pkl", "checkpoint_7/model.zip"]
+)
+def test_links_out_of_the_folder_are_refused(tmp_path, capsys, name):
+    run = write_run(tmp_path)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(victim)
+    assert f"'{run / name}' is a link out of the run's folder" in refusal(capsys, run)
+    assert victim.read_text() == "precious"
+    (run / name).unlink()
+    (run / name).symlink_to(run / NAME / "args.yml")  # within it
+    assert "has no checkpoint" in refusal(capsys, run) or "checkpoint_7" in name
+
+
+def test_missing_options_are_named(tmp_path, capsys):
+    run = checkpointed_run(tmp_path)
+    assert "args.yml lacks eval_freq, eval_episodes, " in refusal(capsys, run)
+    unknown = write_run(tmp_path / "unknown", env="Nowhere-v0")
+    with pytest.raises(ValueError, match="environment 'Nowhere-v0' is not installed here"):
+        resume.import_packages(resume.find_run(unknown), trusted=False)
+
+
+def test_what_is_no_file_is_refused(tmp_path, capsys):
+    run = write_run(tmp_path)
+    os.mkfifo(run / ".running")
+    assert "is neither a file nor a folder" in refusal(capsys, run)
+
+
+def test_the_log_goes_on_where_the_runs_options_lead(tmp_path):
+    run = checkpointed_run(tmp_path, tensorboard_log="tb")
+    found, newest = resume.find_run(run), latest_checkpoint(run)
+
+    def says(path: str) -> None:
+        content = json.loads((newest / "run.json").read_text())
+        content["files"]["logger"] = path
+        (newest / "run.json").write_text(json.dumps(content))
+
+    own = tmp_path / "tb" / NAME / "TDMPC2_1"
+    says(os.path.relpath(own, run))
+    with pytest.raises(ValueError, match="name its folder by --tensorboard-log"):
+        resume.find_log(found, newest, None)  # nothing is there
+    own.mkdir(parents=True)
+    (own / "events.out.tfevents.1.host").touch()
+    assert resume.find_log(found, newest, None) == own
+    says("tb/x")
+    assert resume.find_log(found, newest, None) == run / "tb" / "x"
+    elsewhere = tmp_path / "other"
+    elsewhere.mkdir()
+    (elsewhere / "events.out.tfevents.1.host").touch()
+    for path in (os.path.relpath(elsewhere, run), str(elsewhere)):
+        says(path)
+        with pytest.raises(ValueError, match="outside the run's folder"):
+            resume.find_log(found, newest, None)
+        assert resume.find_log(found, newest, "") is None
+        assert resume.find_log(found, newest, str(elsewhere)) == elsewhere
+        without = found._replace(args={**found.args, "tensorboard_log": ""})
+        assert resume.find_log(without, newest, None) is None
+
+
+@pytest.mark.parametrize("steps", ["0", "-5", "1.5", "x"])
+def test_total_steps_are_positive(tmp_path, capsys, steps):
+    with pytest.raises(SystemExit) as caught:
+        resume.main([str(write_run(tmp_path)), "-n", steps])
+    assert caught.value.code == 2
+    assert f"{steps} is no number of steps: give at least 1." in capsys.readouterr().err
 
 
 def test_python_objects_in_the_files_are_not_built(tmp_path, capsys):

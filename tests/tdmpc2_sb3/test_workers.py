@@ -1,0 +1,192 @@
+"""Environment processes that die: training ends with a sentence that names them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+
+from tdmpc2_sb3 import TDMPC2, workers
+from tdmpc2_sb3.callbacks import ResumableCheckpointCallback, latest_checkpoint
+from tdmpc2_sb3.workers import WorkerDiedError
+
+TINY = {
+    "latent_dim": 16,
+    "enc_dim": 16,
+    "mlp_dim": 16,
+    "num_q": 2,
+    "num_samples": 16,
+    "num_pi_trajs": 2,
+    "num_elites": 4,
+    "num_iterations": 1,
+    "batch_size": 8,
+    "learning_starts": 12,
+    "seed": 5,
+    "device": "cpu",
+}
+
+
+class Slow(gym.Env):
+    """Takes a minute for a step or a reset while a file of that name is there."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, folder: Path, index: int):
+        self.folder, self.index = folder, index
+        self.steps = 0
+
+    def _wait(self, what: str) -> None:
+        if (self.folder / f"slow {what}").exists():
+            (self.folder / f"{what} {self.index}").touch()
+            time.sleep(60)
+
+    def reset(self, *, seed=None, options=None):
+        self._wait("reset")
+        self.steps = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self._wait("step")
+        if (self.folder / "exit").exists() and self.index == 0:
+            os._exit(7)
+        self.steps += 1
+        return np.zeros(3, np.float32), 0.0, False, self.steps >= 5, {}
+
+
+def make(folder: Path, start_method: str, n_envs: int = 3) -> SubprocVecEnv:
+    factories = [lambda index=index: Slow(folder, index) for index in range(n_envs)]
+    return SubprocVecEnv(factories, start_method)
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> None:
+    """Act from another thread as soon as the condition holds."""
+
+    def run() -> None:
+        while not condition():
+            time.sleep(0.02)
+        act()
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def within(seconds: float, function: Callable[[], None]) -> WorkerDiedError:
+    """The error of the function; fails the test if it hangs."""
+    begin = time.monotonic()
+    with pytest.raises(WorkerDiedError) as caught:
+        function()
+    assert time.monotonic() - begin < seconds
+    return caught.value
+
+
+METHODS = ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("what", ["step", "reset"])
+def test_one_killed_in_a_step_or_a_reset(tmp_path: Path, method: str, what: str) -> None:
+    env = make(tmp_path, method)
+    model = TDMPC2("MlpPolicy", VecNormalize(env), **TINY)
+    model.learn(30)
+    (tmp_path / f"slow {what}").touch()
+    victim = env.processes[1]
+    when((tmp_path / f"{what} 1").exists, lambda: os.kill(victim.pid, signal.SIGKILL))
+    error = within(20, lambda: model.learn(30))
+    assert f"Environment process 1 of 3 (pid {victim.pid}) died by signal SIGKILL" in str(error)
+    assert env.closed
+    assert not any(process.is_alive() for process in env.processes)
+    env.close()  # waits for nobody
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_killed_while_the_main_process_computes(tmp_path: Path, method: str) -> None:
+    env = make(tmp_path, method)
+    model = TDMPC2("MlpPolicy", env, **TINY, initial_gradient_steps=100_000)
+    victim = env.processes[2]
+    when(lambda: model._n_updates > 5, lambda: os.kill(victim.pid, signal.SIGTERM))
+    error = within(20, lambda: model.learn(30))
+    assert f"Environment process 2 of 3 (pid {victim.pid}) died by signal SIGTERM." in str(error)
+    assert 5 < model._n_updates < 100_000
+
+
+def test_one_that_ends_itself_is_named_with_its_exit_code(tmp_path: Path) -> None:
+    env = make(tmp_path, "forkserver")
+    model = TDMPC2("MlpPolicy", env, **TINY)
+    (tmp_path / "exit").touch()
+    error = within(20, lambda: model.learn(30))
+    assert re.search(r"process 0 of 3 \(pid \d+\) ended with exit code 7;", str(error))
+
+
+def test_one_of_the_evaluation(tmp_path: Path) -> None:
+    evaluation = make(tmp_path / "evaluation", "fork", 2)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "slow step").touch()
+    victim = evaluation.processes[1]
+    reached = (tmp_path / "evaluation" / "step 1").exists
+    when(reached, lambda: os.kill(victim.pid, signal.SIGKILL))
+    model = TDMPC2("MlpPolicy", DummyVecEnv([lambda: Slow(tmp_path, 0)]), **TINY)
+    callback = CallbackList([EvalCallback(evaluation, eval_freq=10)])
+    error = within(20, lambda: model.learn(30, callback=callback))
+    assert f"process 1 of 2 (pid {victim.pid})" in str(error)
+
+
+class Kill(BaseCallback):
+    def __init__(self, pid: int):
+        super().__init__()
+        self.pid = pid
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 21:
+            os.kill(self.pid, signal.SIGKILL)
+        return True
+
+
+def test_the_last_checkpoint_is_named(tmp_path: Path) -> None:
+    env = make(tmp_path, "fork")
+    callbacks = [ResumableCheckpointCallback(9, tmp_path / "run"), Kill(env.processes[0].pid)]
+    model = TDMPC2("MlpPolicy", env, **TINY)
+    error = within(20, lambda: model.learn(60, callback=callbacks))
+    newest = latest_checkpoint(tmp_path / "run")
+    assert newest.name == "checkpoint_000000000018"
+    assert f"The last checkpoint is '{newest}'. To go on: tdmpc2_sb3.callbacks" in str(error)
+
+
+class CloseEvaluation(BaseCallback):
+    def __init__(self, env: SubprocVecEnv):
+        super().__init__()
+        self.eval_env = env
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 15:
+            self.eval_env.close()
+        return True
+
+
+def test_closing_is_no_death(tmp_path: Path) -> None:
+    callback = CloseEvaluation(make(tmp_path, "fork"))
+    model = TDMPC2("MlpPolicy", make(tmp_path, "fork"), **TINY)
+    model.learn(60, callback=callback)
+    assert model.num_timesteps == 60
+    model.env.close()
+    model.predict(np.zeros((3, 3), np.float32))  # nobody is watched after learn()
+
+
+def test_environments_thrown_away_end_their_processes(tmp_path: Path) -> None:
+    env = make(tmp_path, "forkserver", 2)
+    watch = workers.Watch([env])
+    processes = env.processes
+    del env
+    for process in processes:
+        process.join(20)
+        assert process.exitcode == 0
+    watch.close()

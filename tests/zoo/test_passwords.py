@@ -1,0 +1,87 @@
+"""The password of a study's database is written nowhere and still used."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import sqlalchemy
+
+from tdmpc2_sb3.zoo import passwords
+
+ADDRESS = "postgresql+psycopg://tuner:{}@database/optuna"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(passwords, "_hidden", False)
+    for name in ("PGPASSWORD", "PGPASSFILE", "MYSQL_PWD", passwords.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def used_after(monkeypatch, arguments: list[str], address: str) -> dict:
+    """What the driver is given by an engine for the address after `hide` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "rl_zoo3.train", *arguments])
+    passwords.hide()
+    seen: list[dict] = []
+
+    def connect(dialect, record, arguments, options):
+        seen.append(dict(options))
+        raise ConnectionRefusedError
+
+    engine = sqlalchemy.create_engine(address)
+    sqlalchemy.event.listen(engine, "do_connect", connect)
+    with pytest.raises(ConnectionRefusedError):
+        engine.connect()
+    return seen[0]
+
+
+@pytest.mark.parametrize("form", ["--storage {}", "--storage={}", "--stor {}"])
+@pytest.mark.parametrize("written", ["p%40ss:w/rd", "secret", "a b"])
+def test_it_leaves_the_arguments_and_comes_back_at_the_connection(monkeypatch, form, written):
+    arguments = [part.format(ADDRESS.format(written)) for part in form.split(" ")]
+    options = used_after(monkeypatch, arguments, ADDRESS.format("***"))
+    assert options["password"] == written.replace("%40", "@")
+    assert options["user"] == "tuner"
+    for argv in (sys.argv, sys.orig_argv):
+        assert written not in " ".join(argv)
+        assert ADDRESS.format("***") in " ".join(argv)
+
+
+def test_it_may_stand_in_the_query(monkeypatch):
+    address = "postgresql+psycopg://database/optuna?user=tuner&password={}&connect_timeout=3"
+    options = used_after(
+        monkeypatch, ["--storage", address.format("secret")], address.format("***")
+    )
+    assert options["password"] == "secret"
+    assert sys.argv[-1] == address.format("***")
+
+
+def test_a_masked_one_is_looked_for(monkeypatch, tmp_path):
+    masked = ["--storage", ADDRESS.format("***")]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit, match="is masked: set PGPASSWORD, PGPASSFILE or TDMPC2"):
+        used_after(monkeypatch, masked, masked[1])
+    monkeypatch.setattr(passwords, "_hidden", False)
+    monkeypatch.setenv(passwords.VARIABLE, "from the variable")
+    assert used_after(monkeypatch, masked, masked[1])["password"] == "from the variable"
+
+
+@pytest.mark.parametrize(
+    "storage", ["logs/tune.log", "sqlite:///study.db", "postgresql+psycopg://tuner@database/optuna"]
+)
+def test_addresses_without_one_stay(monkeypatch, storage):
+    monkeypatch.setattr(sys, "argv", ["train", "--storage", storage])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "--storage", storage])
+    passwords.hide()
+    assert sys.argv[-1] == storage
+    assert not passwords._hidden
+
+
+def test_texts():
+    text = "python train --storage mysql://me:secret@host/x -i 'http://you:hidden@there' --seed 3"
+    assert passwords.mask(text) == (
+        "python train --storage mysql://me:***@host/x -i 'http://you:***@there' --seed 3"
+    )

@@ -1,0 +1,282 @@
+"""Runs the cells of a grid, one process each, until all are finished or it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tdmpc2_sb3.study import results, runs, statistics, status
+from tdmpc2_sb3.study.claims import Claim, Claims, LostClaimError, heartbeat_seconds
+from tdmpc2_sb3.study.machine import Cores, available_cores
+from tdmpc2_sb3.study.plan import Cell, Plan
+
+POLL_SECONDS = 0.5
+LOOK_SECONDS = 5.0  # between looks into the storage while nothing happens here
+#: A run that is killed again and again without a new checkpoint in between is given up.
+STARTS_WITHOUT_PROGRESS = 3
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Running:
+    """A run at work.
+
+    :param steps: of its newest checkpoint when it was started
+    :param vain: starts from that checkpoint before this one
+    :param lost: whether another worker has taken the cell over
+    """
+
+    claim: Claim
+    process: subprocess.Popen[bytes]
+    cores: Cores
+    steps: int
+    vain: int
+    lost: bool = False
+
+    @property
+    def cell(self) -> Cell:
+        """That it runs."""
+        return self.claim.cell
+
+
+class Runner:
+    """Works on a study.
+
+    :param plan: the study
+    :param jobs: runs at a time, None for as many as the cores allow
+    :param say: told a line about every start, finish and failure
+    """
+
+    def __init__(self, plan: Plan, jobs: int | None, say: Callable[[str], None]) -> None:
+        self.plan = plan
+        self.jobs = jobs or max(1, len(available_cores()) // plan.threads)
+        self.claims = Claims(plan)
+        self._say = say
+        self._running: list[Running] = []
+        self._done: set[str] = set()
+        self._failed: set[str] = set()
+        self._signals = 0
+        self._signed = 0.0
+        self._looked = -LOOK_SECONDS
+        self._waiting_said = False
+
+    def work(self) -> int:
+        """Run all cells that others do not, wait for those that others run; the exit status."""
+        before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            while self._round():
+                time.sleep(POLL_SECONDS)
+        finally:
+            for run in self._running:
+                run.process.send_signal(signal.SIGINT)
+            self.claims.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return 1 if self._failed or self._signals else 0
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """At the first signal runs write a checkpoint and end; at the second they just end."""
+        self._signals += 1
+        for run in self._running:
+            run.process.send_signal(signal.SIGINT if self._signals == 1 else signal.SIGTERM)
+
+    def _round(self) -> bool:
+        """Look after what runs and start what can be; False when there is nothing left to do."""
+        ended = [run for run in self._running if run.process.poll() is not None]
+        for run in ended:
+            self._running.remove(run)
+            self._ended(run)
+        if time.monotonic() - self._signed > heartbeat_seconds():
+            self._signed = time.monotonic()
+            for run in self._running:
+                self._sign(run)
+        if self._signals:
+            return bool(self._running)
+        if not ended and time.monotonic() - self._looked < LOOK_SECONDS:
+            return True
+        self._looked = time.monotonic()
+        return self._look()
+
+    def _look(self) -> bool:
+        """Read what others have done and fill the free places; False if nothing is left to do."""
+        self._fetch()
+        for cell in self.plan.cells:
+            if cell.name not in self._done:
+                result = results.read_result(self.plan, cell)
+                if result is not None and result.finished:
+                    self._done.add(cell.name)
+        left = [cell for cell in self.plan.cells if cell.name not in self._done | self._failed]
+        self._fill(left)
+        return bool(self._running) or self._others_work(left)
+
+    def _fetch(self) -> None:
+        """Write the CSVs that other machines have put into the storage."""
+        missing = [cell for cell in self.plan.cells if cell.name not in self._done]
+        texts = self.claims.csv_texts() if missing else {}
+        for cell in missing:
+            if cell.name in texts and not results.csv_path(self.plan, cell).is_file():
+                results.write_csv(self.plan, cell, texts[cell.name])
+
+    def _fill(self, left: list[Cell]) -> None:
+        """Start runs in the free places."""
+        busy = {run.cell.name for run in self._running}
+        while len(self._running) < self.jobs and not self._signals:
+            free = [cell for cell in left if cell.name not in busy]
+            free = [cell for cell in free if runs.what_next(self.plan, cell).action != "wait"]
+            claim = self.claims.take(free) if free else None
+            if claim is None:
+                return
+            busy.add(claim.cell.name)
+            self._start(claim, 0)
+
+    def _others_work(self, left: list[Cell]) -> bool:
+        """Whether other workers still run cells, one of which may become free."""
+        left = [cell for cell in left if cell.name not in self._done | self._failed]
+        states = self.claims.states() if left else {}
+        elsewhere = [cell for cell in left if states[cell.name].state != "failed"]
+        if elsewhere and not self._waiting_said:
+            self._say(
+                f"waiting for {len(elsewhere)} cells at which other processes are at work: "
+                f"{'; '.join(cell.title for cell in elsewhere[:3])}"
+            )
+        self._waiting_said = bool(elsewhere)
+        return bool(elsewhere)
+
+    def _start(self, claim: Claim, vain: int) -> None:
+        """Go on with a cell whatever state its log folder is in."""
+        plan, cell = self.plan, claim.cell
+        action, run = runs.what_next(plan, cell)
+        if action == "record":
+            assert run is not None
+            self._record(claim, run)
+            return
+        resumed = action == "resume" and run is not None
+        arguments = (
+            runs.resume_arguments(plan, run)
+            if resumed and run is not None
+            else runs.train_arguments(plan, cell)
+        )
+        try:
+            runs.note_attempt(plan, cell, arguments)
+        except ValueError as error:
+            self._fail(claim, str(error))
+            return
+        steps = runs.checkpoint_steps(run) if resumed and run is not None else 0
+        cores = Cores.take(plan.threads)
+        process = self._spawn(arguments, log_path(plan, cell), cores)
+        self._running.append(Running(claim, process, cores, steps, vain))
+        where = f", core {', '.join(map(str, cores.numbers))}" if cores.numbers else ""
+        verb = f"resumed at step {steps}" if resumed else "started"
+        self._say(f"{verb}: {cell.title} ({cell.steps} steps{where}); {self._estimate()}")
+
+    def _spawn(self, arguments: list[str], log: Path, cores: Cores) -> subprocess.Popen[bytes]:
+        threads = str(self.plan.threads)
+        environment = {
+            **os.environ,
+            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads),
+        }
+        options: dict[str, Any] = {}
+        if os.name == "posix":
+            # A session of its own: Ctrl-C in the terminal reaches the runner, and through it runs.
+            options = {"preexec_fn": lambda: _prepare(cores.numbers), "start_new_session": True}
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=self.plan.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                **options,
+            )
+
+    def _sign(self, run: Running) -> None:
+        try:
+            self.claims.sign(run.claim, *runs.steps_done(self.plan, run.cell))
+        except LostClaimError as error:
+            if not run.lost:
+                self._say(f"stopped: {run.cell.title}: {error}")
+                run.lost = True
+                run.process.send_signal(signal.SIGINT)
+
+    def _ended(self, run: Running) -> None:
+        """Record a run that has ended, start it again, or give it up."""
+        run.cores.give_back()
+        plan, cell, code = self.plan, run.cell, run.process.returncode
+        if run.lost:
+            return
+        action, folder = runs.what_next(plan, cell)
+        if action == "record":
+            assert folder is not None
+            self._record(run.claim, folder)
+        elif self._signals:
+            self.claims.release(run.claim)
+            steps = 0 if folder is None or action != "resume" else runs.checkpoint_steps(folder)
+            self._say(f"stopped: {cell.title}, to go on at step {steps}")
+        elif code > 0:
+            self._fail(run.claim, f"exit status {code}: {_last_line(log_path(plan, cell))}")
+        else:  # killed, or stopped by somebody's Ctrl-C
+            steps = 0 if folder is None else runs.checkpoint_steps(folder)
+            vain = run.vain + 1 if steps <= run.steps else 0
+            if vain >= STARTS_WITHOUT_PROGRESS:
+                self._fail(run.claim, f"ended {vain} times by signal {-code} before a checkpoint")
+            else:
+                self._start(run.claim, vain)
+
+    def _record(self, claim: Claim, folder: Path) -> None:
+        plan, cell = self.plan, claim.cell
+        text = results.make_csv(plan, cell, folder, runs.attempts(plan, cell), finished=True)
+        results.write_csv(plan, cell, text)
+        self._done.add(cell.name)
+        result = results.parse_csv(text, cell.name)
+        last = statistics.last_returns(result)
+        with contextlib.suppress(LostClaimError):  # the other worker finds the CSV
+            self.claims.finish(claim, text, 0.0 if last is None else last)
+        shown = "no episode" if last is None else f"last {statistics.LAST} episodes {last:.1f}"
+        self._say(
+            f"finished: {cell.title}, {shown}, {result.header['minutes']:.0f} min; "
+            f"{self._estimate()}"
+        )
+
+    def _fail(self, claim: Claim, reason: str) -> None:
+        self._failed.add(claim.cell.name)
+        log = log_path(self.plan, claim.cell).relative_to(self.plan.folder)
+        self.claims.release(claim, reason)
+        self._say(f"failed: {claim.cell.title}: {reason} ({log})")
+
+    def _estimate(self) -> str:
+        return status.estimate(status.survey(self.plan, self.claims), max(1, len(self._running)))
+
+
+def log_path(plan: Plan, cell: Cell) -> Path:
+    """The file with what a cell's runs print."""
+    folder = plan.folder / runs.log_folder(plan, cell)
+    return folder / f"{cell.task.name}.log"
+
+
+def _prepare(cores: list[int]) -> None:
+    """In a run's process, before the zoo: its cores, and what the death of the runner means."""
+    # A runner started by a script in the background ignores Ctrl-C, and its children would.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    if sys.platform == "linux":  # Ctrl-C when the runner dies, kill -9 included: a checkpoint
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it printed nothing"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import random
 import time
 import uuid
 from collections.abc import Collection, Iterator
@@ -65,11 +66,7 @@ def open_storage(address: str, folder: Path) -> Any:
     :raises ValueError: if it is neither, or does not open
     """
     if "://" in address:
-        try:
-            return optuna.storages.RDBStorage(address)
-        except Exception as error:  # SQLAlchemy's, the driver's, a missing driver
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The storage '{address}' does not open: {reason}") from error
+        return _open_database(address)
     if not address.endswith(".log"):
         raise ValueError(
             f"'storage' is '{address}': name a file that ends in .log, or a database such as "
@@ -83,6 +80,21 @@ def open_storage(address: str, folder: Path) -> Any:
         raise ValueError(
             f"'{file}' is damaged: remove it while no worker runs; what is in the results stays."
         ) from error
+
+
+def _open_database(address: str) -> Any:
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+    for last in (False, False, False, False, True):
+        try:
+            return optuna.storages.RDBStorage(address)
+        except Exception as error:  # SQLAlchemy's, the driver's, a missing driver
+            if last or not isinstance(error, IntegrityError | ProgrammingError):
+                reason = " ".join(str(error).split())
+                raise ValueError(f"The storage '{address}' does not open: {reason}") from error
+        # Workers that start together on an empty database create its tables at the same moment.
+        time.sleep(random.uniform(0.5, 2.0))
+    raise AssertionError
 
 
 class Claims:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from optuna.exceptions import StorageInternalError
+
 from tdmpc2_sb3.study import results, runs, statistics, status
 from tdmpc2_sb3.study.claims import Claim, Claims, LostClaimError, heartbeat_seconds
 from tdmpc2_sb3.study.machine import Cores, available_cores
@@ -25,6 +27,7 @@ LOOK_SECONDS = 5.0  # between looks into the storage while nothing happens here
 #: A run that is killed again and again without a new checkpoint in between is given up.
 STARTS_WITHOUT_PROGRESS = 3
 PR_SET_PDEATHSIG = 1
+STORAGE_ERRORS = (StorageInternalError, OSError)
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Running:
 
     :param steps: of its newest checkpoint when it was started
     :param vain: starts from that checkpoint before this one
-    :param lost: whether another worker has taken the cell over
+    :param told: signals that it was sent to end
     """
 
     claim: Claim
@@ -41,6 +44,7 @@ class Running:
     cores: Cores
     steps: int
     vain: int
+    told: int = 0
     lost: bool = False
 
     @property
@@ -65,6 +69,8 @@ class Runner:
         self._running: list[Running] = []
         self._done: set[str] = set()
         self._failed: set[str] = set()
+        self._waiting: list[Claim] = []  # an earlier runner's process is still at work there
+        self._owed: list[Callable[[], None]] = []  # what the storage has not been told yet
         self._signals = 0
         self._signed = 0.0
         self._looked = -LOOK_SECONDS
@@ -79,18 +85,25 @@ class Runner:
             while self._round():
                 time.sleep(POLL_SECONDS)
         finally:
-            for run in self._running:
-                run.process.send_signal(signal.SIGINT)
+            self._end_runs(1)
+            for claim in self._waiting:
+                self._owe(self.claims.release, claim)
+            with contextlib.suppress(*STORAGE_ERRORS):  # then silence tells it
+                self._pay()
             self.claims.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return 1 if self._failed or self._signals else 0
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """At the first signal runs write a checkpoint and end; at the second they just end."""
         self._signals += 1
+
+    def _end_runs(self, signals: int) -> None:
+        """At the first signal runs write a checkpoint and end; at the second they just end."""
         for run in self._running:
-            run.process.send_signal(signal.SIGINT if self._signals == 1 else signal.SIGTERM)
+            if run.told < signals:
+                run.process.send_signal(signal.SIGINT if run.told == 0 else signal.SIGTERM)
+                run.told += 1
 
     def _round(self) -> bool:
         """Look after what runs and start what can be; False when there is nothing left to do."""
@@ -98,19 +111,34 @@ class Runner:
         for run in ended:
             self._running.remove(run)
             self._ended(run)
-        if time.monotonic() - self._signed > heartbeat_seconds():
-            self._signed = time.monotonic()
-            for run in self._running:
-                self._sign(run)
-        if self._signals:
-            return bool(self._running)
-        if not ended and time.monotonic() - self._looked < LOOK_SECONDS:
-            return True
-        self._looked = time.monotonic()
-        return self._look()
+        self._end_runs(self._signals)
+        try:
+            if time.monotonic() - self._signed > heartbeat_seconds():
+                self._signed = time.monotonic()
+                self._sign()
+            if self._signals:
+                return bool(self._running)
+            if not ended and time.monotonic() - self._looked < LOOK_SECONDS:
+                return True
+            self._looked = time.monotonic()
+            return self._look()
+        except STORAGE_ERRORS as error:  # a database that is started anew, a full disk
+            self._say(f"the storage does not answer, runs go on: {' '.join(str(error).split())}")
+            return bool(self._running) or not self._signals
+
+    def _owe(self, action: Callable[..., None], *arguments: Any) -> None:
+        self._owed.append(lambda: action(*arguments))
+
+    def _pay(self) -> None:
+        """Tell the storage what it has not been told yet."""
+        while self._owed:
+            with contextlib.suppress(LostClaimError):  # the other worker goes on, or finds the CSV
+                self._owed[0]()
+            self._owed.pop(0)
 
     def _look(self) -> bool:
         """Read what others have done and fill the free places; False if nothing is left to do."""
+        self._pay()
         self._fetch()
         for cell in self.plan.cells:
             if cell.name not in self._done:
@@ -118,8 +146,11 @@ class Runner:
                 if result is not None and result.finished:
                     self._done.add(cell.name)
         left = [cell for cell in self.plan.cells if cell.name not in self._done | self._failed]
+        waiting, self._waiting = self._waiting, []
+        for claim in waiting:
+            self._start(claim, 0)
         self._fill(left)
-        return bool(self._running) or self._others_work(left)
+        return bool(self._running or self._waiting) or self._others_work(left)
 
     def _fetch(self) -> None:
         """Write the CSVs that other machines have put into the storage."""
@@ -132,9 +163,9 @@ class Runner:
     def _fill(self, left: list[Cell]) -> None:
         """Start runs in the free places."""
         busy = {run.cell.name for run in self._running}
-        while len(self._running) < self.jobs and not self._signals:
+        busy |= {claim.cell.name for claim in self._waiting}
+        while len(self._running) + len(self._waiting) < self.jobs and not self._signals:
             free = [cell for cell in left if cell.name not in busy]
-            free = [cell for cell in free if runs.what_next(self.plan, cell).action != "wait"]
             claim = self.claims.take(free) if free else None
             if claim is None:
                 return
@@ -161,6 +192,9 @@ class Runner:
         if action == "record":
             assert run is not None
             self._record(claim, run)
+            return
+        if action == "wait":
+            self._waiting.append(claim)
             return
         resumed = action == "resume" and run is not None
         arguments = (
@@ -202,14 +236,20 @@ class Runner:
                 **options,
             )
 
-    def _sign(self, run: Running) -> None:
-        try:
-            self.claims.sign(run.claim, *runs.steps_done(self.plan, run.cell))
-        except LostClaimError as error:
-            if not run.lost:
+    def _sign(self) -> None:
+        """Show the other workers that this one lives, and learn what they have taken over."""
+        for run in [run for run in self._running if not run.lost]:
+            try:
+                self.claims.sign(run.claim, *runs.steps_done(self.plan, run.cell))
+            except LostClaimError as error:
                 self._say(f"stopped: {run.cell.title}: {error}")
                 run.lost = True
                 run.process.send_signal(signal.SIGINT)
+        for claim in list(self._waiting):
+            try:
+                self.claims.sign(claim, 0, 0.0)
+            except LostClaimError:
+                self._waiting.remove(claim)
 
     def _ended(self, run: Running) -> None:
         """Record a run that has ended, start it again, or give it up."""
@@ -222,7 +262,7 @@ class Runner:
             assert folder is not None
             self._record(run.claim, folder)
         elif self._signals:
-            self.claims.release(run.claim)
+            self._owe(self.claims.release, run.claim)
             steps = 0 if folder is None or action != "resume" else runs.checkpoint_steps(folder)
             self._say(f"stopped: {cell.title}, to go on at step {steps}")
         elif code > 0:
@@ -231,7 +271,7 @@ class Runner:
             steps = 0 if folder is None else runs.checkpoint_steps(folder)
             vain = run.vain + 1 if steps <= run.steps else 0
             if vain >= STARTS_WITHOUT_PROGRESS:
-                self._fail(run.claim, f"ended {vain} times by signal {-code} before a checkpoint")
+                self._fail(run.claim, f"ended {vain} times without a new checkpoint")
             else:
                 self._start(run.claim, vain)
 
@@ -242,8 +282,7 @@ class Runner:
         self._done.add(cell.name)
         result = results.parse_csv(text, cell.name)
         last = statistics.last_returns(result)
-        with contextlib.suppress(LostClaimError):  # the other worker finds the CSV
-            self.claims.finish(claim, text, 0.0 if last is None else last)
+        self._owe(self.claims.finish, claim, text, 0.0 if last is None else last)
         shown = "no episode" if last is None else f"last {statistics.LAST} episodes {last:.1f}"
         self._say(
             f"finished: {cell.title}, {shown}, {result.header['minutes']:.0f} min; "
@@ -253,11 +292,16 @@ class Runner:
     def _fail(self, claim: Claim, reason: str) -> None:
         self._failed.add(claim.cell.name)
         log = log_path(self.plan, claim.cell).relative_to(self.plan.folder)
-        self.claims.release(claim, reason)
+        self._owe(self.claims.release, claim, reason)
         self._say(f"failed: {claim.cell.title}: {reason} ({log})")
 
     def _estimate(self) -> str:
-        return status.estimate(status.survey(self.plan, self.claims), max(1, len(self._running)))
+        try:
+            survey = status.survey(self.plan, self.claims)
+        except STORAGE_ERRORS:
+            return f"{len(self._done)} of {len(self.plan.cells)} cells done here"
+        left = sum(each.state in ("waiting", "running") for each in survey)
+        return status.estimate(survey, max(1, min(self.jobs, left)))
 
 
 def log_path(plan: Plan, cell: Cell) -> Path:

@@ -9,13 +9,27 @@ A GPU is named where torch is among the packages and sees one.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import sys
 from datetime import date
 from pathlib import Path
 
-from tdmpc2_sb3.study.machine import processor, versions
+
+def processor() -> str:
+    """Return the processor's name as the system writes it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions(*packages: str) -> str:
+    """Return ``name version`` of installed distributions, with commas between them."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 def graphics() -> str | None:

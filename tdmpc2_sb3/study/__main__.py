@@ -38,6 +38,7 @@ def status(plan: Plan, options: argparse.Namespace) -> int:
 
     claims = Claims(plan)
     try:
+        status.fetch(plan, claims)
         print(status.table(plan, status.survey(plan, claims)))
     finally:
         claims.close()

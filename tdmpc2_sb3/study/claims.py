@@ -108,7 +108,7 @@ class Claims:
         self.plan = plan
         self._study = optuna.create_study(
             storage=open_storage(plan.storage, plan.folder),
-            study_name=plan.name,
+            study_name=f"experiments: {plan.name}",  # the same name may be a study of tuning
             direction="maximize",
             load_if_exists=True,
         )

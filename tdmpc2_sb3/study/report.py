@@ -103,7 +103,7 @@ class Report:
                 for seed, run in runs.items()
             },
             **{
-                f"{place:,}": {
+                f"at {place:,}": {
                     seed: statistics.value_at(run, place, kind) for seed, run in runs.items()
                 }
                 for place in self.plan.at_frames
@@ -140,17 +140,8 @@ class Report:
                     *(_published(task, algo, frames) for algo in published),
                 ]
             )
-        places = [f"at {place:,}" for place in self.plan.at_frames]
-        head = [
-            "task",
-            "arm",
-            "frames",
-            "seeds",
-            f"last {LAST} episodes",
-            "last evaluation",
-            "area",
-        ]
-        head += [*places, "above the floor", "minutes"]
+        names = list(self._figures(*self._cells()[0][::2]))
+        head = ["task", "arm", "frames", "seeds", *names, "above the floor", "minutes"]
         return _table([*head, *(f"published {algo}" for algo in published)], rows)
 
     def differences(self) -> str:

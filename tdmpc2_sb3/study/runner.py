@@ -139,7 +139,7 @@ class Runner:
     def _look(self) -> bool:
         """Read what others have done and fill the free places; False if nothing is left to do."""
         self._pay()
-        self._fetch()
+        status.fetch(self.plan, self.claims, self._done)
         for cell in self.plan.cells:
             if cell.name not in self._done:
                 result = results.read_result(self.plan, cell)
@@ -151,14 +151,6 @@ class Runner:
             self._start(claim, 0)
         self._fill(left)
         return bool(self._running or self._waiting) or self._others_work(left)
-
-    def _fetch(self) -> None:
-        """Write the CSVs that other machines have put into the storage."""
-        missing = [cell for cell in self.plan.cells if cell.name not in self._done]
-        texts = self.claims.csv_texts() if missing else {}
-        for cell in missing:
-            if cell.name in texts and not results.csv_path(self.plan, cell).is_file():
-                results.write_csv(self.plan, cell, texts[cell.name])
 
     def _fill(self, left: list[Cell]) -> None:
         """Start runs in the free places."""

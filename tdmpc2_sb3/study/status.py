@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from tdmpc2_sb3.study import results, runs
@@ -26,6 +26,18 @@ class Progress(NamedTuple):
     steps: int
     minutes: float
     failure: str
+
+
+def fetch(plan: Plan, claims: Claims, present: Collection[str] = ()) -> None:
+    """Write the CSVs that other machines have put into the storage.
+
+    :param present: names of cells whose CSV is known to be here
+    """
+    missing = [cell for cell in plan.cells if cell.name not in present]
+    texts = claims.csv_texts() if missing else {}
+    for cell in missing:
+        if cell.name in texts and not results.csv_path(plan, cell).is_file():
+            results.write_csv(plan, cell, texts[cell.name])
 
 
 def survey(plan: Plan, claims: Claims) -> list[Progress]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from tdmpc2_sb3.study import checks
 
 #: Settings of a run, allowed for the study, for a task and for an arm; the last one named wins.
 RUN_KEYS = ("steps", "seeds", "eval_freq", "eval_episodes")
@@ -171,23 +171,23 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def _plan(file: Path, content: Any) -> Plan:
-    top = _mapping(content, "the study", TOP_KEYS)
-    name = _name(top.get("name", file.stem), "name")
+    top = checks.mapping(content, "the study", TOP_KEYS)
+    name = checks.name(top.get("name", file.stem), "name")
     tasks = _tasks(top.get("tasks"))
-    arms = _mapping(top.get("arms"), "arms")
+    arms = checks.mapping(top.get("arms"), "arms")
     if not arms:
         raise ValueError("'arms' is empty: name at least one.")
     cells, made = [], []
     for arm_name, given in arms.items():
-        own = _mapping(given, f"arm '{arm_name}'", ARM_KEYS)
-        arm = _arm(_name(arm_name, "an arm"), own)
+        own = checks.mapping(given, f"arm '{arm_name}'", ARM_KEYS)
+        arm = _arm(checks.name(arm_name, "an arm"), own)
         made.append(arm)
         for place, task_name in enumerate(_chosen(own.get("tasks"), tasks, arm.name)):
             task, of_task = tasks[task_name]
             cells += _cells(arm, task, {**top, **of_task, **own}, (place, len(made)))
     cells.sort(key=lambda pair: pair[0])
     defaults = {"storage": f"logs/{name}/cells.log", "logs": f"logs/{name}", "results": name}
-    texts = {key: _text(top.get(key, value), key) for key, value in defaults.items()}
+    texts = {key: checks.text(top.get(key, value), key) for key, value in defaults.items()}
     curve = top.get("curve", CURVES[0])
     if curve not in CURVES:
         raise ValueError(f"'curve' is {curve!r}: it must be one of {', '.join(CURVES)}.")
@@ -197,10 +197,10 @@ def _plan(file: Path, content: Any) -> Plan:
         arms=tuple(made),
         tasks=tuple(task for task, _ in tasks.values()),
         cells=tuple(cell for _, cell in cells),
-        threads=_count(top.get("threads", 1), "threads"),
-        device=_text(top.get("device", "auto"), "device"),
+        threads=checks.count(top.get("threads", 1), "threads"),
+        device=checks.text(top.get("device", "auto"), "device"),
         curve=curve,
-        at_frames=tuple(_counts(top.get("at_frames", []), "at_frames")),
+        at_frames=tuple(checks.counts(top.get("at_frames", []), "at_frames")),
         **texts,
     )
 
@@ -208,20 +208,22 @@ def _plan(file: Path, content: Any) -> Plan:
 def _tasks(given: Any) -> dict[str, tuple[Task, dict[str, Any]]]:
     """Every task by its id, with its own settings."""
     if isinstance(given, list):
-        given = {_text(each, "a task"): {} for each in given}
+        given = {checks.text(each, "a task"): {} for each in given}
     tasks = {}
-    for env, value in _mapping(given, "tasks").items():
-        own = _mapping(value, f"task '{env}'", TASK_KEYS)
+    for env, value in checks.mapping(given, "tasks").items():
+        own = checks.mapping(value, f"task '{env}'", TASK_KEYS)
         limits = own.get("range", list(SUITE_RANGE))
-        if not (isinstance(limits, list) and len(limits) == 2 and all(map(_is_number, limits))):
+        if not (
+            isinstance(limits, list) and len(limits) == 2 and all(map(checks.is_number, limits))
+        ):
             raise ValueError(f"'range' of '{env}' is {limits!r}: it must be [low, high].")
         low, high = map(float, limits)
         if low >= high:
             raise ValueError(f"'range' of '{env}' is {limits!r}: low must be below high.")
         floor = own.get("floor")
-        if floor is not None and not _is_number(floor):
+        if floor is not None and not checks.is_number(floor):
             raise ValueError(f"'floor' of '{env}' is {floor!r}: it must be a return.")
-        task = Task(_text(env, "a task"), None if floor is None else float(floor), low, high)
+        task = Task(checks.text(env, "a task"), None if floor is None else float(floor), low, high)
         tasks[env] = (task, own)
     if not tasks:
         raise ValueError("'tasks' is empty: name at least one, such as DMC/walker-walk-v0.")
@@ -229,11 +231,11 @@ def _tasks(given: Any) -> dict[str, tuple[Task, dict[str, Any]]]:
 
 
 def _arm(name: str, own: Mapping[str, Any]) -> Arm:
-    params = _mapping(own.get("params"), f"'params' of arm '{name}'")
+    params = checks.mapping(own.get("params"), f"'params' of arm '{name}'")
     for key, value in params.items():
         if not isinstance(key, str) or not key.isidentifier():
             raise ValueError(f"'params' of arm '{name}' has {key!r}: no hyperparameter's name.")
-        if not _is_plain(value):
+        if not checks.is_plain(value):
             raise ValueError(
                 f"'{key}' of arm '{name}' is {value!r}: give text, finite numbers, true, false, "
                 "null, or lists and mappings of them."
@@ -241,9 +243,9 @@ def _arm(name: str, own: Mapping[str, Any]) -> Arm:
     conf_file = own.get("conf_file")
     return Arm(
         name,
-        _text(own.get("algo", "tdmpc2"), f"'algo' of arm '{name}'"),
+        checks.text(own.get("algo", "tdmpc2"), f"'algo' of arm '{name}'"),
         dict(params),
-        None if conf_file is None else _text(conf_file, f"'conf_file' of arm '{name}'"),
+        None if conf_file is None else checks.text(conf_file, f"'conf_file' of arm '{name}'"),
     )
 
 
@@ -256,7 +258,7 @@ def _chosen(asked: Any, tasks: Mapping[str, Any], arm: str) -> Iterable[str]:
         if each not in tasks:
             raise ValueError(
                 f"arm '{arm}' has the task {each!r}, which is not among the study's tasks"
-                f"{_closest(each, tasks)}."
+                f"{checks.closest(each, tasks)}."
             )
     return [each for each in tasks if each in asked]
 
@@ -268,71 +270,15 @@ def _cells(
     where = f"of arm '{arm.name}' on '{task.env}'"
     if "steps" not in settings:
         raise ValueError(f"'steps' {where} is missing: give the agent steps of a run.")
-    seeds = _counts(settings.get("seeds", [1]), f"seeds {where}", least=0)
+    seeds = checks.counts(settings.get("seeds", [1]), f"seeds {where}", least=0)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"'seeds' {where} is {seeds!r}: it must be a list without repetition.")
     eval_freq = settings.get("eval_freq")
     if eval_freq is not None and eval_freq != -1:
-        eval_freq = _count(eval_freq, f"eval_freq {where}")
-    steps = _count(settings["steps"], f"steps {where}")
-    episodes = _count(settings.get("eval_episodes", 10), f"eval_episodes {where}")
+        eval_freq = checks.count(eval_freq, f"eval_freq {where}")
+    steps = checks.count(settings["steps"], f"steps {where}")
+    episodes = checks.count(settings.get("eval_episodes", 10), f"eval_episodes {where}")
     return [
         ((number, *place), Cell(arm, task, seed, steps, eval_freq, episodes))
         for number, seed in enumerate(seeds)
     ]
-
-
-def _mapping(value: Any, what: str, allowed: Iterable[str] | None = None) -> dict[Any, Any]:
-    value = {} if value is None else value
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} is {value!r}: it must be a mapping in YAML.")
-    for key in value:
-        if allowed is not None and key not in allowed:
-            raise ValueError(
-                f"{what} has the unknown key {key!r}{_closest(key, allowed)}; "
-                f"known are {', '.join(allowed)}."
-            )
-    return value
-
-
-def _closest(word: Any, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(str(word), known, 1)
-    return f" (did you mean '{found[0]}'?)" if found else ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | bool) or _is_number(value)
-
-
-def _count(value: Any, what: str, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"'{what}' is {value!r}: it must be a whole number of at least {least}.")
-    return value
-
-
-def _counts(value: Any, what: str, least: int = 1) -> list[int]:
-    if not isinstance(value, list):
-        raise ValueError(f"'{what}' is {value!r}: it must be a list of whole numbers.")
-    return [_count(each, what, least) for each in value]
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{what} is {value!r}: it must be text.")
-    return value
-
-
-def _name(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", value):
-        raise ValueError(
-            f"{what} is {value!r}: it names files, so give letters, digits, '_', '.', '+' and '-'."
-        )
-    return value

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from typing import Any
 
 from optuna.exceptions import StorageInternalError
 
-from tdmpc2_sb3.study import results, runs, statistics, status
+from tdmpc2_sb3.study import launch, results, runs, statistics, status
 from tdmpc2_sb3.study.claims import Claim, Claims, LostClaimError, heartbeat_seconds
 from tdmpc2_sb3.study.machine import Cores, available_cores
 from tdmpc2_sb3.study.plan import Cell, Plan
@@ -26,7 +23,6 @@ POLL_SECONDS = 0.5
 LOOK_SECONDS = 5.0  # between looks into the storage while nothing happens here
 #: A run that is killed again and again without a new checkpoint in between is given up.
 STARTS_WITHOUT_PROGRESS = 3
-PR_SET_PDEATHSIG = 1
 STORAGE_ERRORS = (StorageInternalError, OSError)
 
 
@@ -201,32 +197,11 @@ class Runner:
             return
         steps = runs.checkpoint_steps(run) if resumed and run is not None else 0
         cores = Cores.take(plan.threads)
-        process = self._spawn(arguments, log_path(plan, cell), cores)
+        process = launch.start(plan, cell, arguments, cores)
         self._running.append(Running(claim, process, cores, steps, vain))
         where = f", core {', '.join(map(str, cores.numbers))}" if cores.numbers else ""
         verb = f"resumed at step {steps}" if resumed else "started"
         self._say(f"{verb}: {cell.title} ({cell.steps} steps{where}); {self._estimate()}")
-
-    def _spawn(self, arguments: list[str], log: Path, cores: Cores) -> subprocess.Popen[bytes]:
-        threads = str(self.plan.threads)
-        environment = {
-            **os.environ,
-            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads),
-        }
-        options: dict[str, Any] = {}
-        if os.name == "posix":
-            # A session of its own: Ctrl-C in the terminal reaches the runner, and through it runs.
-            options = {"preexec_fn": lambda: _prepare(cores.numbers), "start_new_session": True}
-        with log.open("ab") as file:
-            return subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=self.plan.folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                **options,
-            )
 
     def _sign(self) -> None:
         """Show the other workers that this one lives, and learn what they have taken over."""
@@ -258,7 +233,7 @@ class Runner:
             steps = 0 if folder is None or action != "resume" else runs.checkpoint_steps(folder)
             self._say(f"stopped: {cell.title}, to go on at step {steps}")
         elif code > 0:
-            self._fail(run.claim, f"exit status {code}: {_last_line(log_path(plan, cell))}")
+            self._fail(run.claim, f"exit status {code}: {launch.last_line(plan, cell)}")
         else:  # killed, or stopped by somebody's Ctrl-C
             steps = 0 if folder is None else runs.checkpoint_steps(folder)
             vain = run.vain + 1 if steps <= run.steps else 0
@@ -283,7 +258,7 @@ class Runner:
 
     def _fail(self, claim: Claim, reason: str) -> None:
         self._failed.add(claim.cell.name)
-        log = log_path(self.plan, claim.cell).relative_to(self.plan.folder)
+        log = launch.log_path(self.plan, claim.cell).relative_to(self.plan.folder)
         self._owe(self.claims.release, claim, reason)
         self._say(f"failed: {claim.cell.title}: {reason} ({log})")
 
@@ -294,25 +269,3 @@ class Runner:
             return f"{len(self._done)} of {len(self.plan.cells)} cells done here"
         left = sum(each.state in ("waiting", "running") for each in survey)
         return status.estimate(survey, max(1, min(self.jobs, left)))
-
-
-def log_path(plan: Plan, cell: Cell) -> Path:
-    """The file with what a cell's runs print."""
-    folder = plan.folder / runs.log_folder(plan, cell)
-    return folder / f"{cell.task.name}.log"
-
-
-def _prepare(cores: list[int]) -> None:
-    """In a run's process, before the zoo: its cores, and what the death of the runner means."""
-    # A runner started by a script in the background ignores Ctrl-C, and its children would.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if cores:
-        os.sched_setaffinity(0, cores)
-    if sys.platform == "linux":  # Ctrl-C when the runner dies, kill -9 included: a checkpoint
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it printed nothing"

@@ -15,7 +15,7 @@ import csv
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,15 @@ class Run(NamedTuple):
     action_repeat: int
 
 
+class Episodes(NamedTuple):
+    """Training episodes of a run: steps of all of them so far, minutes since its start, [N]."""
+
+    steps: np.ndarray
+    minutes: np.ndarray
+    returns: np.ndarray
+    lengths: np.ndarray
+
+
 class Curve(NamedTuple):
     """Several runs on one axis: mean, lowest and highest return at each place, [E]."""
 
@@ -72,21 +81,38 @@ def read_action_repeat(folder: Path, env_name: str) -> int:
     return 1
 
 
-def read_clock(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return agent steps, and minutes since the start, at the end of each training episode."""
-    ends: list[tuple[float, int]] = []
+def read_episodes(folder: Path) -> Episodes:
+    """Read the training episodes of a run, of all its environments, in the order they ended."""
+    ends: list[tuple[float, int, float]] = []
     starts: list[float] = []
     for path in folder.glob("*.monitor.csv"):
         with path.open() as file:
             start = float(json.loads(file.readline().lstrip("#"))["t_start"])
             starts.append(start)
-            ends += [(start + float(row["t"]), int(row["l"])) for row in csv.DictReader(file)]
-    if not ends:
-        return np.zeros(1), np.zeros(1)
+            ends += [
+                (start + float(row["t"]), int(row["l"]), float(row["r"]))
+                for row in csv.DictReader(file)
+            ]
     ends.sort()
-    times = np.array([time for time, _ in ends]) - min(starts)
-    steps = np.cumsum([length for _, length in ends])
-    return np.concatenate([[0], steps]), np.concatenate([[0.0], times]) / 60
+    times, lengths, returns = np.array(ends, dtype=float).reshape(-1, 3).T
+    minutes = (times - min(starts, default=0.0)) / 60
+    return Episodes(np.cumsum(lengths), minutes, returns, lengths)
+
+
+def read_clock(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return agent steps, and minutes since the start, at the end of each training episode."""
+    episodes = read_episodes(folder)
+    return np.append(0, episodes.steps), np.append(0.0, episodes.minutes)
+
+
+def minutes_at(folder: Path, steps: np.ndarray) -> np.ndarray:
+    """Return the minutes since a run's start at these steps (ascending), [E]."""
+    clock_steps, clock_minutes = read_clock(folder)
+    # The last of them may come after the last finished episode: at the mean speed until there.
+    if len(clock_steps) > 1 and len(steps) and steps[-1] > clock_steps[-1]:
+        clock_minutes = np.append(clock_minutes, clock_minutes[-1] * steps[-1] / clock_steps[-1])
+        clock_steps = np.append(clock_steps, steps[-1])
+    return np.interp(steps, clock_steps, clock_minutes)
 
 
 def read_run(folder: Path) -> Run | None:
@@ -97,12 +123,7 @@ def read_run(folder: Path) -> Run | None:
     env_name = folder.name.rpartition("_")[0]
     with np.load(evaluations) as data:
         steps, returns = data["timesteps"], data["results"].mean(axis=1)
-    clock_steps, clock_minutes = read_clock(folder)
-    # The last evaluation may come after the last finished episode: at the mean speed until there.
-    if len(clock_steps) > 1 and steps[-1] > clock_steps[-1]:
-        clock_minutes = np.append(clock_minutes, clock_minutes[-1] * steps[-1] / clock_steps[-1])
-        clock_steps = np.append(clock_steps, steps[-1])
-    minutes = np.interp(steps, clock_steps, clock_minutes)
+    minutes = minutes_at(folder, steps)
     repeat = read_action_repeat(folder, env_name)
     return Run(folder.parent.name, env_name, steps, returns, minutes, repeat)
 
@@ -160,7 +181,7 @@ def draw(runs: Sequence[Run], published: bool = True) -> Any:
         here = [run for run in runs if run.env_name == env_name]
         _draw_runs(by_frames, here, [run.steps * run.action_repeat for run in here])
         if published:
-            _draw_published(by_frames, env_name)
+            draw_published(by_frames, env_name)
         _draw_runs(by_time, here, [run.minutes for run in here])
         by_frames.set(title=env_name, xlabel="frames", ylabel="evaluation return")
         by_time.set(title=env_name, xlabel="wall-clock time [min]")
@@ -168,12 +189,13 @@ def draw(runs: Sequence[Run], published: bool = True) -> Any:
             axis.grid(alpha=0.3)
             axis.set_xlim(left=0)
             axis.spines[["top", "right"]].set_visible(False)
-        by_frames.xaxis.set_major_formatter(lambda value, _: _thousands(value))
+        by_frames.xaxis.set_major_formatter(lambda value, _: thousands(value))
         by_frames.legend(fontsize="small")
     return figure
 
 
-def _thousands(value: float) -> str:
+def thousands(value: float) -> str:
+    """Write a number of frames short, such as 50k."""
     if value >= 1e6:
         return f"{value / 1e6:g}M"
     return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
@@ -194,7 +216,8 @@ def _draw_runs(axis: Any, runs: Sequence[Run], places: Sequence[np.ndarray]) -> 
             )
 
 
-def _draw_published(axis: Any, env_name: str) -> None:
+def draw_published(axis: Any, env_name: str, colours: Mapping[str, str] = COLOURS) -> None:
+    """Add the published curves to an axis in frames, a little further than what is there."""
     limit = axis.get_xlim()[1] * PUBLISHED_MARGIN
     for algo, (frames, returns) in read_published(env_name).items():
         shown = frames <= limit
@@ -204,7 +227,7 @@ def _draw_published(axis: Any, env_name: str) -> None:
             frames[shown],
             returns[shown],
             "--",
-            color=COLOURS.get(algo),
+            color=colours.get(algo),
             label=PUBLISHED_LABELS[algo],
             linewidth=1.2,
             alpha=0.8,

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from postgres_server import PostgresServer, find_binaries
-from short_python import shorten
+from short_python import TINY, shorten
 
 from tdmpc2_sb3 import TDMPC2
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-GUIDES = ["train", "tune", "share", "resume", "compare"]
+GUIDES = ["train", "tune", "share", "resume", "compare", "experiments"]
 
 
 def commands(guide: str) -> str:
@@ -25,15 +25,18 @@ def commands(guide: str) -> str:
     return "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M))
 
 
-def run_guide(guide: str, folder: Path, **environment: str) -> str:
-    """Execute a guide and return what it printed; `python` is a shortening stand-in."""
+def run_guide(guide: str, folder: Path, script: str = "", **environment: str) -> str:
+    """Execute a guide and return what it printed; `python` is a shortening stand-in.
+
+    `script` stands for the guide's own commands.
+    """
     tools = folder / "tools"
     tools.mkdir()
     helper = REPOSITORY / "tests" / "helpers" / "short_python.py"
     (tools / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{helper}" "$@"\n')
     (tools / "python").chmod(0o755)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands(guide)],
+        ["bash", "-euo", "pipefail", "-c", script or commands(guide)],
         cwd=folder,
         env={
             **os.environ,
@@ -134,6 +137,33 @@ def test_resume(tmp_path):
     assert printed.count("Loading replay buffer") == 1
     run = tmp_path / "logs" / "tdmpc2" / "DMC-walker-walk-v0_1"
     assert TDMPC2.load(run / "DMC-walker-walk-v0").num_timesteps == 120
+
+
+@pytest.mark.slow
+def test_experiments(tmp_path):
+    tiny = ", ".join(f"{name}: {value}" for name, value in TINY.items())
+    tiny += ", env_kwargs: {action_repeat: 50}"
+    script = commands("experiments")
+    for given, short in (
+        ("{horizon: 3}", f"{{horizon: 3, {tiny}}}"),
+        ("{horizon: 5}", f"{{horizon: 5, {tiny}}}"),
+        ("steps: 15000 ", "steps: 60 "),
+        ("eval_freq: 1500", "eval_freq: 30"),
+        # What the stand-in makes of the run by hand.
+        ("{algo: tdmpc2}", f"{{params: {{{tiny}}}}}"),
+        ("steps: 20000", "steps: 60"),
+        ("eval_freq: 5000", "eval_freq: 30\neval_episodes: 2"),
+    ):
+        assert script.count(given) == 1
+        script = script.replace(given, short)
+    printed = run_guide("experiments", tmp_path, script)
+    assert printed.count(" finished: ") == 4
+    assert "horizons: 4 of 4 cells done" in printed
+    assert "shipped, DMC/cheetah-run-v0, seed 1: finished" in printed
+    assert len(list((tmp_path / "horizons").glob("*.csv"))) == 4
+    text = (tmp_path / "horizons" / "README.md").read_text()
+    assert text.count("| DMC/walker-walk-v0 | horizon5 |") == 4  # main table, three differences
+    assert (tmp_path / "by_hand" / "curves.png").is_file()
 
 
 @pytest.mark.slow

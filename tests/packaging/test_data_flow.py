@@ -96,6 +96,7 @@ ROWS = {
         ("package", [""]),
         ("zoo plug-in", ["zoo", "zoo.*"]),
         ("programs", ["plot", "compare_dynamics", "stability", "stability.*"]),
+        ("experiments", ["study", "study.*"]),
     ],
 }
 

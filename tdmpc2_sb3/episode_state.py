@@ -6,6 +6,8 @@ the usual wrappers remember of the episode (time limit, Monitor) is carried alon
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,56 @@ def capture(env: VecEnv) -> EpisodeStates | None:
         for state, value in zip(states, normalizer.returns, strict=True):
             state["normalizer_return"] = float(value)
     return states
+
+
+def check_episodes(states: Any, n_envs: int) -> None:
+    """Refuse episodes of a file that :func:`capture` cannot have returned.
+
+    What the environments themselves saved is checked by their ``set_state``.
+
+    :param states: one for each environment
+    :param n_envs: environments of the saved run
+    :raises ValueError: in one sentence
+    """
+    if not isinstance(states, list) or len(states) != n_envs:
+        raise ValueError(f"The saved episodes are not those of {n_envs} environments: {_REMEDY}.")
+    for state in states:
+        known = ("environment", "wrappers", "normalizer_return")
+        whole = isinstance(state, dict) and set(known[:2]) <= set(state) <= set(known)
+        if not whole or not isinstance(state["wrappers"], dict):
+            raise ValueError(f"A saved episode has other parts than {known}: {_REMEDY}.")
+        if not _is_number(state.get("normalizer_return", 0.0)):
+            raise ValueError(f"A saved episode's normalizer_return is no number: {_REMEDY}.")
+        for name, value in state["wrappers"].items():
+            if name not in _REMEMBERED or not _REMEMBERED[name](value):
+                text = reprlib.repr(value)
+                raise ValueError(
+                    f"A saved episode's wrappers have {name!r} = {text}, which none has: {_REMEDY}."
+                )
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    return number and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and not isinstance(value, (float, np.floating)) and 0 <= value < 2**53
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, list) and all(fits(value) for value in values)
+
+
+_REMEDY = "use another copy or an earlier checkpoint"
+_REMEMBERED: dict[str, Callable[[Any], bool]] = {
+    "_elapsed_steps": lambda value: value is None or _is_count(value),
+    "rewards": _all(_is_number),
+    "needs_reset": lambda value: isinstance(value, (bool, np.bool_)),
+    "episode_returns": _all(_is_number),
+    "episode_lengths": _all(_is_count),
+    "total_steps": _is_count,
+}
 
 
 def restore(env: VecEnv, states: EpisodeStates) -> None:

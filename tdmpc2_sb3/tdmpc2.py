@@ -6,6 +6,7 @@ import copy
 import io
 import pathlib
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from tdmpc2_sb3 import action_noise as noises
 from tdmpc2_sb3 import episode_state, interrupts, official_checkpoint
+from tdmpc2_sb3.attribute_checks import check_attributes, check_parts
 from tdmpc2_sb3.environment_facts import (
     EnvironmentFacts,
     automatic_gamma,
@@ -43,6 +45,7 @@ from tdmpc2_sb3.environment_facts import (
     read_facts,
 )
 from tdmpc2_sb3.losses import ENTROPIES, LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.parameter_checks import check_parameters, check_streams
 from tdmpc2_sb3.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan
 from tdmpc2_sb3.policies import (
@@ -937,17 +940,17 @@ class TDMPC2(OffPolicyAlgorithm):
         if print_system_info:
             get_system_info()
         data, tensors = read_archive(path, device, custom_objects, True, print_system_info)
-        if "run_state" not in data:
-            raise ValueError(
-                f"{path!r} holds no whole agent: a policy saved alone is loaded by its own class, "
-                "such as MlpPolicy.load(path)."
-            )
+        check_parts(path, data, tensors)
         run_state, streams = data.pop("run_state"), tensors.pop("run_streams")
         if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
             raise ValueError(
                 f"policy_kwargs are {kwargs['policy_kwargs']} but the model was saved with "
                 f"{data['policy_kwargs']}: leave them out."
             )
+        replaced = custom_objects or {}
+        saved = {name: value for name, value in data.items() if name not in replaced}
+        # Where a file says is no place to write: whoever loads it names the folder.
+        data["tensorboard_log"] = replaced.get("tensorboard_log")
         same_envs = False
         if env is not None:
             env = cls._wrap_env(env, data.get("verbose", 0))
@@ -955,14 +958,52 @@ class TDMPC2(OffPolicyAlgorithm):
             same_envs = env.num_envs == data["n_envs"]
             data["n_envs"] = env.num_envs
         model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
+        check_attributes(saved, model)
         model.__dict__.update(data)
         model.__dict__.update(kwargs)
-        model._setup_model()
+        if env is not None and saved.get("tensorboard_log") and model.tensorboard_log is None:
+            model._say_log_is_left("tensorboard_log" in kwargs, saved["tensorboard_log"])
+        model._set_up_saved(tensors["policy"])
         model.set_parameters(tensors, exact_match=True, device=device)
+        check_streams(model, streams, run_state, int(saved.get("n_envs", model.n_envs)))
         if kwargs.get("seed", model.seed) == data.get("seed"):
             model._restore_streams(streams, run_state)
         model._restore_run(streams, run_state, same_envs, force_reset)
         return model
+
+    @staticmethod
+    def _say_log_is_left(chosen: bool, folder: Any) -> None:
+        if not chosen:
+            warnings.warn(
+                f"The model was saved with tensorboard_log={folder!r}, where nothing is written "
+                "unless you say so: pass tensorboard_log to load() to go on with a log.",
+                stacklevel=3,
+            )
+
+    def _set_up_saved(self, weights: dict[str, Any]) -> None:
+        """:meth:`_setup_model` for settings of a file, whose sizes must be its weights'.
+
+        :param weights: the policy's state dict
+        :raises ValueError: if the settings do not fit together, or not the weights
+        """
+        arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS}
+        try:
+            if issubclass(self.policy_class, TDMPC2Policy):
+                self.policy_class.check_weights(
+                    self.observation_space,
+                    self.action_space,
+                    {**arguments, **self.policy_kwargs},
+                    weights,
+                )
+            self._setup_model()
+        except ValueError:
+            raise
+        except Exception as error:  # whatever wrong settings lead to
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"The saved settings do not fit together ({reason[:200]}): use another copy or an "
+                "earlier checkpoint."
+            ) from error
 
     def _restore_streams(self, streams: dict[str, th.Tensor], run_state: dict[str, Any]) -> None:
         self._training_generator.set_state(streams["training"].cpu())
@@ -986,8 +1027,9 @@ class TDMPC2(OffPolicyAlgorithm):
         restorable = same_envs and episodes is not None and episode_state.can_capture(self.env)  # type: ignore[arg-type]
         if restorable or (same_envs and not force_reset):
             self._saved_episodes = episodes if restorable else None
-            if "plan_mean" in streams:
-                self._plan_mean = streams["plan_mean"].to(self.device)
+            plan = streams.get("plan_mean")
+            if plan is not None and plan.shape == self.policy.zero_plan(self.n_envs).shape:
+                self._plan_mean = plan.to(self.device)
         else:
             self._last_obs = None
             self._last_original_obs = None
@@ -1006,8 +1048,10 @@ class TDMPC2(OffPolicyAlgorithm):
         """
         parameters = load_path_or_dict
         if not isinstance(parameters, dict):
-            _, parameters = read_archive(parameters, device)
-            parameters.pop("run_streams")
+            _, parameters = read_archive(parameters, device, load_data=False)
+            parameters.pop("run_streams", None)
+        for name, state in parameters.items():
+            check_parameters(self, name, state, exact_match)
         super().set_parameters(parameters, exact_match, device)
 
     @classmethod

@@ -142,7 +142,7 @@ def choose_storage(
     :param obs: first observations [E, ...]
     :param next_obs: the ones that followed [E, ...]
     """
-    for storage in _frame_storages(space, num_rows):
+    for storage in frame_storages(space, num_rows):
         starts = storage.is_first_stack(obs, storage.is_zero_padded(obs))
         if starts.all() and storage.is_next_stack(obs, next_obs).all():
             return storage
@@ -154,7 +154,8 @@ def looks_stacked(space: spaces.Space) -> bool:
     return _is_image(space) and space.shape is not None and space.shape[0] > 4
 
 
-def _frame_storages(space: spaces.Space, num_rows: int) -> Iterator[FrameStorage]:
+def frame_storages(space: spaces.Space, num_rows: int) -> Iterator[FrameStorage]:
+    """Yield every way of keeping the images of ``space`` as single frames, the likeliest first."""
     if not _is_image(space) or space.shape is None:
         return
     for channels in _FRAME_CHANNELS:

@@ -276,7 +276,10 @@ def check_streams(agent: Any, streams: Any, run_state: Any, n_envs: int) -> None
     for name in ("action_space_stream", "noise_stream"):
         if run_state[name] is not None:
             kind = "MT19937" if name == "noise_stream" else None
-            checked_stream(run_state[name], kind)
+            try:
+                checked_stream(run_state[name], kind)
+            except ValueError as error:
+                raise ValueError(f"The saved {name} is {error}: {_REMEDY}.") from error
     if run_state["action_space_stream"] is None:
         raise ValueError(f"The saved run_state lacks its 'action_space_stream': {_REMEDY}.")
     if run_state["episodes"] is not None:

@@ -26,19 +26,14 @@ def checked_stream(state: Any, kind: str | None = None) -> dict[str, Any]:
     name = state.get("bit_generator") if isinstance(state, dict) else None
     if name not in BIT_GENERATORS or kind not in (None, name):
         raise ValueError(
-            f"A saved random state is of {str(name)[:40]!r} where {kind or 'a known one'} is "
-            "needed: use another copy."
+            f"a random state of {str(name)[:40]!r} where {kind or 'a known one'} is needed"
         )
     try:
         fits = _fits(name, state)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"A saved random state of {name} is damaged ({error!r}): use another copy."
-        ) from error
+        raise ValueError(f"a damaged random state of {name} ({error!r})") from error
     if not fits:
-        raise ValueError(
-            f"A saved random state of {name} has numbers out of range: use another copy."
-        )
+        raise ValueError(f"a random state of {name} with numbers out of range")
     return state
 
 

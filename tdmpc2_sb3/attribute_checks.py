@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
 _STEPS = 2**53  # of whatever is counted
 _NUMBER = (0, 10**9)
@@ -81,6 +82,7 @@ _WORDS = {
 }
 _MAX_PLAN_NUMBERS = 2**28  # that one plan draws
 _MAX_BATCH_ROWS = 2**22
+_UNITS = ("step", "episode", *map(str, TrainFrequencyUnit))
 _REMEDY = "use another copy, or give a value of your own by custom_objects"
 
 
@@ -207,6 +209,12 @@ def _check_settings(data: Mapping[str, Any]) -> None:
     _check_numbers({name: value for name, value in given.items() if value is not None})
     if given.get("dynamics_kwargs") is not None:
         _check_settings({"policy_kwargs": {}, "dynamics_kwargs": given["dynamics_kwargs"]})
+    frequency = data.get("train_freq", 1)
+    if isinstance(frequency, TrainFreq):
+        frequency = tuple(frequency)
+    counted, *unit = frequency if isinstance(frequency, (tuple, list)) else (frequency,)
+    if not is_whole(counted, 1, 10**6) or not all(str(each) in _UNITS for each in unit):
+        raise Refused("train_freq", frequency, "up to 1,000,000 steps or episodes")
     rate = data.get("learning_rate", 0.0)
     try:
         rates = [rate] if not callable(rate) else [float(rate(1.0)), float(rate(0.0))]

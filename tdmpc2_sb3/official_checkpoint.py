@@ -171,8 +171,10 @@ def _check_sizes(tensors: Tensors, settings: dict[str, Any], layers: int) -> Non
         f"{ONLINE}2.weight": (heads, bins, mlp),
         **{f"_encoder.state.{i}.weight": (enc, enc if i else None) for i in range(layers - 1)},
     }
-    if layers > 1:
-        expected[f"_encoder.state.{layers - 1}.weight"] = (latent, enc)
+    if layers:
+        expected[f"_encoder.state.{layers - 1}.weight"] = (latent, enc if layers > 1 else None)
+    else:
+        expected["_encoder.rgb.2.weight"] = (None, None, None, None)
     for key, shape in expected.items():
         found = tuple(tensors[key].shape) if key in tensors else ()
         fits = len(found) == len(shape) and all(

@@ -318,14 +318,22 @@ def _encode_space(value: spaces.Space, name: str) -> dict[str, Any]:
 def _decode_space(value: dict[str, Any]) -> spaces.Space:
     fields = decode(value["fields"])
     space = _SPACES[value["kind"]](fields)
-    space._np_random = decode(value["random"])
+    random = decode(value["random"])
+    if random is not None and not isinstance(random, np.random.Generator):
+        raise ValueError(f"a random stream that is {type(random).__name__}")
+    space._np_random = random
     return space
 
 
 def _make_box(fields: dict[str, Any]) -> spaces.Box:
     low, high = fields["low"], fields["high"]
+    for name in ("bounded_below", "bounded_above"):
+        if fields[name].dtype != np.bool_ or fields[name].shape != low.shape:
+            raise ValueError(f"{name} of {fields[name].dtype} and shape {fields[name].shape}")
     box = spaces.Box(low, high, shape=low.shape, dtype=low.dtype)
     # Bounds of integers are finite numbers also where the space has none.
+    if high.dtype != low.dtype or low.dtype.kind not in "biuf" or not (low <= high).all():
+        raise ValueError(f"bounds of {low.dtype} and {high.dtype}")
     box.low, box.high = low, high
     box.bounded_below, box.bounded_above = fields["bounded_below"], fields["bounded_above"]
     return box

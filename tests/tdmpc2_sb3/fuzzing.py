@@ -291,7 +291,7 @@ class Damage:
         elif kind == 3:
             return _zipped(members, twice=name)
         elif kind == 4:
-            return _zipped({**members, name: bytes(300 << 20)}, zipfile.ZIP_DEFLATED)
+            return _zipped({**members, name: bytes(70 << 20)}, zipfile.ZIP_DEFLATED)
         else:
             members["../../outside/evil"] = b"x"
             members["/outside"] = b"x"
@@ -433,7 +433,7 @@ def _watch(inside: pathlib.Path, report: Callable[[str], None]) -> None:
         if isinstance(path, int):
             return True
         full = os.path.realpath(os.fsdecode(path))
-        return full == os.devnull or full.startswith(f"{inside}{os.sep}")
+        return full in (os.devnull, str(inside)) or full.startswith(f"{inside}{os.sep}")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         flags = arguments[2] if event == "open" else 0
@@ -462,6 +462,7 @@ def _run_case(
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(SECONDS)
     os.chdir(inside)
+    os.environ["SB3_LOGDIR"] = str(inside)
     warnings.simplefilter("ignore")
     _watch(inside, report)
     try:
@@ -552,6 +553,8 @@ def main() -> int:
             outcome = fuzzer.run(number, arguments.seed)
             name, kind = outcome.split(":")[0].split(" ")[:2]
             counts[f"{name} {kind}"] += 1
+            if (number + 1) % 500 == 0:
+                print(number + 1, json.dumps(dict(sorted(counts.items()))), flush=True)
             if kind == "failed":
                 failures.append(f"case {number}: {outcome}")
                 print(failures[-1], flush=True)

@@ -73,13 +73,8 @@ def check_module(module: nn.Module, state: Any, name: str, complete: bool) -> No
         if not isinstance(mine, th.Tensor):
             continue  # a user's module's extra state
         dtype = None if mine.is_floating_point() else mine.dtype
-        check_tensor(
-            f"{name} {key!r}",
-            value,
-            tuple(mine.shape),
-            dtype,
-            1.0 - 1e-6 if key == _SCALE and not mine.ndim else -math.inf,
-        )
+        least = 1.0 if key == _SCALE and not mine.ndim else -math.inf
+        check_tensor(f"{name} {key!r}", value, tuple(mine.shape), dtype, least)
 
 
 def _check_names(name: str, given: Any, own: Mapping[str, Any], complete: bool) -> None:

@@ -112,6 +112,8 @@ def _read_header(buffer: SequenceReplayBuffer, archive: zipfile.ZipFile) -> dict
     try:
         header = parse_json(read_member(archive, _HEADER))
         name, version, kind = header["format"], header["version"], dict(header["kind"])
+    except CorruptFileError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
             "The file is not a replay buffer saved by tdmpc2_sb3: check the path."

@@ -151,6 +151,8 @@ def _read_document(archive: zipfile.ZipFile, names: list[str]) -> dict[str, Any]
             raise TypeError("not what write_archive wrote")
         if not all(isinstance(part, str) for part in parts) or len(set(parts)) < len(parts):
             raise TypeError("parts that are no names, or named twice")
+    except CorruptFileError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
             f"The saved model {_name_of(archive)}has a damaged {_DATA}: "

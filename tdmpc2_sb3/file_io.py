@@ -362,7 +362,7 @@ class ArrayReader:
                 found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(member)
                 if fortran:
                     raise ValueError("its columns come first")
-            except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+            except Exception as error:  # whatever the tokenizer and the parser say
                 raise CorruptFileError(
                     f"The part '{name}' of the saved file is damaged ({error}): use another copy."
                 ) from error

@@ -318,7 +318,7 @@ def _encode_space(value: spaces.Space, name: str) -> dict[str, Any]:
 def _decode_space(value: dict[str, Any]) -> spaces.Space:
     fields = decode(value["fields"])
     space = _SPACES[value["kind"]](fields)
-    random = decode(value["random"])
+    random: Any = decode(value["random"])
     if random is not None and not isinstance(random, np.random.Generator):
         raise ValueError(f"a random stream that is {type(random).__name__}")
     space._np_random = random

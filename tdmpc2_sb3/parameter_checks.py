@@ -60,20 +60,21 @@ def check_tensor(
         )
 
 
-def check_module(module: nn.Module, state: Any, name: str, complete: bool) -> None:
+def check_module(module: nn.Module, state: Any, name: str, whole: bool) -> None:
     """Refuse a state dict whose entries are not those of ``module``.
 
-    :param complete: whether every entry must be there
+    :param whole: whether it is all that was saved: every entry is there, and Q's scale is at least
+        1, as learning leaves it; what a program puts together may be a part
     :raises ValueError: in one sentence
     """
     own = module.state_dict()
-    _check_names(name, state, own, complete)
+    _check_names(name, state, own, whole)
     for key, value in state.items():
         mine = own[key]
         if not isinstance(mine, th.Tensor):
             continue  # a user's module's extra state
         dtype = None if mine.is_floating_point() else mine.dtype
-        least = 1.0 if key == _SCALE and not mine.ndim else -math.inf
+        least = 1.0 if whole and key == _SCALE and not mine.ndim else -math.inf
         check_tensor(f"{name} {key!r}", value, tuple(mine.shape), dtype, least)
 
 
@@ -224,13 +225,13 @@ def check_world_model(
         check_tensor(f"weight {key!r}", value, tuple(own[key].shape))
 
 
-def check_parameters(agent: Any, name: str, state: Any, complete: bool) -> None:
+def check_parameters(agent: Any, name: str, state: Any, whole: bool) -> None:
     """Refuse parameters that are not those of an agent's module or optimiser of that name.
 
     :param agent: that is to take them
     :param name: such as ``policy.model_optimizer``
     :param state: its state dict
-    :param complete: whether every entry must be there
+    :param whole: see :func:`check_module`
     :raises ValueError: in one sentence
     """
     target = agent
@@ -239,7 +240,7 @@ def check_parameters(agent: Any, name: str, state: Any, complete: bool) -> None:
     if isinstance(target, th.optim.Optimizer):
         check_optimizer(target, state, name)
     elif isinstance(target, nn.Module):
-        check_module(target, state, name, complete)
+        check_module(target, state, name, whole)
 
 
 def check_streams(agent: Any, streams: Any, run_state: Any, n_envs: int) -> None:

@@ -586,7 +586,7 @@ class TDMPC2Policy(BasePolicy):
                 f"{path!r} is damaged, or of another policy than {cls.__name__} "
                 f"({reason[:200]}): use another copy."
             ) from error
-        check_module(policy, weights, "policy", complete=True)
+        check_module(policy, weights, "policy", whole=True)
         policy.load_state_dict(weights)
         return policy.to(get_device(device))
 

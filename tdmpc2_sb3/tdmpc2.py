@@ -964,6 +964,7 @@ class TDMPC2(OffPolicyAlgorithm):
         if env is not None and saved.get("tensorboard_log") and model.tensorboard_log is None:
             model._say_log_is_left("tensorboard_log" in kwargs, saved["tensorboard_log"])
         model._set_up_saved(tensors["policy"])
+        check_parameters(model, "policy", tensors["policy"], whole=True)
         model.set_parameters(tensors, exact_match=True, device=device)
         check_streams(model, streams, run_state, int(saved.get("n_envs", model.n_envs)))
         if kwargs.get("seed", model.seed) == data.get("seed"):
@@ -1051,7 +1052,7 @@ class TDMPC2(OffPolicyAlgorithm):
             _, parameters = read_archive(parameters, device, load_data=False)
             parameters.pop("run_streams", None)
         for name, state in parameters.items():
-            check_parameters(self, name, state, exact_match)
+            check_parameters(self, name, state, parameters is not load_path_or_dict)
         super().set_parameters(parameters, exact_match, device)
 
     @classmethod

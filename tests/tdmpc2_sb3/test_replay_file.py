@@ -391,3 +391,19 @@ def test_numbers_that_are_not_finite_are_refused(name, number):
         file.seek(0)
         with pytest.raises(CorruptFileError, match=sentence):
             make().load(file)
+
+
+@pytest.mark.parametrize("header", [b"{'descr': (", b"{" * 900, b"\0", b"{'shape': [1, }"])
+def test_headers_of_arrays_that_python_cannot_read(header):
+    with zipfile.ZipFile(io.BytesIO(WRITTEN[2])) as archive:
+        members = {each: archive.read(each) for each in archive.namelist()}
+    begin = members["rewards.npy"][:8]
+    members["rewards.npy"] = begin + len(header).to_bytes(2, "little") + header
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for each, content in members.items():
+            archive.writestr(each, content)
+    file.seek(0)
+    with pytest.raises(CorruptFileError, match="'rewards' of the saved file is damaged") as caught:
+        make().load(file)
+    assert "\n" not in str(caught.value)

@@ -321,7 +321,7 @@ def _decode_space(value: dict[str, Any]) -> spaces.Space:
     random: Any = decode(value["random"])
     if random is not None and not isinstance(random, np.random.Generator):
         raise ValueError(f"a random stream that is {type(random).__name__}")
-    space._np_random = random
+    space._np_random = random  # type: ignore[assignment]
     return space
 
 

@@ -30,7 +30,7 @@ with warnings.catch_warnings():  # composer shows the whole process every Deprec
 
 from dmc_gym_plugin import rendering
 from dmc_gym_plugin import state as exact
-from dmc_gym_plugin.state_checks import check_keys
+from dmc_gym_plugin.state_checks import check_keys, check_numbers
 from dmc_gym_plugin.tasks import TaskInfo
 
 #: Locomotion tasks and the dm_control module that builds them.
@@ -251,8 +251,7 @@ class ComposerSimulation:
         """Refuse what :meth:`get_state` cannot have returned."""
         names = ("start", "task", "order", "controls", "random")
         check_keys("The state's simulation", state, names)
-        # A task gets some attributes in its first step only, so any name may be known elsewhere.
-        check_keys("The state's task", state["task"], (), None)
+        exact.check_attributes(self.task, state["task"], exact.LATE_ATTRIBUTES)
         kinds, size = len(self._target_kinds), self.env.action_spec().shape[0]
         order, controls = state["order"], np.shape(state["controls"])
         if not isinstance(order, list) or sorted(order) != list(range(kinds)):
@@ -265,6 +264,8 @@ class ComposerSimulation:
                 f"The state's controls have shape {controls}, but this task takes [steps, {size}]; "
                 "use a state of the same task."
             )
+        if controls[0]:
+            check_numbers("The state's controls", state["controls"], np.float64)
 
     def _random_states(self) -> dict[str, Any]:
         return {

@@ -296,7 +296,7 @@ class DMControlEnv(gymnasium.Env):
         :raises ValueError: for a state of another task, and for what is no state at all
         """
         self._check_open()
-        check_state(state, self.task_info.id)
+        check_state(state, self.task_info.id, self._max_frames)
         # A state that the simulation refuses half-way leaves no episode to go on with.
         self._running = False
         self.simulation.set_state(state["simulation"])

@@ -238,7 +238,7 @@ class SuiteSimulation:
         check_keys("The state's simulation", state, ("data", "model", "task", "random"))
         exact.check_data(self._model, self._data, state["data"])
         self._edits.check(state["model"])
-        check_keys("The state's task", state["task"], exact.copy_attributes(self.task))
+        exact.check_attributes(self.task, state["task"])
         exact.restore_random_state(self.random, state["random"])
         self._edits.restore(self._model, state["model"])
         exact.restore_data(self._model, self._data, state["data"])

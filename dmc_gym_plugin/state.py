@@ -15,14 +15,18 @@ Nothing here needs pickle, so a state may be written with ``numpy.savez`` or as 
 from __future__ import annotations
 
 import enum
+import math
+import numbers
 import reprlib
+import warnings
+from collections.abc import Collection
 from typing import Any
 
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from dmc_gym_plugin.state_checks import check_keys
+from dmc_gym_plugin.state_checks import check_keys, check_numbers
 
 #: Fields of mjData that mj_step1 does not recompute; tests compare every field on all tasks.
 ACCELERATION_FIELDS = (
@@ -38,6 +42,42 @@ ACCELERATION_FIELDS = (
     "qfrc_smooth",
     "sensordata",
 )
+
+#: The fields of mjModel that tasks edit, and a state may: quantities, none of which says where
+#: MuJoCo reads or writes. Tests compare the list with what every task edits.
+EDITED_FIELDS = (
+    "body_pos",
+    "body_quat",
+    "dof_damping",
+    "geom_pos",
+    "geom_rgba",
+    "geom_size",
+    "hfield_data",
+    "jnt_stiffness",
+    "light_pos",
+    "mat_rgba",
+    "site_pos",
+    "site_rgba",
+    "site_size",
+    "wrap_prm",
+)
+
+#: Whole numbers that tasks count by within an episode; all others are settings.
+COUNTED_ATTRIBUTES = ("_timeout_progress", "_reward_step_counter", "_state_logic")
+
+#: Attributes that composer tasks have from their first episode or step on only.
+LATE_ATTRIBUTES = (
+    "_do_time_out",
+    "_failure_termination",
+    "_first_touch_time",
+    "_must_randomize_targets",
+    "_second_touch_time",
+    "_spawn_position",
+    "_target_height",
+)
+
+_LATE_NUMBERS = 16  # in such an attribute at most
+_MAX_COUNT = 2**31
 
 #: LQR draws these when a model is built, so another instance starts from other values.
 DRAWN_FIELDS = ("jnt_stiffness", "dof_damping")
@@ -65,12 +105,27 @@ def restore_random_state(random: np.random.RandomState, state: Any) -> None:
     :raises ValueError: if it is something else
     """
     try:
+        _check_twister(state)
         random.set_state(state)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"The state's random state is {reprlib.repr(state)}, which numpy refuses ({error!r}); "
             "give what get_state() returned."
         ) from error
+
+
+def _check_twister(state: Any) -> None:
+    """Refuse a position behind the table, where numpy would read, and a table of zeros."""
+    key, position = state["state"]["key"], state["state"]["pos"]
+    words = isinstance(key, np.ndarray) and key.dtype == np.uint32 and key.shape == (624,)
+    if not words or not (key[1:].any() or key[0] >> 31):
+        raise ValueError("its key is no table of 624 numbers of 32 bits")
+    if not isinstance(position, numbers.Integral) or not 0 <= int(position) <= 624:
+        raise ValueError(f"its position is {position!r}")
+    if not isinstance(state["gauss"], (int, float)) or not math.isfinite(state["gauss"]):
+        raise ValueError(f"its gauss is {state['gauss']!r}")
+    if state["has_gauss"] not in (0, 1):
+        raise ValueError(f"its has_gauss is {state['has_gauss']!r}")
 
 
 def random_state_from_seed(seed: int | None) -> np.random.RandomState:
@@ -112,6 +167,12 @@ def check_data(model: Any, data: Any, state: Any) -> None:
                 f"The state's {name} has {np.size(state[name])} numbers, but this task has {size}; "
                 "use a state of the same task."
             )
+        check_numbers(f"The state's {name}", state[name], np.float64)
+    if np.abs(state["integration"]).max(initial=0.0) > mujoco.mjMAXVAL:
+        raise ValueError(
+            f"The state's integration holds {np.abs(state['integration']).max():g}, beyond which "
+            f"({mujoco.mjMAXVAL:g}) MuJoCo takes a simulation for diverged; use another state."
+        )
 
 
 def restore_data(model: Any, data: Any, state: dict[str, Any]) -> None:
@@ -141,26 +202,49 @@ class ModelEdits:
                 self._compiled[name] = value.copy()
 
     def copy(self, model: Any) -> dict[str, NDArray[Any]]:
-        """Return copies of the fields that differ from the compiled model."""
-        edits = {}
+        """Return copies of the fields that differ from the compiled model.
+
+        Those of :data:`EDITED_FIELDS`; a field that a program edited besides is named in a warning.
+        """
+        edits, others = {}, []
         for name, compiled in self._compiled.items():
             value = getattr(model, name)
             if name in DRAWN_FIELDS or not np.array_equal(value, compiled):
-                edits[name] = value.copy()
+                if name in EDITED_FIELDS:
+                    edits[name] = value.copy()
+                else:
+                    others.append(name)
+        if others:
+            warnings.warn(
+                f"The model's {', '.join(others)} differ from the compiled ones: no task edits "
+                "them and no state holds them; edit them again after set_state().",
+                stacklevel=2,
+            )
         return edits
 
     def check(self, edits: Any) -> None:
         """Refuse edits of another model.
 
-        :raises ValueError: if a field is unknown or has another shape
+        :raises ValueError: if no task edits a field, or it has another shape or numbers that are
+            not finite
         """
-        check_keys("The state's model", edits, (), self._compiled)
+        editable = [name for name in EDITED_FIELDS if name in self._compiled]
+        check_keys("The state's model", edits, (), editable)
         for name, edit in edits.items():
             own = self._compiled[name].shape
             if np.shape(edit) != own:
                 raise ValueError(
                     f"The state's model field {name} has shape {np.shape(edit)}, but this task has "
                     f"{own}; use a state of the same task."
+                )
+            check_numbers(f"The state's model field {name}", edit, self._compiled[name].dtype)
+        if "wrap_prm" in edits:
+            # A tendon's other parameters are divisors and, as floats, indices of sites.
+            kept = self._compiled["wrap_type"] != mujoco.mjtWrap.mjWRAP_JOINT
+            if not np.array_equal(edits["wrap_prm"][kept], self._compiled["wrap_prm"][kept]):
+                raise ValueError(
+                    "The state's model field wrap_prm differs beyond the coefficients of joints, "
+                    "which no task does; give what get_state() returned."
                 )
 
     def restore(self, model: Any, edits: dict[str, Any]) -> None:
@@ -183,6 +267,59 @@ def copy_attributes(obj: Any) -> dict[str, Any]:
         elif isinstance(value, _PLAIN):
             found[name] = value
     return found
+
+
+def check_attributes(obj: Any, attributes: Any, late: Collection[str] = ()) -> None:
+    """Refuse attributes that :func:`copy_attributes` cannot have returned for such a task.
+
+    What an episode changes may differ from this task's, its settings may not.
+
+    :param late: names that may be there although the task has no such attribute yet
+    :raises ValueError: in one sentence
+    """
+    own = copy_attributes(obj)
+    required = () if late else own
+    check_keys("The state's task", attributes, required, (*own, *late))
+    for name, value in attributes.items():
+        if not (_is_small(value) if name in late else _fits(name, value, own)):
+            known = reprlib.repr(own[name]) if name in own else "a number"
+            raise ValueError(
+                f"The state's task has {name} = {reprlib.repr(value)}, but this one has {known}; "
+                "use a state of the same task, made with the same arguments."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    return number and not isinstance(value, bool) and abs(value) <= mujoco.mjMAXVAL
+
+
+def _is_small(value: Any) -> bool:
+    """Say whether it is None, a truth value, or up to a few finite numbers."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biuf" and value.size <= _LATE_NUMBERS and _is_finite(value)
+    return value is None or isinstance(value, bool) or _is_number(value)
+
+
+def _fits(name: str, value: Any, own: dict[str, Any]) -> bool:
+    """Say whether a task that has ``own`` attributes may have this one."""
+    mine = own[name]
+    if isinstance(mine, np.ndarray):
+        same = isinstance(value, np.ndarray) and value.dtype.kind == mine.dtype.kind
+        return same and value.shape == mine.shape and _is_finite(value)
+    if isinstance(mine, bool):
+        return isinstance(value, (bool, np.bool_))
+    if name in COUNTED_ATTRIBUTES:
+        return isinstance(value, int) and abs(value) < _MAX_COUNT
+    if isinstance(mine, float):
+        return _is_number(value)
+    if mine is None:
+        return value is None or _is_number(value)
+    return type(value) is type(mine) and bool(value == mine)
+
+
+def _is_finite(value: NDArray[Any]) -> bool:
+    return value.dtype.kind in "biuSU" or bool(np.isfinite(value).all())
 
 
 def restore_attributes(obj: Any, attributes: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
+from tdmpc2_sb3.random_streams import checked_stream
 from tdmpc2_sb3.wrapper_state import ATTRIBUTE, Reachable
 
 KNOWN_LAYERS = (
@@ -83,6 +84,40 @@ def _capture(env: VecEnv) -> EpisodeStates:
         for state, value in zip(states, normalizer.returns, strict=True):
             state["normalizer_return"] = float(value)
     return states
+
+
+def check_episodes(states: Any, n_envs: int) -> None:
+    """Refuse episodes of a file that :func:`capture` cannot have returned.
+
+    What environments, wrappers and layers saved is checked against them when they take it.
+
+    :param states: one for each environment
+    :param n_envs: environments of the saved run
+    :raises ValueError: in one sentence
+    """
+    if not isinstance(states, list) or len(states) != n_envs:
+        raise ValueError(f"The saved episodes are not those of {n_envs} environments: {_REMEDY}.")
+    for state in states:
+        if not isinstance(state, dict) or not set(_PARTS[:2]) <= set(state) <= set(_PARTS):
+            raise ValueError(f"A saved episode has other parts than {_PARTS}: {_REMEDY}.")
+        if not _is_number(state.get("normalizer_return", 0.0)):
+            raise ValueError(f"A saved episode's normalizer_return is no number: {_REMEDY}.")
+        if state.get("random") is not None:
+            try:
+                checked_stream(state["random"])
+            except ValueError as error:
+                raise ValueError(
+                    f"A saved episode's random stream is {error}: {_REMEDY}."
+                ) from error
+
+
+_REMEDY = "use another copy or an earlier checkpoint"
+_PARTS = ("environment", "wrappers", "layers", "random", "numpy", "normalizer_return")
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float | np.integer | np.floating)
+    return number and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def restore(env: VecEnv, states: EpisodeStates) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 import os
 import pathlib
 import secrets
@@ -26,6 +28,10 @@ import numpy as np
 PathOrFile = str | pathlib.Path | io.BufferedIOBase
 
 _TEMPORARY_SUFFIX = ".saving"
+_ENCRYPTED = 0x1  # bit of a zip member's flags
+# What a compressed member may expand to: so many bytes, and so many times its compressed ones.
+_EXPANDED_BYTES, _EXPANDED_RATIO = 1 << 26, 16
+_MAX_DEPTH = 200  # of nested JSON
 _CHUNK_BYTES = 1 << 24  # large arrays pass in pieces, so that saving needs no second copy in memory
 
 
@@ -184,6 +190,8 @@ def open_zip(path: PathOrFile, suffix: str, what: str) -> Iterator[zipfile.ZipFi
     remedy = "use another copy or an earlier checkpoint"
     try:
         with zipfile.ZipFile(path) as archive:  # type: ignore[arg-type]
+            assert archive.fp is not None
+            check_directory(archive, archive.fp.seek(0, os.SEEK_END))
             yield archive
     except zipfile.BadZipFile as error:
         reason = "damaged" if "CRC" in str(error) else "truncated or not a zip file"
@@ -192,6 +200,88 @@ def open_zip(path: PathOrFile, suffix: str, what: str) -> Iterator[zipfile.ZipFi
         raise CorruptFileError(
             f"The saved {what} {name} is damaged ({error}): {remedy}."
         ) from error
+
+
+def check_directory(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse a zip whose members are not of the kinds written here, or claim more than it holds.
+
+    :param archive: open for reading
+    :param size: bytes of the file
+    :raises CorruptFileError: the sentence names the member
+    """
+    members = archive.infolist()
+    names: set[str] = set()
+    taken = 0
+    for member in members:
+        taken += member.compress_size
+        problem = ""
+        if member.filename in names:
+            problem = "is there twice"
+        elif member.flag_bits & _ENCRYPTED:
+            problem = "is encrypted"
+        elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            problem = f"is compressed by method {member.compress_type}"
+        elif member.compress_type == zipfile.ZIP_STORED and member.file_size > size:
+            problem = f"claims {member.file_size} bytes of a file of {size}"
+        elif taken > size:
+            problem = f"claims bytes of other members, beyond the file's {size}"
+        if problem:
+            raise CorruptFileError(
+                f"The part {member.filename[:80]!r} of the saved file {problem}: use another copy."
+            )
+        names.add(member.filename)
+
+
+def read_member(archive: zipfile.ZipFile, name: str, limit: int | None = None) -> bytes:
+    """Read a member of a checked zip, whose checksum is compared.
+
+    :param archive: open for reading
+    :param name: of the member
+    :param limit: bytes that it may have; None: what its compressed size lets expect
+    :raises CorruptFileError: it is larger
+    :raises KeyError: there is no such member
+    """
+    member = archive.getinfo(name)
+    if limit is None:
+        limit = _EXPANDED_BYTES + _EXPANDED_RATIO * member.compress_size
+    if member.file_size <= limit:
+        with archive.open(member) as file:
+            content = file.read(limit + 1)
+        if len(content) == member.file_size:
+            return content
+    raise CorruptFileError(
+        f"The part {name[:80]!r} of the saved file claims {member.file_size} bytes and may have "
+        f"{limit}, or is truncated: use another copy."
+    )
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Return what a JSON text of a file holds.
+
+    :raises ValueError: it is no JSON, is nested too deep, or holds numbers beyond what is saved
+    """
+    try:
+        value = json.loads(text, parse_float=_parse_float, parse_constant=_parse_float)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for each in level
+            if isinstance(each, (dict, list))
+            for item in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return value
+    raise ValueError("nested too deep")
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:40]}")
+    return value
 
 
 def check_stream(file: Any, mode: str) -> None:
@@ -269,10 +359,12 @@ class ArrayReader:
                 version = np.lib.format.read_magic(member)
                 if version != (1, 0):
                     raise ValueError(f"array format {version}")
-                found_shape, _, found_dtype = np.lib.format.read_array_header_1_0(member)
-            except ValueError as error:
+                found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(member)
+                if fortran:
+                    raise ValueError("its columns come first")
+            except Exception as error:  # whatever the tokenizer and the parser say
                 raise CorruptFileError(
-                    f"The part '{name}' of the saved file is damaged ({error})."
+                    f"The part '{name}' of the saved file is damaged ({error}): use another copy."
                 ) from error
             if found_shape != shape or found_dtype != dtype:
                 raise CorruptFileError(
@@ -281,8 +373,10 @@ class ArrayReader:
                 )
             for part in parts:
                 _read_exactly(member, memoryview(part.reshape(-1).view(np.uint8)), name)
-            while member.read(_CHUNK_BYTES):  # the checksum is compared when the end is reached
-                pass
+            if member.read(1):  # at the end the checksum has been compared
+                raise CorruptFileError(
+                    f"The part '{name}' of the saved file is too long: use another copy."
+                )
 
 
 def _read_exactly(member: IO[bytes], target: memoryview, name: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import math
 import pathlib
+import re
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
@@ -31,10 +32,13 @@ from tdmpc2_sb3.json_classes import (
     name_of_class,
     qualified_name,
 )
+from tdmpc2_sb3.random_streams import checked_stream
+from tdmpc2_sb3.tensor_file import DTYPES, check_shape, is_plain_tensor, tensor_of
 
 _TAG = "__type__"
 
-_BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+# Numbers of up to 32 bytes (a pair of long doubles), strings of up to 9999 characters.
+_DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f(2|4|8|12|16)|c(8|16|24|32)|[SU][1-9][0-9]{0,3})")
 
 
 def encode(value: Any, name: str) -> Any:
@@ -63,19 +67,21 @@ def decode(value: Any) -> Any:
         return value
     if _TAG not in value:
         return {key: decode(item) for key, item in value.items()}
-    decoder = _DECODERS.get(value[_TAG])
+    tag = value[_TAG]
+    decoder = _DECODERS.get(tag) if isinstance(tag, str) else None
     if decoder is None:
         raise UnreadableError(
-            f"The saved model holds a value of the unknown kind {value[_TAG]!r}: "
+            f"The saved model holds a value of the unknown kind {str(tag)[:80]!r}: "
             "update tdmpc2_sb3 to read it."
         )
     try:
         return decoder(value)
     except UnreadableError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, ImportError, IndexError) as error:
+    except Exception as error:  # whatever a constructor says of arguments that are none
+        reason = " ".join(repr(error).split())[:200]
         raise UnreadableError(
-            f"A saved value of kind {value[_TAG]!r} is damaged ({error!r}): use another copy."
+            f"A saved value of kind {value[_TAG]!r} is damaged ({reason}): use another copy."
         ) from error
 
 
@@ -178,15 +184,35 @@ def _encode_array(value: np.ndarray, name: str) -> dict[str, Any]:
 
 
 def _decode_array(value: dict[str, Any]) -> np.ndarray:
-    dtype = np.dtype(value["dtype"])
-    if dtype.hasobject:
-        raise ValueError(f"dtype {dtype}")
+    dtype = array_dtype(value["dtype"])
+    shape = check_shape(value["shape"])
     content = base64.b64decode(value["base64"], validate=True)
-    flat = np.frombuffer(content, dtype=dtype) if content else np.zeros(0, dtype=dtype)
-    return flat.reshape(value["shape"]).copy()
+    if len(content) != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{len(content)} bytes for the shape {shape} of {dtype}")
+    if dtype.kind == "b" and content.translate(None, b"\0\1"):
+        raise ValueError("truth values other than 0 and 1")
+    array = np.zeros(shape, dtype)
+    if content:
+        array[...] = np.frombuffer(content, dtype).reshape(shape)
+    return array
+
+
+def array_dtype(name: Any) -> np.dtype:
+    """Return the dtype of an array in a file.
+
+    :raises ValueError: it is no dtype of plain numbers, truth values or short strings
+    """
+    if not isinstance(name, str) or not _DTYPE.fullmatch(name):
+        raise ValueError(f"dtype {str(name)[:40]}")
+    return np.dtype(name)
 
 
 def _encode_tensor(value: th.Tensor, name: str) -> dict[str, Any]:
+    if not is_plain_tensor(value):
+        raise UnsaveableError(
+            f"Cannot save '{name}': a tensor of {value.dtype} ({value.layout}) has no plain bytes; "
+            "convert it to floats or integers."
+        )
     plain = value.detach().cpu().contiguous()
     raw = plain.reshape(-1).view(th.uint8) if plain.numel() else th.zeros(0, dtype=th.uint8)
     return {
@@ -199,17 +225,13 @@ def _encode_tensor(value: th.Tensor, name: str) -> dict[str, Any]:
 
 def _decode_tensor(value: dict[str, Any]) -> th.Tensor:
     content = bytearray(base64.b64decode(value["base64"], validate=True))
-    dtype = _torch_dtype(value["dtype"])
-    if not content:
-        return th.zeros(value["shape"], dtype=dtype)
-    return th.frombuffer(content, dtype=dtype).reshape(value["shape"])
+    return tensor_of(content, _torch_dtype(value["dtype"]), value["shape"])
 
 
-def _torch_dtype(name: str) -> th.dtype:
-    dtype = getattr(th, name.removeprefix("torch."))
-    if not isinstance(dtype, th.dtype):
-        raise ValueError(f"dtype {name}")
-    return dtype
+def _torch_dtype(name: Any) -> th.dtype:
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"dtype {str(name)[:40]}")
+    return DTYPES[name]
 
 
 def _encode_generator(value: np.random.Generator, name: str) -> dict[str, Any]:
@@ -221,8 +243,7 @@ def _decode_generator(value: dict[str, Any]) -> np.random.Generator:
 
 
 def _decode_bit_generator(state: dict[str, Any]) -> np.random.BitGenerator:
-    if state["bit_generator"] not in _BIT_GENERATORS:
-        raise ValueError(f"bit generator {state['bit_generator']}")
+    checked_stream(state)
     bit_generator = getattr(np.random, state["bit_generator"])()
     bit_generator.state = state
     return bit_generator
@@ -255,6 +276,8 @@ def _decode_record(value: dict[str, Any]) -> Any:
     fields = decode(value["fields"])
     if set(fields) != set(RECORDS[value["name"]]):
         raise ValueError(f"fields {sorted(fields)}")
+    if any(isinstance(field, type) for field in fields.values()):
+        raise ValueError("a class in place of a number or a schedule")
     return record(**fields)
 
 
@@ -295,14 +318,22 @@ def _encode_space(value: spaces.Space, name: str) -> dict[str, Any]:
 def _decode_space(value: dict[str, Any]) -> spaces.Space:
     fields = decode(value["fields"])
     space = _SPACES[value["kind"]](fields)
-    space._np_random = decode(value["random"])
+    random: Any = decode(value["random"])
+    if random is not None and not isinstance(random, np.random.Generator):
+        raise ValueError(f"a random stream that is {type(random).__name__}")
+    space._np_random = random  # type: ignore[assignment]
     return space
 
 
 def _make_box(fields: dict[str, Any]) -> spaces.Box:
     low, high = fields["low"], fields["high"]
+    for name in ("bounded_below", "bounded_above"):
+        if fields[name].dtype != np.bool_ or fields[name].shape != low.shape:
+            raise ValueError(f"{name} of {fields[name].dtype} and shape {fields[name].shape}")
     box = spaces.Box(low, high, shape=low.shape, dtype=low.dtype)
     # Bounds of integers are finite numbers also where the space has none.
+    if high.dtype != low.dtype or low.dtype.kind not in "biuf" or not (low <= high).all():
+        raise ValueError(f"bounds of {low.dtype} and {high.dtype}")
     box.low, box.high = low, high
     box.bounded_below, box.bounded_above = fields["bounded_below"], fields["bounded_above"]
     return box

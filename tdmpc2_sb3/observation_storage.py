@@ -141,7 +141,7 @@ def choose_storage(
     :param obs: first observations [E, ...]
     :param next_obs: the ones that followed [E, ...]
     """
-    for storage in _frame_storages(space, num_rows):
+    for storage in frame_storages(space, num_rows):
         starts = storage.is_first_stack(obs, storage.is_zero_padded(obs))
         if starts.all() and storage.is_next_stack(obs, next_obs).all():
             return storage
@@ -152,7 +152,7 @@ def likely_storage(space: spaces.Space, num_rows: int) -> ObservationStorage:
     """Return the storage that images with the channels of several pictures take if they are stacked
     frames, and that of whole observations for all others."""
     if looks_stacked(space):
-        return next(_frame_storages(space, num_rows), ObservationStorage(space, num_rows))
+        return next(frame_storages(space, num_rows), ObservationStorage(space, num_rows))
     return ObservationStorage(space, num_rows)
 
 
@@ -161,7 +161,8 @@ def looks_stacked(space: spaces.Space) -> bool:
     return entry_dtype(space) == np.uint8 and entry_shape(space)[0] > 4
 
 
-def _frame_storages(space: spaces.Space, num_rows: int) -> Iterator[FrameStorage]:
+def frame_storages(space: spaces.Space, num_rows: int) -> Iterator[FrameStorage]:
+    """Yield every way of keeping the images of ``space`` as single frames, the likeliest first."""
     if entry_dtype(space) != np.uint8 or space.shape is None:
         return
     for channels in _FRAME_CHANNELS:

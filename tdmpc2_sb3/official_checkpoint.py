@@ -26,11 +26,13 @@ from torch import nn
 from tdmpc2_sb3.dynamics import MLPDynamics
 from tdmpc2_sb3.file_io import CorruptFileError, PathOrFile, reading_path, write_to
 from tdmpc2_sb3.observation_entries import input_size, is_image
+from tdmpc2_sb3.tensor_file import read_tensors
 from tdmpc2_sb3.world_model import LOG_STD_MAX, LOG_STD_MIN, WorldModel
 
 Tensors = dict[str, th.Tensor]
 
 SUFFIX = "pt"
+_MAX_HEADS = 1000
 ONLINE, DETACHED, TARGET = "_Qs.params.", "_detach_Qs_params.", "_target_Qs_params."
 OLD_TARGET = "_target_Qs.params."
 OLD_NAMES = ("weight", "bias", "ln.weight", "ln.bias")
@@ -59,14 +61,15 @@ def read_checkpoint(path: PathOrFile) -> Tensors:
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is damaged, no checkpoint, or one of a multi-task agent
     """
-    source: Any
+    name: Any
     if isinstance(path, io.BufferedIOBase):
-        source, name = path, getattr(path, "name", "stream")
+        name, source = getattr(path, "name", "stream"), path.read()
     else:
-        source = name = reading_path(path, SUFFIX)
+        name = reading_path(path, SUFFIX)
+        source = name.read_bytes()
     try:
-        content = th.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # th.load raises UnpicklingError, RuntimeError, EOFError, KeyError
+        content = read_tensors(source, th.device("cpu"))
+    except Exception as error:  # whatever wrong opcodes lead to
         raise CorruptFileError(
             f"'{name}' cannot be read as a torch file of tensors alone: it is damaged, of another "
             "kind, or holds pickled objects; download the checkpoint again."
@@ -82,7 +85,19 @@ def read_checkpoint(path: PathOrFile) -> Tensors:
             f"'{name}' is a multi-task checkpoint: choose one of the single-task ones, "
             "multi-task agents are not supported."
         )
-    return _present_format({k: v for k, v in state.items() if not PLACEHOLDER.search(k)})
+    named = {k: v for k, v in state.items() if not PLACEHOLDER.search(str(k))}
+    for key, value in named.items():
+        if not isinstance(value, th.Tensor) or not value.is_floating_point() or value.is_meta:
+            raise CorruptFileError(
+                f"'{name}' has {str(key)[:60]!r} of {type(value).__name__} where a tensor of "
+                "floats is needed: download the checkpoint again."
+            )
+        if not bool(th.isfinite(value).all()):
+            raise CorruptFileError(
+                f"'{name}' has numbers in {str(key)[:60]!r} that are not finite: download the "
+                "checkpoint again."
+            )
+    return _present_format({str(key): value for key, value in named.items()})
 
 
 def _present_format(state: Mapping[str, Any]) -> Tensors:
@@ -116,6 +131,11 @@ def infer_settings(tensors: Tensors) -> dict[str, Any]:
                 f"The checkpoint has no entry '{key}': it is incomplete or of a format that is not "
                 "known here; download it again."
             )
+        if tensors[key].ndim <= axis:
+            raise ValueError(
+                f"The checkpoint's '{key}' has the shape {tuple(tensors[key].shape)} and should "
+                "have more axes: it is damaged; download it again."
+            )
         return int(tensors[key].shape[axis])
 
     settings = {
@@ -128,13 +148,50 @@ def infer_settings(tensors: Tensors) -> dict[str, Any]:
         "episodic": "_termination.0.weight" in tensors,
     }
     if any(key.startswith("_encoder.rgb.") for key in tensors):
+        _check_sizes(tensors, settings, 0)
         return {**settings, "policy": "CnnPolicy"}
     layers = {key.split(".")[2] for key in tensors if key.startswith("_encoder.state.")}
-    return {
-        **settings,
-        "enc_dim": size("_encoder.state.0.weight", 0),
-        "num_enc_layers": len(layers),
+    settings["enc_dim"] = size("_encoder.state.0.weight", 0)
+    settings["num_enc_layers"] = len(layers)
+    _check_sizes(tensors, settings, len(layers))
+    return settings
+
+
+def _check_sizes(tensors: Tensors, settings: dict[str, Any], layers: int) -> None:
+    """Refuse sizes that only some tensors have: networks of them would be larger than the file."""
+    latent, mlp, heads = (settings[name] for name in ("latent_dim", "mlp_dim", "num_q"))
+    bins, enc = settings["num_bins"], settings.get("enc_dim")
+    expected: dict[str, tuple[int | None, ...]] = {
+        "_dynamics.0.weight": (mlp, None),
+        "_dynamics.1.weight": (mlp, mlp),
+        "_dynamics.2.weight": (latent, mlp),
+        "_reward.2.weight": (bins, mlp),
+        f"{ONLINE}0.weight": (heads, mlp, None),
+        f"{ONLINE}1.weight": (heads, mlp, mlp),
+        f"{ONLINE}2.weight": (heads, bins, mlp),
+        **{f"_encoder.state.{i}.weight": (enc, enc if i else None) for i in range(layers - 1)},
     }
+    if layers:
+        expected[f"_encoder.state.{layers - 1}.weight"] = (latent, enc if layers > 1 else None)
+    else:
+        expected["_encoder.rgb.2.weight"] = (None, None, None, None)
+    for key, shape in expected.items():
+        found = tuple(tensors[key].shape) if key in tensors else ()
+        fits = len(found) == len(shape) and all(
+            size in (None, other) for size, other in zip(shape, found, strict=True)
+        )
+        if key in tensors and not fits:
+            raise ValueError(
+                f"The checkpoint's '{key}' has shape {found} beside other sizes ({shape}): this "
+                "architecture is not known here."
+            )
+        if key not in tensors:
+            raise ValueError(
+                f"The checkpoint has no entry '{key}': it is incomplete or of a format that is not "
+                "known here; download it again."
+            )
+    if heads > _MAX_HEADS:
+        raise ValueError(f"The checkpoint has {heads} Q heads: at most {_MAX_HEADS} are read.")
 
 
 def merged_settings(inferred: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +267,11 @@ def _check_inputs(model: WorldModel, tensors: Tensors) -> None:
 
 def _check_log_std(tensors: Tensors) -> None:
     for key, ours in (("log_std_min", LOG_STD_MIN), ("log_std_dif", LOG_STD_MAX - LOG_STD_MIN)):
+        if key in tensors and tensors[key].numel() != 1:
+            raise ValueError(
+                f"The checkpoint's {key} has the shape {tuple(tensors[key].shape)} and should be "
+                "one number: it is damaged; download it again."
+            )
         if key in tensors and not math.isclose(float(tensors[key]), ours, rel_tol=1e-6):
             raise ValueError(
                 f"The checkpoint's {key} is {float(tensors[key]):g} and this package's policy "

@@ -17,9 +17,11 @@ from torch import nn
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.adam import Adam
+from tdmpc2_sb3.attribute_checks import check_policy_arguments
 from tdmpc2_sb3.compilation import Compiled
 from tdmpc2_sb3.cuda_graphs import Graphed, recorder_for
 from tdmpc2_sb3.direct_planning import DirectPlanning
+from tdmpc2_sb3.environment_facts import check_action_space
 from tdmpc2_sb3.kernels import weights_held
 from tdmpc2_sb3.observation_entries import (
     check_entries,
@@ -28,6 +30,7 @@ from tdmpc2_sb3.observation_entries import (
     is_image,
     to_device,
 )
+from tdmpc2_sb3.parameter_checks import check_module, check_world_model
 from tdmpc2_sb3.parts import Parts
 from tdmpc2_sb3.planner import (
     DEFAULT_ITERATIONS,
@@ -247,6 +250,37 @@ class TDMPC2Policy(BasePolicy):
         """Sets the encoder's learning rate relative to the others', from the next step on."""
         self._arguments_for_saving["enc_lr_scale"] = scale
         self.model_optimizer.param_groups[0]["lr_scale"] = scale
+
+    @classmethod
+    def check_weights(
+        cls,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        arguments: dict[str, Any],
+        weights: dict[str, Any],
+    ) -> None:
+        """Compares the sizes that arguments of a file name with the weights that it holds.
+
+        Before anything of these sizes is built. A subclass that makes its networks by itself is
+        left alone; :meth:`TDMPC2.set_parameters` compares every tensor later on.
+
+        :param arguments: of the policy
+        :param weights: the policy's state dict
+        :raises ValueError: if they differ
+        """
+        if cls.__init__ is not TDMPC2Policy.__init__:
+            return
+        check_action_space(action_space)
+        check_world_model(
+            observation_space,
+            int(np.prod(action_space.shape or ())),
+            resolve_architecture(
+                arguments.get("model_size", 5), {name: arguments.get(name) for name in SIZES}
+            ),
+            (arguments.get("dynamics") or cls.DEFAULT_DYNAMICS, arguments.get("dynamics_kwargs")),
+            bool(arguments.get("episodic")),
+            weights,
+        )
 
     def _check_observations(self) -> None:
         check_entries(self.observation_space)
@@ -654,8 +688,24 @@ class TDMPC2Policy(BasePolicy):
             raise ValueError(
                 f"{path!r} holds a whole agent: load it by TDMPC2.load(path) and take its policy."
             )
-        policy = cls(**data[ARGUMENTS])
-        policy.load_state_dict(tensors["policy"])
+        arguments: Any = data[ARGUMENTS]
+        weights: Any = tensors.get("policy")
+        check_policy_arguments(path, arguments, weights)
+        try:
+            cls.check_weights(
+                arguments["observation_space"], arguments["action_space"], arguments, weights
+            )
+            policy = cls(**arguments)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever wrong arguments lead to
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"{path!r} is damaged, or of another policy than {cls.__name__} "
+                f"({reason[:200]}): use another copy."
+            ) from error
+        check_module(policy, weights, "policy", whole=True)
+        policy.load_state_dict(weights)
         return policy.to(device)
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:

@@ -18,9 +18,18 @@ from tdmpc2_sb3.file_io import (
     CorruptFileError,
     PathOrFile,
     open_zip,
+    parse_json,
+    read_member,
     write_to,
 )
-from tdmpc2_sb3.observation_storage import FrameStorage, ObservationStorage, storage_dtype
+from tdmpc2_sb3.observation_storage import (
+    FrameStorage,
+    ObservationStorage,
+    frame_storages,
+    storage_dtype,
+)
+from tdmpc2_sb3.random_streams import checked_stream
+from tdmpc2_sb3.ring_checks import check_flags, restore_counters
 
 if TYPE_CHECKING:
     from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
 _FORMAT = "tdmpc2_sb3 replay buffer"
 _FORMAT_VERSION = 1
 _HEADER = "header.json"
+_MAX_ADDED = 2**53
 _SUFFIX = "pkl"  # SB3's name for saved buffers, by which the zoo looks for them
 
 
@@ -51,12 +61,14 @@ def load(buffer: SequenceReplayBuffer, path: PathOrFile) -> None:
         buffer.reset()
         try:
             _restore(buffer, header, ArrayReader(archive))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             buffer.reset()
             if isinstance(error, CorruptFileError):
                 raise
+            reason = error if isinstance(error, ValueError) else repr(error)
             raise CorruptFileError(
-                f"The saved replay buffer has a damaged header ({error!r}): use another copy."
+                f"The saved replay buffer has a damaged header or rows ({reason}): use another "
+                "copy."
             ) from error
         except BaseException:
             buffer.reset()
@@ -98,8 +110,10 @@ def _header(buffer: SequenceReplayBuffer) -> dict[str, Any]:
 
 def _read_header(buffer: SequenceReplayBuffer, archive: zipfile.ZipFile) -> dict[str, Any]:
     try:
-        header = json.loads(archive.read(_HEADER))
+        header = parse_json(read_member(archive, _HEADER))
         name, version, kind = header["format"], header["version"], dict(header["kind"])
+    except CorruptFileError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
             "The file is not a replay buffer saved by tdmpc2_sb3: check the path."
@@ -120,27 +134,61 @@ def _read_header(buffer: SequenceReplayBuffer, archive: zipfile.ZipFile) -> dict
 
 def _restore(buffer: SequenceReplayBuffer, header: dict[str, Any], arrays: ArrayReader) -> None:
     rings = buffer.rings
-    for name in episode_rings.STATE:
-        getattr(rings, name)[:] = header[name]
-    buffer.num_added = int(header["num_added"])
-    buffer.rng.bit_generator.state = header["random_state"]
-    if not header["allocated"]:
-        return
-    if not ((rings.used >= 0) & (rings.used <= buffer.buffer_size)).all():
-        raise ValueError(f"used = {header['used']}")
-    channels = header["frame_channels"]
-    buffer.allocate(
-        {
-            key: FrameStorage(space, rings.num_rows, int(channels[key]))
-            if key in channels
-            else ObservationStorage(space, rings.num_rows)
-            for key, space in buffer.stored.entries.items()
-        }
-    )
-    rings.margin = int(header["margin"])
-    for name, field in buffer.fields().items():
-        arrays.read_into(name, _used_parts(buffer, field), field.dtype, _shape(buffer, field))
-    rings.count_and_mark()
+    num_added, allocated = header["num_added"], header["allocated"]
+    if type(num_added) is not int or not 0 <= num_added < _MAX_ADDED:
+        raise ValueError(f"num_added = {num_added}")
+    if allocated is not (num_added > 0):
+        raise ValueError(f"allocated = {allocated} after {num_added} steps")
+    restore_counters(rings, header, num_added)
+    stream = checked_stream(header["random_state"], type(buffer.rng.bit_generator).__name__)
+    if allocated:
+        buffer.allocate(_storages(buffer, header["frame_channels"]))
+        _restore_margin(buffer, header["margin"])
+        for name, field in buffer.fields().items():
+            parts = _used_parts(buffer, field)
+            arrays.read_into(name, parts, field.dtype, _shape(buffer, field))
+            for part in parts:
+                _check_values(name, part)
+        check_flags(rings)
+        rings.count_and_mark()
+        stored, added = rings.num_steps, num_added * buffer.n_envs
+        if stored > added or (stored < added and (rings.used < buffer.buffer_size).all()):
+            raise ValueError(f"num_added = {num_added} with {stored} steps stored")
+    buffer.num_added = num_added
+    buffer.rng.bit_generator.state = stream
+
+
+def _storages(
+    buffer: SequenceReplayBuffer, frame_channels: dict[str, int]
+) -> dict[str, ObservationStorage]:
+    """Where the observations go, for the entries whose stacks are kept as frames and the others."""
+    num_rows = buffer.rings.num_rows
+    storages = {
+        key: ObservationStorage(space, num_rows) for key, space in buffer.stored.entries.items()
+    }
+    for key, channels in frame_channels.items():
+        frames = frame_storages(buffer.stored.entries[key], num_rows)
+        storages[key] = {each.frame_channels: each for each in frames}[channels]
+    return storages
+
+
+def _restore_margin(buffer: SequenceReplayBuffer, margin: int) -> None:
+    """At least what the storages need; more where stacks turned out to be none."""
+    most = buffer.rings.margin
+    for key, storage in buffer.stored.storages.items():
+        if not isinstance(storage, FrameStorage):
+            frames = frame_storages(buffer.stored.entries[key], 0)
+            most = max([most, *(each.num_frames - 1 for each in frames)])
+    if type(margin) is not int or not buffer.rings.margin <= margin <= most:
+        raise ValueError(f"margin = {margin}")
+    buffer.rings.margin = margin
+
+
+def _check_values(name: str, part: np.ndarray) -> None:
+    if part.dtype.kind == "f" and not np.isfinite(part).all():
+        raise ValueError(f"numbers of '{name}' that are not finite")
+    if part.dtype.kind == "b" and (part.view(np.uint8) > 1).any():
+        raise ValueError(f"truth values of '{name}' other than 0 and 1")
 
 
 def _used_parts(buffer: SequenceReplayBuffer, field: np.ndarray) -> list[np.ndarray]:

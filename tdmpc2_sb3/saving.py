@@ -3,7 +3,7 @@
 | member | content |
 |---|---|
 | ``data.json`` | the algorithm's attributes, see :mod:`tdmpc2_sb3.json_codec` |
-| ``<name>.pth`` | state dict or variable ``<name>``; loaded with ``weights_only=True`` |
+| ``<name>.pth`` | state dict or variable ``<name>``, see :mod:`tdmpc2_sb3.tensor_file` |
 | ``system_info.txt``, ``_stable_baselines3_version`` | as Stable-Baselines3 writes them |
 
 SB3's own files hold pickled objects, which can run any code when opened; they are not opened here.
@@ -11,7 +11,6 @@ SB3's own files hold pickled objects, which can run any code when opened; they a
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections import OrderedDict
@@ -26,6 +25,8 @@ from tdmpc2_sb3.file_io import (
     PathOrFile,
     atomic_write,
     open_zip,
+    parse_json,
+    read_member,
     write_to,
 )
 from tdmpc2_sb3.json_classes import (
@@ -35,6 +36,7 @@ from tdmpc2_sb3.json_classes import (
     register_class,
 )
 from tdmpc2_sb3.json_codec import decode, encode
+from tdmpc2_sb3.tensor_file import is_plain_tensor, read_tensors
 
 __all__ = [
     "CorruptFileError",
@@ -116,7 +118,7 @@ def read_archive(
         document = _read_document(archive, names)
         if print_system_info and "system_info.txt" in names:
             print("== SAVED MODEL SYSTEM INFO ==")
-            print(archive.read("system_info.txt").decode())
+            print(read_member(archive, "system_info.txt").decode(errors="replace"))
         tensors = {name: _load_tensors(archive, name, where) for name in document["tensors"]}
     data: dict[str, Any] = {}
     if load_data:
@@ -142,10 +144,15 @@ def _read_document(archive: zipfile.ZipFile, names: list[str]) -> dict[str, Any]
             "check the path, or use another copy or an earlier checkpoint."
         )
     try:
-        document = json.loads(archive.read(_DATA))
+        document = parse_json(read_member(archive, _DATA))
         kind, version = document["format"], document["version"]
-        if not isinstance(document["data"], dict) or not isinstance(document["tensors"], list):
+        parts = document["tensors"]
+        if not isinstance(document["data"], dict) or not isinstance(parts, list):
             raise TypeError("not what write_archive wrote")
+        if not all(isinstance(part, str) for part in parts) or len(set(parts)) < len(parts):
+            raise TypeError("parts that are no names, or named twice")
+    except CorruptFileError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
             f"The saved model {_name_of(archive)}has a damaged {_DATA}: "
@@ -166,28 +173,33 @@ def _name_of(archive: zipfile.ZipFile) -> str:
 
 def _load_tensors(archive: zipfile.ZipFile, name: str, device: th.device) -> Any:
     try:
-        content = archive.read(f"{name}.pth")  # compares the checksum
+        content = read_member(archive, f"{name}.pth")  # compares the checksum
     except KeyError as error:
         raise CorruptFileError(
             f"The saved model {_name_of(archive)}lacks its part '{name}': use another copy."
         ) from error
     try:
-        return th.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except Exception as error:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        return read_tensors(content, device)
+    except Exception as error:  # whatever wrong opcodes lead to
         raise CorruptFileError(
-            f"The part '{name}' of the saved model is damaged or holds more than tensors: "
+            f"The part '{name[:80]}' of the saved model is damaged or holds more than tensors: "
             "use another copy or an earlier checkpoint."
         ) from error
 
 
 def _check_tensors(value: Any, name: str) -> None:
-    """Refuse now what ``weights_only`` would refuse at loading."""
+    """Refuse now what :func:`read_tensors` would refuse at loading."""
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             _check_tensors(item, f"{name}[{key!r}]")
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):
             _check_tensors(item, f"{name}[{index}]")
+    elif isinstance(value, th.Tensor) and not is_plain_tensor(value):
+        raise UnsaveableError(
+            f"Cannot save '{name}': a tensor of {value.dtype} ({value.layout}) cannot be read "
+            "again; convert it to floats or integers."
+        )
     elif not (type(value) in _PLAIN_LEAVES or isinstance(value, th.nn.Parameter)):
         raise UnsaveableError(
             f"Cannot save '{name}': a value of type {qualified_name(type(value))} is neither a "

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from tdmpc2_sb3 import action_noise as noises
 from tdmpc2_sb3 import episode_state, interrupts, official_checkpoint, run_files, workers
+from tdmpc2_sb3.attribute_checks import check_attributes, check_parts
 from tdmpc2_sb3.callback_state import environments_of
 from tdmpc2_sb3.callbacks import last_checkpoint
 from tdmpc2_sb3.environment_facts import (
@@ -53,6 +54,7 @@ from tdmpc2_sb3.kernels import usable
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
 from tdmpc2_sb3.normalization import NormalizationBelow
 from tdmpc2_sb3.observation_entries import check_entries
+from tdmpc2_sb3.parameter_checks import check_parameters, check_streams
 from tdmpc2_sb3.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
 from tdmpc2_sb3.policies import (
@@ -1198,11 +1200,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             get_system_info()
         device = usable_device(device)
         data, tensors = read_archive(path, device, custom_objects, True, print_system_info)
-        if "run_state" not in data:
-            raise ValueError(
-                f"{path!r} holds no whole agent: a policy saved alone is loaded by its own class, "
-                "such as MlpPolicy.load(path)."
-            )
+        check_parts(path, data, tensors)
         run_state, streams = data.pop("run_state"), tensors.pop("run_streams")
         if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
             raise ValueError(
@@ -1215,6 +1213,10 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 f"{', '.join(sorted(unknown))}: the model has no such attribute to replace; check "
                 "the spelling."
             )
+        replaced = custom_objects or {}
+        saved = {name: value for name, value in data.items() if name not in replaced}
+        # Where a file says is no place to write: whoever loads it names the folder.
+        data["tensorboard_log"] = replaced.get("tensorboard_log")
         same_envs = False
         if env is not None:
             env = cls._wrap_env(env, data.get("verbose", 0))
@@ -1222,12 +1224,17 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             same_envs = env.num_envs == data["n_envs"]
             data["n_envs"] = env.num_envs
         model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
+        check_attributes(saved, model)
         model.__dict__.update(data)
         model.__dict__.update(kwargs)
-        model._setup_model()
+        if env is not None and saved.get("tensorboard_log") and model.tensorboard_log is None:
+            model._say_log_is_left("tensorboard_log" in kwargs, saved["tensorboard_log"])
+        model._set_up_saved(tensors["policy"])
+        check_parameters(model, "policy", tensors["policy"], whole=True)
         enc_lr_scale = model.policy.enc_lr_scale
         model.set_parameters(tensors, exact_match=True, device=device)
         model.policy.set_enc_lr_scale(enc_lr_scale)  # the optimiser has that of the file
+        check_streams(model, streams, run_state, int(saved.get("n_envs", model.n_envs)))
         if "frozen" in run_state:
             for name, parameter in model._trainable().items():
                 parameter.requires_grad_(name not in run_state["frozen"])
@@ -1235,6 +1242,40 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             model._restore_streams(streams, run_state)
         model._restore_run(streams, run_state, same_envs, force_reset)
         return model
+
+    @staticmethod
+    def _say_log_is_left(chosen: bool, folder: Any) -> None:
+        if not chosen:
+            warnings.warn(
+                f"The model was saved with tensorboard_log={folder!r}, where nothing is written "
+                "unless you say so: pass tensorboard_log to load() to go on with a log.",
+                stacklevel=3,
+            )
+
+    def _set_up_saved(self, weights: dict[str, Any]) -> None:
+        """:meth:`_setup_model` for settings of a file, whose sizes must be its weights'.
+
+        :param weights: the policy's state dict
+        :raises ValueError: if the settings do not fit together, or not the weights
+        """
+        arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS}
+        try:
+            if issubclass(self.policy_class, TDMPC2Policy):
+                self.policy_class.check_weights(
+                    self.observation_space,
+                    self.action_space,
+                    {**arguments, **self.policy_kwargs},
+                    weights,
+                )
+            self._setup_model()
+        except ValueError:
+            raise
+        except Exception as error:  # whatever wrong settings lead to
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"The saved settings do not fit together ({reason[:200]}): use another copy or an "
+                "earlier checkpoint."
+            ) from error
 
     def _restore_streams(self, streams: dict[str, th.Tensor], run_state: dict[str, Any]) -> None:
         generators = {"training": self._training_generator, "predictions": self.policy.generator}
@@ -1307,8 +1348,10 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         parameters = load_path_or_dict
         device = usable_device(device)
         if not isinstance(parameters, dict):
-            _, parameters = read_archive(parameters, device)
-            parameters.pop("run_streams")
+            _, parameters = read_archive(parameters, device, load_data=False)
+            parameters.pop("run_streams", None)
+        for name, state in parameters.items():
+            check_parameters(self, name, state, parameters is not load_path_or_dict)
         super().set_parameters(parameters, exact_match, device)
 
     @classmethod

@@ -19,6 +19,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from tdmpc2_sb3.random_streams import checked_stream
+
 State = dict[str, Any]
 
 
@@ -294,7 +296,7 @@ class EpisodeOf:
             if state.get("random") is not None:
                 self.environment.unwrapped.np_random.bit_generator.state = state["random"]
             if self._draws_globally():
-                np.random.set_state(_checked_stream(state["numpy"]))  # noqa: NPY002
+                np.random.set_state(checked_stream(state["numpy"], "MT19937"))  # noqa: NPY002
         except ValueError as error:
             return str(error)
         except (AttributeError, LookupError, OverflowError, TypeError) as error:
@@ -363,19 +365,6 @@ class EpisodeOf:
 
 def _has_state(env: Any) -> bool:
     return hasattr(env, "get_state") and hasattr(env, "set_state")
-
-
-def _checked_stream(state: Any) -> Any:
-    """A state of numpy's global stream.
-
-    :raises ValueError: if it is none, such as one that would make numpy read beyond its array
-    """
-    inner = state["state"]
-    key = inner["key"]
-    whole = isinstance(key, np.ndarray) and key.shape == (624,) and key.dtype == np.uint32
-    if state["bit_generator"] != "MT19937" or not whole or not 0 <= int(inner["pos"]) <= 624:
-        raise ValueError("The saved state of numpy's random stream is damaged: use another copy.")
-    return state
 
 
 #: Where the outermost wrapper gets its :class:`EpisodeOf` for the next call.

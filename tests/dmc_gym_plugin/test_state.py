@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import gymnasium
@@ -223,3 +224,106 @@ def test_random_state_round_trip_and_long_seeds() -> None:
     )
     long = [exact.random_state_from_seed(2**32 + k).randint(1 << 30) for k in (0, 0, 1)]
     assert long[0] == long[1] != long[2]
+
+
+def model_fields(env: Any) -> dict[str, np.ndarray]:
+    """Every array of the model."""
+    model = env.physics.model.ptr
+    names = [name for name in dir(model) if not name.startswith("_")]
+    values = {name: getattr(model, name) for name in names}
+    return {k: v.copy() for k, v in values.items() if isinstance(v, np.ndarray) and v.size}
+
+
+def test_of_the_model_only_what_tasks_edit_is_taken() -> None:
+    env = dmc_gym_plugin.DMControlEnv("quadruped", "escape")
+    env.reset(seed=0)
+    saved = env.get_state()
+    fields = model_fields(env)
+    assert {"jnt_dofadr", "body_parentid", "actuator_trnid", "body_mass"} <= set(fields)
+    refused = 0
+    for name, value in fields.items():
+        if name in exact.EDITED_FIELDS:
+            assert value.dtype.kind == "f"
+            continue
+        with pytest.raises(ValueError, match=rf"model holds the unknown \['{name}'\]"):
+            env.set_state(change(saved, f"simulation/model/{name}", value))
+        refused += 1
+    assert refused > 200
+    for name, after in model_fields(env).items():
+        np.testing.assert_array_equal(after, fields[name], name)
+    env.set_state(saved)
+
+
+@pytest.mark.parametrize(("domain", "task"), TASKS)
+def test_every_field_that_a_task_edits_is_known(domain: str, task: str) -> None:
+    env = dmc_gym_plugin.DMControlEnv(domain, task)
+    compiled = model_fields(env)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(2):
+            env.reset(seed=seed)
+            env.step(env.action_space.sample())
+            env.get_state()
+    for name, value in model_fields(env).items():
+        if not np.array_equal(value, compiled[name]):
+            assert name in exact.EDITED_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model/body_pos", np.full((17, 3), np.nan), "body_pos holds numbers that are not finite"),
+        ("model/geom_size", "like:int64", "geom_size is of int64 and no array of float64"),
+        ("data/integration", "like:nan", "integration holds numbers that are not finite"),
+        ("data/integration", "like:1e12", r"holds 1e\+12, beyond which \(1e\+10\) MuJoCo"),
+        ("data/sensordata", "like:int64", "sensordata is of int64 and no array of float64"),
+        ("data/qacc", "like:inf", "qacc holds numbers that are not finite"),
+        ("task/_n_boxes", 10**9, "_n_boxes = 1000000000, but this one has 2; use a state"),
+        ("task/_visualize_reward", "yes", "_visualize_reward = 'yes', but this one has False"),
+        ("task/_fully_observable", np.ones(4), "_fully_observable = array"),
+        ("random/state/pos", 10**6, "random state is .*its position is 1000000"),
+        ("random/state/pos", -1, "random state is .*its position is -1"),
+        ("random/state/key", np.zeros(624, np.uint32), "random state is .*its key is no table"),
+        ("random/gauss", np.nan, "random state is .*its gauss is nan"),
+    ],
+)
+def test_numbers_that_no_simulation_has_are_refused(path: str, value: Any, message: str) -> None:
+    env = dmc_gym_plugin.DMControlEnv("stacker", "stack_2")
+    env.reset(seed=0)
+    env.step(np.ones(env.action_space.shape, np.float32))
+    saved = env.get_state()
+    fields = copy_fields(env)
+    if isinstance(value, str) and value.startswith("like:"):
+        kind = value.removeprefix("like:")
+        place, name = path.split("/")
+        mine = saved["simulation"][place].get(name, model_fields(env).get(name))
+        value = np.full(mine.shape, 1) if kind == "int64" else np.full(mine.shape, float(kind))
+    if path == "model/body_pos":
+        value = np.full_like(saved["simulation"]["model"]["body_pos"], np.nan)
+    with pytest.raises(ValueError, match=message) as caught:
+        env.set_state(change(saved, f"simulation/{path}", value))
+    assert "\n" not in str(caught.value)
+    assert_same_fields(env, fields)
+
+
+def test_a_tendons_indices_stay_while_its_gains_may_change() -> None:
+    env = dmc_gym_plugin.DMControlEnv("point_mass", "hard")
+    env.reset(seed=0)
+    saved = env.get_state()
+    gains = saved["simulation"]["model"]["wrap_prm"]
+    env.set_state(change(saved, "simulation/model/wrap_prm", gains * 0.5))
+    np.testing.assert_array_equal(env.physics.model.wrap_prm, gains * 0.5)
+    # A wrapping sphere's parameter is the number of a site, as a float.
+    edits = exact.ModelEdits(env.physics.model.ptr)
+    edits._compiled["wrap_type"] = np.full(len(gains), 4, np.int32)
+    with pytest.raises(ValueError, match="wrap_prm differs beyond the coefficients of joints"):
+        edits.check({"wrap_prm": gains})
+
+
+def test_an_edit_that_no_task_makes_is_said() -> None:
+    env = dmc_gym_plugin.DMControlEnv("walker", "walk")
+    env.reset(seed=0)
+    env.physics.model.body_mass[1] *= 2
+    with pytest.warns(UserWarning, match="body_mass differ from the compiled ones"):
+        saved = env.get_state()
+    assert "body_mass" not in saved["simulation"]["model"]

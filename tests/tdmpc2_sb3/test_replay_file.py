@@ -16,7 +16,10 @@ import pytest
 import torch as th
 from batches import assert_equal_batches
 from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tdmpc2_sb3.episode_rings import _START, _TERMINATED, _ZERO_PADDED
 from tdmpc2_sb3.file_io import CorruptFileError
 from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
 
@@ -253,3 +256,154 @@ def test_killed_at_random_moments_the_file_loads(tmp_path, times):
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == times
     assert len(os.listdir(tmp_path)) <= 2
+
+
+# -- any damage to the header, and to the rows ---------------------------------------------------
+
+
+def _written(steps: int, end_probability: float, size: int) -> bytes:
+    buffer = make(size=size)
+    Feeder(end_probability=end_probability).feed([buffer], steps)
+    file = io.BytesIO()
+    buffer.save(file)
+    return file.getvalue()
+
+
+WRITTEN = [_written(*case) for case in ((0, 0.1, 80), (9, 0.2, 80), (60, 0.1, 80), (150, 0.0, 40))]
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 45),
+    st.sampled_from([10**9, 2**63, 10**30, -(2**40)]),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.one_of(st.integers(-2, 45), st.booleans()), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+)
+
+
+def _with_header(content: bytes, change) -> io.BytesIO:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["header.json"] = json.dumps(change(json.loads(members["header.json"]))).encode()
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, each in members.items():
+            archive.writestr(name, each)
+    file.seek(0)
+    return file
+
+
+def _refusal(buffer, file):
+    """Why a buffer refuses a file; None if it does not."""
+    try:
+        buffer.load(file)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _leaves(value, way=()):
+    yield way
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from _leaves(value[key], (*way, key))
+
+
+@settings(deadline=None, max_examples=400, derandomize=True)
+@given(data=st.data(), content=st.sampled_from(WRITTEN))
+def test_any_damage_to_the_header_is_refused_or_changes_nothing(data, content):
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        header = json.loads(archive.read("header.json"))
+    way = data.draw(st.sampled_from([way for way in _leaves(header) if way]))
+    value = data.draw(HOSTILE)
+
+    def change(header):
+        part = header
+        for step in way[:-1]:
+            part = part[step]
+        part[way[-1]] = value
+        return header
+
+    size = 40 * 2 if header["kind"]["rows per environment"] == 40 else 20 * 2
+    buffer, original = make(size=size), make(size=size)
+    original.load(io.BytesIO(content))
+    sentence = _refusal(buffer, _with_header(content, change))
+    if sentence is not None:
+        assert "\n" not in sentence
+        assert buffer.nbytes == 0
+        return
+    free = "random_state" in way or way == ("num_added",)
+    for name in ("head", "running", "running_steps", "cut", "used"):
+        assert getattr(buffer.rings, name).tolist() == getattr(original.rings, name).tolist()
+    assert buffer.rings.margin == original.rings.margin
+    assert buffer.num_added == original.num_added or free
+    for name, field in original.fields().items():
+        assert field.tobytes() == buffer.fields()[name].tobytes()
+    if original.num_subsequences and not free:
+        assert_equal_batches(buffer.sample(50), original.sample(50))
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(data=st.data(), content=st.sampled_from(WRITTEN[1:]))
+def test_flags_that_no_steps_leave_behind_are_refused(data, content):
+    """Whatever loads is a sequence of episodes: every sub-sequence holds written rows only."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+        header = json.loads(members["header.json"])
+    flags = bytearray(members["flags.npy"])
+    used = sum(header["used"])
+    row = len(flags) - used + data.draw(st.integers(0, used - 1))
+    old = flags[row]
+    flags[row] = data.draw(st.integers(0, 255))
+    members["flags.npy"] = bytes(flags)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, each in members.items():
+            archive.writestr(name, each)
+    file.seek(0)
+    buffer = make(size=2 * header["kind"]["rows per environment"])
+    sentence = _refusal(buffer, file)
+    if sentence is not None:
+        assert "header or rows" in sentence
+        return
+    # A termination in place of a truncation, or starts, which are found afresh, are none of these.
+    changed = old ^ flags[row]
+    assert changed & ~(_TERMINATED | _START | _ZERO_PADDED) == 0 or old >> 4 == 15 or row == 0
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["actions", "rewards", "observations_0"])
+def test_numbers_that_are_not_finite_are_refused(name, number):
+    with zipfile.ZipFile(io.BytesIO(WRITTEN[2])) as archive:
+        members = {each: archive.read(each) for each in archive.namelist()}
+    array = np.load(io.BytesIO(members[f"{name}.npy"]))
+    array.flat[3] = number
+    for fortran, sentence in ((False, "not finite"), (True, "its columns come first")):
+        if fortran and array.ndim < 2:
+            continue
+        stream = io.BytesIO()
+        np.save(stream, np.asfortranarray(array) if fortran else array)
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for each, content in {**members, f"{name}.npy": stream.getvalue()}.items():
+                archive.writestr(each, content)
+        file.seek(0)
+        with pytest.raises(CorruptFileError, match=sentence):
+            make().load(file)
+
+
+@pytest.mark.parametrize("header", [b"{'descr': (", b"{" * 900, b"\0", b"{'shape': [1, }"])
+def test_headers_of_arrays_that_python_cannot_read(header):
+    with zipfile.ZipFile(io.BytesIO(WRITTEN[2])) as archive:
+        members = {each: archive.read(each) for each in archive.namelist()}
+    begin = members["rewards.npy"][:8]
+    members["rewards.npy"] = begin + len(header).to_bytes(2, "little") + header
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for each, content in members.items():
+            archive.writestr(each, content)
+    file.seek(0)
+    with pytest.raises(CorruptFileError, match="'rewards' of the saved file is damaged") as caught:
+        make().load(file)
+    assert "\n" not in str(caught.value)

@@ -142,4 +142,4 @@ def test_compare(tmp_path):
     for file, size in (("curves.png", 1000), ("results.pkl", 500), ("results.svg", 1000)):
         assert (tmp_path / file).stat().st_size > size
     for run in ("ppo/DMC-walker-walk-v0_1", "sac/DMC-cheetah-run-v0_1"):
-        assert (tmp_path / "brief" / run / "evaluations.npz").is_file()
+        assert (tmp_path / "reference" / run / "evaluations.npz").is_file()

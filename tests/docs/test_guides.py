@@ -90,6 +90,22 @@ def test_the_readmes_python_program(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_start_pages_python_program(tmp_path):
+    page = (REPOSITORY / "docs" / "index.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    short = program.replace("action_repeat=2", "action_repeat=50").replace("15_000", "25")
+    assert short != program
+    subprocess.run(
+        [sys.executable, "-c", short],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+        check=True,
+    )
+    assert TDMPC2.load(tmp_path / "walker").num_timesteps == 25
+
+
+@pytest.mark.slow
 def test_train(tmp_path):
     printed = run_guide("train", tmp_path)
     runs = {path.name for path in (tmp_path / "logs" / "tdmpc2").iterdir()}

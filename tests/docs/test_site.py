@@ -112,6 +112,24 @@ def test_every_page_is_in_the_navigation():
     assert sorted(named) == [str(path.relative_to(REPOSITORY / "docs")) for path in PAGES]
 
 
+def test_links_of_pages_beside_the_site_lead_somewhere():
+    outside = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md"]
+    checked = 0
+    for path in [*outside, *(REPOSITORY / "benchmarks").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+            if urlsplit(link).scheme:
+                continue
+            name, _, anchor = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), f"{path}: {link}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+                places = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert anchor in places, f"{path}: {link}"
+            checked += 1
+    assert checked > 30
+
+
 @pytest.mark.slow
 def test_every_link_leads_somewhere(site: Path):
     pages = {

@@ -1,6 +1,7 @@
 # make train      environment, installation, and the main job: TD-MPC2 learns to run
 # make test       environment, installation, lint, types, fast tests
 # make test-all   the same with the slow tests
+# make docs       the site, in site/; a warning is an error
 # make dist       sdist and wheel to hand on, and the wheel that stands in for labmaze on Python 3.13
 # ENV, STEPS, ALGO, ARGS and LOGS change what is trained, PYTHON and VENV where, TORCH which build,
 # JOBS by how many processes the tests are run.
@@ -25,7 +26,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # threads wait for each other on two cores are slower by far than one after the other.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: train install install-dev lint types test test-all dist clean
+.PHONY: train install install-dev lint types test test-all docs dist clean
 .DELETE_ON_ERROR:
 
 train: install
@@ -57,7 +58,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml hatch_build.py startup/tdmpc2_
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet -c constraints.txt -e ".[dev,postgres]"
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,docs,postgres]"
 	touch $@
 
 lint: install-dev
@@ -73,10 +74,14 @@ test: lint types
 test-all: lint types
 	$(PYTEST) -m "slow or not slow"
 
+# Material's note about the next major version of MkDocs is no warning about these pages.
+docs: install-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --site-dir site
+
 dist: install-dev
 	rm -rf dist
 	$(VENV)/bin/python -m build --outdir dist .
 	$(VENV)/bin/python -m build --wheel --outdir dist placeholders/labmaze
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache

@@ -2,7 +2,7 @@
 
     python benchmarks/environment_speed.py
     python benchmarks/environment_speed.py --tasks walker-walk dog-run --rounds 20
-    python benchmarks/environment_speed.py --output benchmarks/environment_speed.md
+    python benchmarks/environment_speed.py --output environment_speed.md
 
 The contenders take turns in short blocks with the same actions, so that a busy machine slows all of
 them alike; the figures are the medians over the blocks, the ratio is the median of the ratios

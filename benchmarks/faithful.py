@@ -1,6 +1,6 @@
 """How far this package's TD-MPC2 is from the authors' own code on the same inputs.
 
-    python benchmarks/faithful.py PATH/TO/tdmpc2 --output benchmarks/faithful.md
+    python benchmarks/faithful.py PATH/TO/tdmpc2 --output faithful.md
 
 ``PATH/TO/tdmpc2`` is a checkout of the authors' repository, which needs its requirements (above all
 tensordict). Three things are compared, with and without terminations, at 1M and 5M parameters:

@@ -1,6 +1,6 @@
 """Seconds from typing the zoo's command to the end of the first gradient step.
 
-    python benchmarks/first_update.py --output benchmarks/first_update.md
+    python benchmarks/first_update.py --output first_update.md
 
 The random warm-up is left out: how long it takes is the environment's affair. "warm" finds the
 kernels that an earlier run has built, "cold" an empty cache directory, and builds them.

@@ -1,7 +1,7 @@
 """Keeps the evaluations of the zoo's runs as small CSV files, one a run, and prints a table.
 
-    python benchmarks/record_runs.py logs/ -o benchmarks/baselines
-    python benchmarks/record_runs.py benchmarks/baselines/*_Hopper-v5_seed1.csv --picture hopper.png
+    python benchmarks/record_runs.py logs/ -o runs
+    python benchmarks/record_runs.py runs/*_Hopper-v5_seed1.csv --picture hopper.png
 
 A file is named ``<algorithm>_<environment>_seed<seed>.csv`` and holds agent steps, frames, minutes
 since the start (evaluations included), and mean and standard deviation of the return. With

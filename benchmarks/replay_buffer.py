@@ -1,7 +1,7 @@
 """Memory and speed of the replay buffer: storing, sampling, saving, loading.
 
     python benchmarks/replay_buffer.py
-    python benchmarks/replay_buffer.py --output benchmarks/replay_buffer.md
+    python benchmarks/replay_buffer.py --output replay_buffer.md
 
 Fills 1,000,000 steps of walker-walk's sizes (24 observations, 6 actions, episodes of 500 steps) and
 assembles batches of 256 sub-sequences of 3 steps (256 x 4 observations). Times are medians and

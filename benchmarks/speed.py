@@ -2,7 +2,7 @@
 the machine's peak.
 
     python benchmarks/speed.py
-    python benchmarks/speed.py --models 1 5 --authors PATH/TO/tdmpc2 --output benchmarks/speed.md
+    python benchmarks/speed.py --models 1 5 --authors PATH/TO/tdmpc2 --output speed.md
     python benchmarks/speed.py --models zoo 5 --dynamics mlp ssm --device cuda
     python benchmarks/speed.py --models zoo 5 --num-envs 1 16 --threads 2
 

@@ -1,7 +1,7 @@
 """What the start-up hook costs a Python that has nothing to do with us: milliseconds a start.
 
     python benchmarks/startup_hook.py
-    python benchmarks/startup_hook.py --output benchmarks/startup_hook.md
+    python benchmarks/startup_hook.py --output startup_hook.md
 
 Two bare virtual environments, one with the hook, start `python -c pass` in turns; the figure is the
 median difference of the pairs. At most 2 ms are allowed.

@@ -1,7 +1,7 @@
 """What stepping simulators in threads brings, beside Gymnasium's two vector environments.
 
     python benchmarks/vector_environments.py --num-envs 4
-    python benchmarks/vector_environments.py --output benchmarks/vector_environments.md
+    python benchmarks/vector_environments.py --output vector_environments.md
 
 MuJoCo releases Python's interpreter lock while it steps, so threads could use a second core without
 the copies of processes. The prototype below steps one half of the environments in a second thread.

@@ -372,7 +372,8 @@ class EnsembleLayer(nn.Module):
         dropped: Dropped | None = None,
         frozen: bool = False,
     ) -> th.Tensor:
-        """
+        """Outputs of the chosen members.
+
         :param x: [B, in], shared by the members, or [Q', B, in]
         :param members: indices of the Q' members to evaluate; all if None
         :param dropped: dropout between the product, [Q', B, out], and LayerNorm

@@ -814,19 +814,26 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 f"{self._lifetime_steps} steps collected so far.",
                 flush=True,
             )
-        interval = 0.5 if sys.stderr.isatty() else 15.0
+        total, start = self._pending_initial_updates, time.monotonic()
+        in_terminal = sys.stderr.isatty()
         with tqdm(
-            total=self._pending_initial_updates,
+            total=total,
             desc="Initial updates",
             unit="update",
-            mininterval=interval,
-            disable=self.verbose < 1,
+            mininterval=0.5,
+            disable=self.verbose < 1 or not in_terminal,
         ) as bar:
             while self._pending_initial_updates > 0:
                 with interrupts.deferred():
                     self.train(gradient_steps=1, batch_size=self.batch_size)
                     self._pending_initial_updates -= 1
                 bar.update()
+                done = total - self._pending_initial_updates
+                tenth_is_full = done * 10 // total > (done - 1) * 10 // total
+                # A bar is drawn over itself; in a file its drawings would lie side by side.
+                if self.verbose >= 1 and not in_terminal and tenth_is_full:
+                    elapsed = tqdm.format_interval(time.monotonic() - start)
+                    print(f"Initial updates: {done} of {total} after {elapsed}", flush=True)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """Makes gradient steps on sampled sub-sequences.

@@ -93,6 +93,22 @@ def test_the_readmes_python_program(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_start_pages_python_program(tmp_path):
+    page = (REPOSITORY / "docs" / "index.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    short = program.replace("action_repeat=2", "action_repeat=50").replace("15_000", "25")
+    assert short != program
+    subprocess.run(
+        [sys.executable, "-c", short],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+        check=True,
+    )
+    assert TDMPC2.load(tmp_path / "walker").num_timesteps == 25
+
+
+@pytest.mark.slow
 def test_train(tmp_path):
     printed = run_guide("train", tmp_path)
     runs = {path.name for path in (tmp_path / "logs" / "tdmpc2").iterdir()}
@@ -172,4 +188,4 @@ def test_compare(tmp_path):
     for file, size in (("curves.png", 1000), ("results.pkl", 500), ("results.svg", 1000)):
         assert (tmp_path / file).stat().st_size > size
     for run in ("ppo/DMC-walker-walk-v0_1", "sac/DMC-cheetah-run-v0_1"):
-        assert (tmp_path / "brief" / run / "evaluations.npz").is_file()
+        assert (tmp_path / "reference" / run / "evaluations.npz").is_file()

@@ -45,7 +45,13 @@ def pins_for(python: str) -> dict[str, Version]:
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_every_requirement_is_pinned_to_a_version_it_allows(python):
     pins = pins_for(python)
-    for requirement in requirements():
+    asked = [
+        requirement
+        for requirement in requirements()
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python})
+    ]
+    assert len(asked) >= 25
+    for requirement in asked:
         name = canonicalize_name(requirement.name)
         assert pins[name] in requirement.specifier, requirement
 

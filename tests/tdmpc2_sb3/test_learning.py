@@ -522,7 +522,7 @@ def test_what_is_logged(make_agent, point_env, tmp_path, episodic):
         rows = list(csv.DictReader(file))
     assert set(rows[-1]) >= TRAIN | PLANNER | ROLLOUT
     assert ("train/termination_loss" in rows[-1]) is episodic
-    documented = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text()
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     assert [name for name in rows[-1] if f"`{name}`" not in documented] == []
     last = {name: float(value) for name, value in rows[-1].items()}
     assert last["time/total_timesteps"] == 48

@@ -283,8 +283,8 @@ def test_the_table_of_log_keys_is_the_log(make_agent, point_env, tmp_path, episo
     agent.learn(60, EvalCallback(env(), eval_freq=20, log_path=str(tmp_path), verbose=0))
     with open(tmp_path / "progress.csv") as file:
         logged = set(csv.DictReader(file).fieldnames or ())
-    text = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text()
-    _, _, table = text.partition("## What is logged")
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    _, _, table = text.partition("# What is logged")
     table, _, _ = table.partition("\n## ")
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     documented = {key.strip(" `") for cell in cells for key in cell.split(",")}

@@ -12,7 +12,7 @@ from dmc_gym_plugin.tasks import SUITE, TASKS, env_id
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.zoo.register import hyperparams_folder
 
-FILES = ["tdmpc2", "tdmpc2_paper", "sac", "ppo", "sac_brief", "ppo_brief"]
+FILES = ["tdmpc2", "tdmpc2_paper", "sac", "ppo", "sac_reference", "ppo_reference"]
 CLASSES = {"tdmpc2": TDMPC2, "sac": SAC, "ppo": PPO}
 #: Read by the zoo, or by our part of it (`eval_freq`), and not handed to the algorithm.
 ZOO_KEYS = {"n_timesteps", "env_kwargs", "n_envs", "normalize", "callback", "eval_freq", "policy"}
@@ -63,8 +63,8 @@ def test_the_papers_settings_are_the_constructors_defaults():
         assert defaults[key].default == entry[key], key
 
 
-def test_the_briefs_settings_by_name():
-    ppo = read("ppo_brief")["DMC/walker-walk-v0"]
+def test_the_reference_settings_by_name():
+    ppo = read("ppo_reference")["DMC/walker-walk-v0"]
     assert ppo == {
         "policy": "MlpPolicy",
         "n_timesteps": 300_000,
@@ -73,7 +73,7 @@ def test_the_briefs_settings_by_name():
         "batch_size": 64,
         "n_epochs": 10,
     }
-    sac = read("sac_brief")["DMC/cheetah-run-v0"]
+    sac = read("sac_reference")["DMC/cheetah-run-v0"]
     assert sac == {
         "policy": "MlpPolicy",
         "n_timesteps": 500_000,

@@ -88,8 +88,8 @@ def test_a_conf_file_of_the_users_own_wins(tmp_path, monkeypatch):
     assert named.config == "tdmpc2_paper.yml"
     assert named.read_hyperparameters()[0] == {"policy": "MlpPolicy", "n_timesteps": 7}
     # Never for other algorithms on other ids.
-    foreign = manager("sac", "Pendulum-v1", tmp_path, config="sac_brief.yml")
-    assert foreign.config == "sac_brief.yml"
+    foreign = manager("sac", "Pendulum-v1", tmp_path, config="sac_reference.yml")
+    assert foreign.config == "sac_reference.yml"
 
 
 def test_ssm_takes_its_policy_unless_told_otherwise(tmp_path):

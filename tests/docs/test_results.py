@@ -1,0 +1,170 @@
+"""The pages agree with the files in benchmarks/results, and a new row finds its place."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+SOURCE = {"command": "python x.py", "machine": "2026-11-30, a chip", "commit": "1234567"}
+
+
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(RESULTS))
+    import generate
+
+    return generate
+
+
+@pytest.fixture
+def copy(generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the files and pages, on which the programs work for the test's time."""
+    for name in ("README.md", "docs/results.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    shutil.copytree(RESULTS, tmp_path / "results")
+    monkeypatch.setattr(generate, "HERE", tmp_path / "results")
+    monkeypatch.setattr(generate, "REPOSITORY", tmp_path)
+    return tmp_path
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_pages_agree_with_the_files(generate: ModuleType):
+    for path, text in generate.pages().items():
+        assert path.read_text() == text, "run python benchmarks/results/generate.py"
+
+
+def test_every_file_is_shown_with_its_source(generate: ModuleType):
+    tables = generate.read_tables()
+    assert sorted(f"{table['file']}.csv" for table in tables) == sorted(
+        path.name for path in RESULTS.glob("*.csv")
+    )
+    page = (REPOSITORY / "docs" / "results.md").read_text()
+    parts = re.split(r"^### ", page, flags=re.M)[1:]
+    assert [part.splitlines()[0] for part in parts] == [table["title"] for table in tables]
+    for part, table in zip(parts, tables, strict=True):
+        rows = rows_of(RESULTS / f"{table['file']}.csv")
+        keys = [tuple(row[column] for column in table["key"]) for row in rows]
+        assert len(set(keys)) == len(keys), f"{table['file']}.csv answers a question twice"
+        assert part.count("\nMachine: commit ") == len(
+            {
+                (row["commit"], re.sub(r", load average at the start [\d.]+", "", row["machine"]))
+                for row in rows
+            }
+        )
+        for row in rows:
+            assert row["command"].split()[-1] in part
+
+
+def test_seeds_are_averaged(generate: ModuleType):
+    rows = [
+        {"task": "a", "seed": "1", "steps": "10", "return": "90.5", **SOURCE},
+        {"task": "a", "seed": "2", "steps": "10", "return": "110.5", **SOURCE},
+        {"task": "a", "seed": "3", "steps": "20", "return": "7.25", **SOURCE},
+    ]
+    first, second = generate.over_seeds(rows, ["task", "steps"], ["return"])
+    # (90.5 + 110.5) / 2 = 100.5, which is even rounded to even.
+    assert (first["seed"], first["return"]) == ("1, 2", "100 (90 to 110)")
+    assert (second["seed"], second["return"]) == ("3", "7.25")
+
+
+def test_machines_are_said_once_and_commands_wrapped(generate: ModuleType):
+    command = "python x.py --seed {} " + " ".join(f"--option-{n} {n}" for n in range(8))
+    rows = [
+        {"task": "a", "seed": seed, **SOURCE, "command": command.format(seed), "machine": machine}
+        for seed, machine in (
+            ("1", "a chip, load average at the start 2.0"),
+            ("2", "a chip, load average at the start 0.5"),
+        )
+    ]
+    assert generate.format_sources(rows, ["task", "seed"]) == [
+        "```text",
+        "python x.py --seed 1|2 --option-0 0 --option-1 1 --option-2 2 --option-3 3"
+        " --option-4 4 \\",
+        "    --option-5 5 --option-6 6 --option-7 7",
+        "```",
+        "",
+        "Machine: commit 1234567, a chip, load average at the start 0.5 to 2.",
+        "",
+    ]
+
+
+def test_a_rerun_replaces_its_row(copy: Path):
+    import add
+
+    path = copy / "results" / "learning.csv"
+    before = rows_of(path)
+    old = next(row for row in before if (row["task"], row["algorithm"]) == ("hopper-hop", "tdmpc2"))
+    values = {**old, "return": "123.4", "commit": "abcdef0"}
+    add.main(["learning", *(f"{name}={value}" for name, value in values.items())])
+    after = rows_of(path)
+    assert [row for row in after if row != values] == [row for row in before if row != old]
+    assert after.index(values) == before.index(old)
+    for page in ("README.md", "docs/results.md"):
+        assert "123.4 |" in (copy / page).read_text()
+    assert "Machine: commit abcdef0," in (copy / "docs" / "results.md").read_text()
+
+    add.main(["learning", *(f"{n}={v}" for n, v in {**values, "seed": "2"}.items())])
+    assert len(rows_of(path)) == len(before) + 1
+    assert "| hopper-hop | tdmpc2 | 1, 2 |" in (copy / "README.md").read_text()
+
+
+def test_a_row_that_lacks_a_column_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]):
+    import add
+
+    with pytest.raises(SystemExit):
+        add.main(["cold_start", "acting by=chance", "returned=3"])
+    assert "missing are ['command', 'return'], unknown ['returned']" in capsys.readouterr().err
+    assert (copy / "results" / "cold_start.csv").read_text() == (
+        RESULTS / "cold_start.csv"
+    ).read_text()
+
+
+@pytest.mark.slow
+def test_a_run_of_the_zoo_becomes_a_row(copy: Path):
+    import add
+
+    options = "--algo ppo --env Pendulum-v1 --seed 5 -n 128 --eval-freq 64 --eval-episodes 1"
+    params = "-params n_envs:1 n_steps:64 batch_size:64 n_epochs:1"
+    subprocess.run(
+        [sys.executable, "-m", "rl_zoo3.train", *options.split(), *params.split()],
+        cwd=copy,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=True,
+        timeout=300,
+    )
+    run = copy / "logs" / "ppo" / "Pendulum-v1_1"
+    add.main(["learning", "--run", str(run), "machine=a chip", "commit=abcdef0"])
+    row = rows_of(copy / "results" / "learning.csv")[-1]
+    with np.load(run / "evaluations.npz") as data:
+        assert row["return"] == f"{data['results'][-1].mean():.1f}"
+        assert row["agent steps"] == row["frames"] == str(data["timesteps"][-1])
+    assert (row["task"], row["algorithm"], row["seed"]) == ("Pendulum-v1", "ppo", "5")
+    assert row["command"] == f"python -m rl_zoo3.train {options} {params}"
+
+
+def test_the_history_is_linked_from_nowhere_else():
+    for path in REPOSITORY.rglob("*.md"):
+        inside = {part for part in path.relative_to(REPOSITORY).parts if part.startswith(".")}
+        if not inside and "history" not in path.parts and "site-packages" not in path.parts:
+            assert "history/" not in path.read_text(), path
+    index = (REPOSITORY / "benchmarks" / "history" / "README.md").read_text()
+    for path in (REPOSITORY / "benchmarks" / "history").rglob("*.md"):
+        name = str(path.relative_to(REPOSITORY / "benchmarks" / "history"))
+        assert name in ("README.md", "time_to_return/README.md") or f"({name})" in index

@@ -22,7 +22,7 @@ import torch as th
 
 import dmc_gym_plugin  # noqa: F401  # registers the environments
 from machine import command, describe
-from tdmpc2_sb3.pink_noise import PinkNoise, uniform
+from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
 
 TASKS = (
     "hopper-hop",

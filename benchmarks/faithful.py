@@ -37,10 +37,10 @@ from gymnasium import spaces
 import authors
 from machine import command, describe
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.encoders import SHIFT_PAD
 from tdmpc2_sb3.losses import PolicyNoise, UpdateNoise
+from tdmpc2_sb3.model.encoders import SHIFT_PAD
 from tdmpc2_sb3.planner import PlanNoise, plan, shift_plan
-from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.replay.buffer import SequenceBatch
 
 OBSERVATION_DIM = 24
 ACTION_DIM = 6

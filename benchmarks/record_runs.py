@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tdmpc2_sb3.plot import Run, draw, read_run
-from tdmpc2_sb3.zoo_yaml import read_yaml
+from tdmpc2_sb3.study.plot import Run, draw, read_run
+from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
 FIELDS = ("agent_steps", "frames", "minutes", "mean_return", "std_return", "episodes")
 

@@ -22,7 +22,7 @@ import numpy as np
 from gymnasium import spaces
 
 from machine import command, describe
-from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
 
 STEPS = 1_000_000
 EPISODE = 500

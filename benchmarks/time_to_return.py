@@ -24,7 +24,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from machine import describe
-from tdmpc2_sb3.plot import read_published
+from tdmpc2_sb3.study.plot import read_published
 
 RESULTS = Path(__file__).parent / "time_to_return"
 FIELDS = ("agent_steps", "frames", "seconds", "evaluation_seconds", "mean_return", "std_return")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tdmpc2_sb3.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SSMPolicy
-from tdmpc2_sb3.sequence_buffer import SequenceBatch, SequenceReplayBuffer
+from tdmpc2_sb3.replay.buffer import SequenceBatch, SequenceReplayBuffer
+from tdmpc2_sb3.saving.renamed import keep_former_names
 from tdmpc2_sb3.tdmpc2 import TDMPC2
 
 __all__ = [
@@ -15,3 +16,5 @@ __all__ = [
     "SequenceBatch",
     "SequenceReplayBuffer",
 ]
+
+keep_former_names()

@@ -18,12 +18,13 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
-from tdmpc2_sb3 import checkpoint_files, interrupts, run_files
-from tdmpc2_sb3.callback_state import RestoreCallbacks, callback_states, walk_callbacks
-from tdmpc2_sb3.checkpoint_files import BUFFER_FILE, MODEL_FILE, RUN_FILE, read_run
-from tdmpc2_sb3.file_io import CorruptFileError, atomic_write, sync_folder
-from tdmpc2_sb3.json_codec import encode
-from tdmpc2_sb3.workers import WorkerDiedError
+from tdmpc2_sb3.saving import checkpoint_files, interrupts
+from tdmpc2_sb3.saving import log_files as run_files
+from tdmpc2_sb3.saving.callback_state import RestoreCallbacks, callback_states, walk_callbacks
+from tdmpc2_sb3.saving.checkpoint_files import BUFFER_FILE, MODEL_FILE, RUN_FILE, read_run
+from tdmpc2_sb3.saving.files import CorruptFileError, atomic_write, sync_folder
+from tdmpc2_sb3.saving.json_codec import encode
+from tdmpc2_sb3.saving.workers import WorkerDiedError
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 

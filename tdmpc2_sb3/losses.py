@@ -14,10 +14,10 @@ import torch as th
 import torch.nn.functional as F
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.discrete_regression import two_hot_cross_entropy, two_hot_inverse
-from tdmpc2_sb3.encoders import Observation
-from tdmpc2_sb3.sequence_buffer import SequenceBatch
-from tdmpc2_sb3.world_model import PolicySample, WorldModel
+from tdmpc2_sb3.model.discrete_regression import two_hot_cross_entropy, two_hot_inverse
+from tdmpc2_sb3.model.encoders import Observation
+from tdmpc2_sb3.model.world_model import PolicySample, WorldModel
+from tdmpc2_sb3.replay.buffer import SequenceBatch
 
 REFERENCE_HORIZON = 3
 ENTROPY_EPSILON = 1e-8  # the reference's

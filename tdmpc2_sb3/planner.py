@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch as th
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.fast_paths import unknown_to_search
+from tdmpc2_sb3.fast.doorman import unknown_to_search
 from tdmpc2_sb3.kernels import Elites, weights_held
+from tdmpc2_sb3.model.world_model import WorldModel
 from tdmpc2_sb3.settings import SETTINGS, check_setting
-from tdmpc2_sb3.world_model import WorldModel
 
 DEFAULT_ITERATIONS = 6
 EXTRA_ITERATIONS = 2  # where the action has at least

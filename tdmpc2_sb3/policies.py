@@ -16,22 +16,13 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.adam import Adam
-from tdmpc2_sb3.attribute_checks import check_policy_arguments
-from tdmpc2_sb3.compilation import Compiled
-from tdmpc2_sb3.cuda_graphs import Graphed, recorder_for
-from tdmpc2_sb3.direct_planning import DirectPlanning
-from tdmpc2_sb3.environment_facts import check_action_space
+from tdmpc2_sb3.fast.adam import Adam
+from tdmpc2_sb3.fast.cuda_graphs import Graphed, recorder_for
+from tdmpc2_sb3.fast.module_parts import Parts
+from tdmpc2_sb3.fast.plans import DirectPlanning
+from tdmpc2_sb3.fast.torch_compile import Compiled
 from tdmpc2_sb3.kernels import weights_held
-from tdmpc2_sb3.observation_entries import (
-    check_entries,
-    entries_of,
-    entry_shape,
-    is_image,
-    to_device,
-)
-from tdmpc2_sb3.parameter_checks import check_module, check_world_model
-from tdmpc2_sb3.parts import Parts
+from tdmpc2_sb3.model.world_model import WorldModel, resolve_architecture
 from tdmpc2_sb3.planner import (
     DEFAULT_ITERATIONS,
     EXTRA_ITERATIONS,
@@ -44,9 +35,17 @@ from tdmpc2_sb3.planner import (
     sample_plan_noise,
     shift_plan,
 )
-from tdmpc2_sb3.saving import read_archive, write_archive
-from tdmpc2_sb3.settings import AUTOMATIC, check_setting, usable_device
-from tdmpc2_sb3.world_model import WorldModel, resolve_architecture
+from tdmpc2_sb3.replay.observation_entries import (
+    check_entries,
+    entries_of,
+    entry_shape,
+    is_image,
+    to_device,
+)
+from tdmpc2_sb3.saving.archive import read_archive, write_archive
+from tdmpc2_sb3.saving.attribute_checks import check_policy_arguments
+from tdmpc2_sb3.saving.parameter_checks import check_module, check_world_model
+from tdmpc2_sb3.settings import AUTOMATIC, check_action_space, check_setting, usable_device
 
 # Deterministic predictions draw from a generator made anew at each call, of this seed plus the
 # plan's age in steps: no two steps of an episode share their random numbers. A seed taken from the
@@ -102,7 +101,7 @@ class TDMPC2Policy(BasePolicy):
     :param simnorm_dim: group size of SimNorm
     :param num_bins: bins of the discrete regression
     :param dropout: rate on the Q heads' first layer
-    :param dynamics: kind of latent dynamics, a key of :data:`tdmpc2_sb3.dynamics.DYNAMICS`;
+    :param dynamics: kind of latent dynamics, a key of :data:`tdmpc2_sb3.model.dynamics.DYNAMICS`;
         None: the policy class's own
     :param dynamics_kwargs: further arguments of that dynamics
     :param horizon: H, steps of the plan
@@ -114,8 +113,9 @@ class TDMPC2Policy(BasePolicy):
     :param min_std: smallest standard deviation of a plan
     :param max_std: initial and largest standard deviation of a plan
     :param enc_lr_scale: the encoder's learning rate relative to the others'
-    :param compile: whether planning is compiled, see :func:`tdmpc2_sb3.compilation.compiled`; on
-        CUDA it is also recorded as a graph, unless this is False
+    :param compile: whether planning is compiled, see
+        :func:`tdmpc2_sb3.fast.torch_compile.compiled`; on CUDA it is also recorded as a graph,
+        unless this is False
     :param normalize_images: whether images are uint8 and scaled here. If False every Box of three
         axes, (C, h, w), is an image that the environment has scaled
     :raises ValueError: naming the argument that is unknown or out of range
@@ -550,7 +550,7 @@ class TDMPC2Policy(BasePolicy):
     def obs_to_tensor(
         self, observation: np.ndarray | dict[str, np.ndarray]
     ) -> tuple[PyTorchObs, bool]:
-        """Observations as the encoder takes them, see :mod:`tdmpc2_sb3.observation_entries`.
+        """Observations as the encoder takes them, see :mod:`tdmpc2_sb3.replay.observation_entries`.
 
         :param observation: of one environment or of E
         :return: [E, ...] each, and whether there was an axis of environments

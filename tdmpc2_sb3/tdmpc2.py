@@ -37,25 +37,11 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from tdmpc2_sb3 import action_noise as noises
-from tdmpc2_sb3 import episode_state, interrupts, official_checkpoint, run_files, workers
-from tdmpc2_sb3.attribute_checks import check_attributes, check_parts
-from tdmpc2_sb3.callback_state import environments_of
 from tdmpc2_sb3.callbacks import last_checkpoint
-from tdmpc2_sb3.environment_facts import (
-    EnvironmentFacts,
-    automatic_gamma,
-    automatic_learning_starts,
-    check_action_space,
-    read_facts,
-)
-from tdmpc2_sb3.fast_paths import unknown_to_search
+from tdmpc2_sb3.fast.doorman import unknown_to_search
 from tdmpc2_sb3.kernels import usable
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
-from tdmpc2_sb3.normalization import NormalizationBelow
-from tdmpc2_sb3.observation_entries import check_entries
-from tdmpc2_sb3.parameter_checks import check_parameters, check_streams
-from tdmpc2_sb3.pink_noise import PinkNoise, uniform
+from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
 from tdmpc2_sb3.policies import (
     CnnPolicy,
@@ -67,19 +53,31 @@ from tdmpc2_sb3.policies import (
     automatic_iterations,
     is_of_integers,
 )
-from tdmpc2_sb3.saving import read_archive, write_archive
-from tdmpc2_sb3.schedules import can_be_written, for_writing, tabulated
-from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
+from tdmpc2_sb3.replay.normalization import NormalizationBelow
+from tdmpc2_sb3.replay.observation_entries import check_entries
+from tdmpc2_sb3.saving import action_noise as noises
+from tdmpc2_sb3.saving import episode_state, interrupts, official_checkpoint, workers
+from tdmpc2_sb3.saving import log_files as run_files
+from tdmpc2_sb3.saving.archive import read_archive, write_archive
+from tdmpc2_sb3.saving.attribute_checks import check_attributes, check_parts
+from tdmpc2_sb3.saving.callback_state import environments_of
+from tdmpc2_sb3.saving.parameter_checks import check_parameters, check_streams
+from tdmpc2_sb3.saving.schedules import can_be_written, for_writing, tabulated
 from tdmpc2_sb3.settings import (
     AUTOMATIC,
     SETTINGS,
+    EnvironmentFacts,
     FixedSettingError,
     LiveSettings,
+    automatic_gamma,
+    automatic_learning_starts,
+    check_action_space,
+    read_facts,
     usable_device,
     whole_number,
 )
-from tdmpc2_sb3.statistics import RunningMeans
-from tdmpc2_sb3.update import UpdateStep
+from tdmpc2_sb3.update import RunningMeans, UpdateStep
 
 SelfTDMPC2 = TypeVar("SelfTDMPC2", bound="TDMPC2")
 
@@ -142,7 +140,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         own spread alone explores
     :param exploration_noise: "white": random actions before learning and the noise that explores
         the plan's spread are drawn anew every step, as the reference does; "pink": they are
-        correlated over steps, see :class:`tdmpc2_sb3.pink_noise.PinkNoise`
+        correlated over steps, see :class:`tdmpc2_sb3.model.pink_noise.PinkNoise`
     :param replay_buffer_class: :class:`SequenceReplayBuffer` or a subclass
     :param replay_buffer_kwargs: further arguments of the buffer
     :param initial_gradient_steps: gradient steps made at once when learning starts; "auto": one

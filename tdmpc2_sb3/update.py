@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import torch as th
 
-from tdmpc2_sb3.adam import Adam
-from tdmpc2_sb3.compilation import Compiled
-from tdmpc2_sb3.cuda_graphs import Graphed, recorder_for
-from tdmpc2_sb3.direct_gradients import DirectGradients, Taken
-from tdmpc2_sb3.fast_paths import unknown_to_gradients
+from tdmpc2_sb3.fast.adam import Adam
+from tdmpc2_sb3.fast.cuda_graphs import Graphed, recorder_for
+from tdmpc2_sb3.fast.doorman import unknown_to_gradients
+from tdmpc2_sb3.fast.gradients import DirectGradients, Taken
+from tdmpc2_sb3.fast.module_parts import Parts
+from tdmpc2_sb3.fast.torch_compile import Compiled
 from tdmpc2_sb3.kernels import Captured, lerp_, readable, usable, weights_held
 from tdmpc2_sb3.losses import (
     LossConfig,
@@ -23,9 +25,8 @@ from tdmpc2_sb3.losses import (
     model_losses,
     policy_loss,
 )
-from tdmpc2_sb3.parts import Parts
 from tdmpc2_sb3.policies import TDMPC2Policy
-from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.replay.buffer import SequenceBatch
 
 CLIPPING_EPSILON = 1e-6  # torch's and the reference's
 
@@ -302,3 +303,27 @@ def _trained(parameters: list[th.nn.Parameter]) -> list[th.nn.Parameter]:
         if not each.requires_grad:
             each.grad = None
     return [each for each in parameters if each.requires_grad]
+
+
+class RunningMeans:
+    """Averages named scalars between two dumps without waiting for the device at every step."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, th.Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, th.Tensor]) -> None:
+        """
+        :param values: scalars, or tensors whose mean is meant
+        """
+        for name, value in values.items():
+            mean = value.detach().mean() if value.dim() else value.detach()
+            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        """The means since the last call; the sums start anew."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return means

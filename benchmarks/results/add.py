@@ -22,8 +22,8 @@ import generate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from machine import describe
-from tdmpc2_sb3.plot import read_run
-from tdmpc2_sb3.zoo_yaml import read_yaml
+from tdmpc2_sb3.study.plot import read_run
+from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
 PACKAGES = ("torch", "stable-baselines3", "rl_zoo3", "dm_control", "mujoco")
 

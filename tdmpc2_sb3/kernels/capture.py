@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdmpc2_sb3.kernels.library import Call, calls_written_down
 from tdmpc2_sb3.kernels.products import goes_by_torch, weights_held, weights_held_anew
-from tdmpc2_sb3.nested import with_tensors, without_tensors
+from tdmpc2_sb3.kernels.tensor_trees import with_tensors, without_tensors
 
 Result = TypeVar("Result")
 

@@ -1,8 +1,8 @@
 """The kernels as differentiable torch functions.
 
-Every function here has a plain counterpart in :mod:`tdmpc2_sb3.layers`,
-:mod:`tdmpc2_sb3.discrete_regression`, :mod:`tdmpc2_sb3.dynamics.ssm` or :mod:`tdmpc2_sb3.losses`;
-tests compare them.
+Every function here has a plain counterpart in :mod:`tdmpc2_sb3.model.layers`,
+:mod:`tdmpc2_sb3.model.discrete_regression`, :mod:`tdmpc2_sb3.model.dynamics.ssm` or
+:mod:`tdmpc2_sb3.losses`; tests compare them.
 
 Shapes: ``...`` any leading axes, B rows, Q members of an ensemble, K bins.
 """

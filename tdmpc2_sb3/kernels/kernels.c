@@ -1978,7 +1978,7 @@ static void policy_rows(const float *moments, const float *noise, float *actions
         }
 }
 
-/* A layer of the state-space dynamics (tdmpc2_sb3/dynamics/ssm.py tells what they compute). */
+/* A layer of the state-space dynamics (tdmpc2_sb3/model/dynamics/ssm.py tells what they compute). */
 typedef struct {
     const float *gain, *shift;          /* of the LayerNorm in front, [width] */
     layer products;                     /* B, V and W_1 side by side */

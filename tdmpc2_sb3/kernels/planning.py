@@ -59,7 +59,7 @@ class StateSpaceLayer(NamedTuple):
 
 
 class StateSpace(NamedTuple):
-    """State-space dynamics, see :mod:`tdmpc2_sb3.dynamics.ssm`."""
+    """State-space dynamics, see :mod:`tdmpc2_sb3.model.dynamics.ssm`."""
 
     features: Layer  # W_c
     context: Layer  # W_u

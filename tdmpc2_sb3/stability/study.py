@@ -14,7 +14,7 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from tdmpc2_sb3.dynamics import DYNAMICS
+from tdmpc2_sb3.model.dynamics import DYNAMICS
 from tdmpc2_sb3.policies import TDMPC2Policy
 from tdmpc2_sb3.stability import metrics
 from tdmpc2_sb3.stability.agent import PlanningAgent

@@ -9,7 +9,7 @@ from typing import Any
 
 from tdmpc2_sb3.study import results, runs
 from tdmpc2_sb3.study.plan import Cell, Plan
-from tdmpc2_sb3.zoo_yaml import read_yaml
+from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
 
 def collect(plan: Plan, arm: str, folder: Path, commit: str) -> Iterator[str]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tdmpc2_sb3.plot import draw_published, thousands
 from tdmpc2_sb3.study import aggregate, statistics
 from tdmpc2_sb3.study.plan import Plan, Task
+from tdmpc2_sb3.study.plot import draw_published, thousands
 from tdmpc2_sb3.study.results import Result
 
 #: Training episodes are averaged over so many stretches of a run.

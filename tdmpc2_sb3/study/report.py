@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tdmpc2_sb3.file_io import atomic_write
-from tdmpc2_sb3.plot import PUBLISHED_LABELS, read_published
+from tdmpc2_sb3.saving.files import atomic_write
 from tdmpc2_sb3.study import aggregate, pictures, statistics
 from tdmpc2_sb3.study.plan import Cell, Plan, Task
+from tdmpc2_sb3.study.plot import PUBLISHED_LABELS, read_published
 from tdmpc2_sb3.study.results import Result, csv_path, read_results
 from tdmpc2_sb3.study.statistics import LAST, Estimate
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tdmpc2_sb3.file_io import atomic_write
-from tdmpc2_sb3.plot import minutes_at, read_action_repeat, read_episodes
+from tdmpc2_sb3.saving.files import atomic_write
 from tdmpc2_sb3.study.plan import Cell, Plan
-from tdmpc2_sb3.zoo_yaml import read_yaml
+from tdmpc2_sb3.study.plot import minutes_at, read_action_repeat, read_episodes
+from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
 COLUMNS = ("kind", "steps", "frames", "minutes", "return", "length")
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from tdmpc2_sb3.callbacks import latest_checkpoint
-from tdmpc2_sb3.file_io import atomic_write
-from tdmpc2_sb3.plot import read_episodes
+from tdmpc2_sb3.saving.files import atomic_write
 from tdmpc2_sb3.study.machine import describe, try_lock
 from tdmpc2_sb3.study.plan import Cell, Plan
+from tdmpc2_sb3.study.plot import read_episodes
 from tdmpc2_sb3.zoo.checkpoints import LOCK_FILE
 from tdmpc2_sb3.zoo.register import ALGORITHMS
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from tdmpc2_sb3 import interrupts
 from tdmpc2_sb3.callbacks import ResumableCheckpointCallback
+from tdmpc2_sb3.saving import interrupts
 
 CALLBACK_NAME = f"{ResumableCheckpointCallback.__module__}.{ResumableCheckpointCallback.__name__}"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from tdmpc2_sb3 import interrupts, workers
+from tdmpc2_sb3.saving import interrupts, workers
 from tdmpc2_sb3.zoo import checkpoints, passwords, trust
 from tdmpc2_sb3.zoo.command_line import read_command
 from tdmpc2_sb3.zoo.register import (

@@ -19,14 +19,14 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.utils import set_random_seed
 
-from tdmpc2_sb3 import run_files
 from tdmpc2_sb3.callbacks import load_checkpoint, sound_checkpoint
-from tdmpc2_sb3.checkpoint_files import read_run
-from tdmpc2_sb3.saving import read_archive
+from tdmpc2_sb3.saving import log_files as run_files
+from tdmpc2_sb3.saving.archive import read_archive
+from tdmpc2_sb3.saving.checkpoint_files import read_run
 from tdmpc2_sb3.zoo import checkpoints, trust
 from tdmpc2_sb3.zoo.experiments import advise
 from tdmpc2_sb3.zoo.register import ALGORITHMS, install
-from tdmpc2_sb3.zoo_yaml import read_yaml
+from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
 #: In the checkpoint already; the zoo would run strings among them as code.
 SAVED_WITH_THE_MODEL = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch as th
 
-from tdmpc2_sb3 import TDMPC2, compare_dynamics
-from tdmpc2_sb3.dynamics import DYNAMICS
+from tdmpc2_sb3 import TDMPC2
+from tdmpc2_sb3.model.dynamics import DYNAMICS
 from tdmpc2_sb3.stability import __main__ as stability
+from tdmpc2_sb3.stability import compare_dynamics
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "dynamics.md").read_text()
 

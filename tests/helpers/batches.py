@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch as th
 
-from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.replay.buffer import SequenceBatch
 
 
 def assert_equal_batches(one: SequenceBatch, other: SequenceBatch) -> None:

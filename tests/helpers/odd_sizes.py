@@ -17,8 +17,8 @@ import torch as th
 from gymnasium import spaces
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.direct_gradients import DirectGradients
-from tdmpc2_sb3.direct_planning import DirectPlanning
+from tdmpc2_sb3.fast.gradients import DirectGradients
+from tdmpc2_sb3.fast.plans import DirectPlanning
 from tdmpc2_sb3.losses import (
     LossConfig,
     model_losses,
@@ -26,9 +26,9 @@ from tdmpc2_sb3.losses import (
     sample_update_noise,
     step_weights,
 )
+from tdmpc2_sb3.model.world_model import Architecture, WorldModel
 from tdmpc2_sb3.planner import PlannerConfig, PlanNoise, plan, sample_plan_noise
-from tdmpc2_sb3.sequence_buffer import SequenceBatch
-from tdmpc2_sb3.world_model import Architecture, WorldModel
+from tdmpc2_sb3.replay.buffer import SequenceBatch
 
 TAU = 0.02
 

@@ -69,7 +69,7 @@ def test_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"tdmpc2_sb3_startup.pth", "tdmpc2_sb3_startup.py"} <= names
     assert {f"tdmpc2_sb3/hyperparams/{file}" for file in YAML_FILES} <= names
-    assert {"tdmpc2_sb3/__init__.py", "tdmpc2_sb3/data/published_curves.csv"} <= names
+    assert {"tdmpc2_sb3/__init__.py", "tdmpc2_sb3/study/published_curves.csv"} <= names
     assert "dmc_gym_plugin/__init__.py" in names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {

@@ -38,7 +38,7 @@ from gymnasium import spaces
 import dmc_gym_plugin  # noqa: F401 - registers DMC/
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.policies import MlpPolicy
-from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
 
 SECONDS = 20
 MEMORY = 2 << 30  # bytes that a case may take besides what its process had

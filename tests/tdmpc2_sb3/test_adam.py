@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch as th
 
-from tdmpc2_sb3.adam import Adam
+from tdmpc2_sb3.fast.adam import Adam
 from tdmpc2_sb3.kernels import lerp_, library, readable, total_norm
 
 SHAPES = [(), (1,), (7,), (5, 3), (0, 4), (33, 17), (700, 513)]

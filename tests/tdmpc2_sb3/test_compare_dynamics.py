@@ -9,7 +9,7 @@ import gymnasium as gym
 import pytest
 import torch as th
 
-from tdmpc2_sb3.compare_dynamics import compare, count_multiply_adds, main
+from tdmpc2_sb3.stability.compare_dynamics import compare, count_multiply_adds, main
 
 LATENT, ACTION, MLP_DIM, SAMPLES = 16, 1, 24, 20
 SETTINGS = {

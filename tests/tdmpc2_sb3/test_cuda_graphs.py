@@ -19,10 +19,11 @@ from gymnasium import spaces
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tdmpc2_sb3 import cuda_graphs
-from tdmpc2_sb3.adam import Adam
-from tdmpc2_sb3.cuda_graphs import Graphed
+from tdmpc2_sb3.fast import cuda_graphs
+from tdmpc2_sb3.fast.adam import Adam
+from tdmpc2_sb3.fast.cuda_graphs import Graphed
 from tdmpc2_sb3.kernels import Dropped
+from tdmpc2_sb3.kernels.tensor_trees import with_tensors, without_tensors
 from tdmpc2_sb3.losses import (
     LossConfig,
     PolicyNoise,
@@ -33,10 +34,9 @@ from tdmpc2_sb3.losses import (
     sample_update_noise,
     step_weights,
 )
-from tdmpc2_sb3.nested import with_tensors, without_tensors
+from tdmpc2_sb3.model.world_model import Architecture, WorldModel
 from tdmpc2_sb3.planner import PlannerConfig, PlanNoise, plan, shift_plan
-from tdmpc2_sb3.sequence_buffer import SequenceBatch
-from tdmpc2_sb3.world_model import Architecture, WorldModel
+from tdmpc2_sb3.replay.buffer import SequenceBatch
 
 
 class Replay(TorchDispatchMode):
@@ -78,7 +78,7 @@ class Replay(TorchDispatchMode):
 
 
 class CPURecorder:
-    """Stands in for :class:`tdmpc2_sb3.cuda_graphs.Recorder`."""
+    """Stands in for :class:`tdmpc2_sb3.fast.cuda_graphs.Recorder`."""
 
     def __init__(self, device=None):
         self.warm_ups = 0

@@ -15,14 +15,12 @@ import torch as th
 from gymnasium import spaces
 
 from tdmpc2_sb3 import update as update_module
-from tdmpc2_sb3.direct_gradients import (
+from tdmpc2_sb3.fast.gradients import (
     DirectGradients,
     has_direct_gradients,
 )
-from tdmpc2_sb3.dynamics.mlp import MLPDynamics
 from tdmpc2_sb3.kernels import PolicyDraw, library, weights_held
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
-from tdmpc2_sb3.layers import MLP, SimNorm
 from tdmpc2_sb3.losses import (
     LossConfig,
     alive_states,
@@ -32,9 +30,11 @@ from tdmpc2_sb3.losses import (
     scaled_entropy,
     step_weights,
 )
-from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.model.dynamics.mlp import MLPDynamics
+from tdmpc2_sb3.model.layers import MLP, SimNorm
+from tdmpc2_sb3.model.world_model import Architecture, WorldModel
+from tdmpc2_sb3.replay.buffer import SequenceBatch
 from tdmpc2_sb3.settings import ENTROPIES
-from tdmpc2_sb3.world_model import Architecture, WorldModel
 
 ACTION_DIM, TAU, TOLERANCE = 3, 0.02, 5e-5
 VECTOR = spaces.Box(-np.inf, np.inf, (5,), np.float32)

@@ -10,10 +10,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from tdmpc2_sb3.direct_planning import DirectPlanning
+from tdmpc2_sb3.fast.plans import DirectPlanning
 from tdmpc2_sb3.kernels import capture
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
-from tdmpc2_sb3.layers import MLP
+from tdmpc2_sb3.model.layers import MLP
+from tdmpc2_sb3.model.world_model import Architecture, WorldModel
 from tdmpc2_sb3.planner import (
     Plan,
     PlannerConfig,
@@ -22,7 +23,6 @@ from tdmpc2_sb3.planner import (
     planning_networks,
     sample_plan_noise,
 )
-from tdmpc2_sb3.world_model import Architecture, WorldModel
 
 ACTION_DIM = 2
 VECTOR = spaces.Box(-np.inf, np.inf, (5,), np.float32)

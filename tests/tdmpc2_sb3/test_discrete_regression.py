@@ -7,7 +7,7 @@ import math
 import pytest
 import torch as th
 
-from tdmpc2_sb3.discrete_regression import (
+from tdmpc2_sb3.model.discrete_regression import (
     make_bins,
     soft_cross_entropy,
     symexp,

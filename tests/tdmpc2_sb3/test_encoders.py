@@ -8,7 +8,7 @@ import torch as th
 import torch.nn.functional as F
 from gymnasium import spaces
 
-from tdmpc2_sb3.encoders import (
+from tdmpc2_sb3.model.encoders import (
     Encoder,
     PixelEncoder,
     StateEncoder,

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tdmpc2_sb3.file_io import CorruptFileError, atomic_write, open_zip, write_to
+from tdmpc2_sb3.saving.files import CorruptFileError, atomic_write, open_zip, write_to
 
 
 def test_writes_with_suffix_and_missing_folders(tmp_path):
@@ -57,7 +57,7 @@ def test_permissions_and_links_survive(tmp_path):
 
 FULL_DISK = """
 import resource, signal, sys
-from tdmpc2_sb3.file_io import atomic_write
+from tdmpc2_sb3.saving.files import atomic_write
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the kernel refuses to write more
 for path in sys.argv[1:]:
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 KILLED = """
 import os, sys
-from tdmpc2_sb3.file_io import atomic_write
+from tdmpc2_sb3.saving.files import atomic_write
 from killing import kill_at_random_moments
 
 path, times = sys.argv[1], int(sys.argv[2])

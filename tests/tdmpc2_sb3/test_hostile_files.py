@@ -20,12 +20,12 @@ import pytest
 import torch as th
 
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.file_io import CorruptFileError, parse_json
-from tdmpc2_sb3.json_codec import decode
 from tdmpc2_sb3.policies import MlpPolicy
-from tdmpc2_sb3.random_streams import checked_stream
-from tdmpc2_sb3.saving import read_archive
-from tdmpc2_sb3.tensor_file import read_tensors, tensor_of
+from tdmpc2_sb3.saving.archive import read_archive
+from tdmpc2_sb3.saving.files import CorruptFileError, parse_json
+from tdmpc2_sb3.saving.json_codec import decode
+from tdmpc2_sb3.saving.random_streams import checked_stream
+from tdmpc2_sb3.saving.tensor_file import read_tensors, tensor_of
 
 SIZES = {
     "latent_dim": 16,

@@ -18,8 +18,9 @@ from stable_baselines3.common.callbacks import CallbackList, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from tdmpc2_sb3 import TDMPC2, interrupts
+from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.callbacks import ResumableCheckpointCallback, load_checkpoint
+from tdmpc2_sb3.saving import interrupts
 
 TINY = {
     "latent_dim": 16,

@@ -16,14 +16,14 @@ from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
-from tdmpc2_sb3.json_classes import (
+from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
+from tdmpc2_sb3.saving.json_classes import (
     UnreadableError,
     UnsaveableError,
     qualified_name,
     register_class,
 )
-from tdmpc2_sb3.json_codec import decode, encode
-from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+from tdmpc2_sb3.saving.json_codec import decode, encode
 
 
 def through_json(value, name="value"):
@@ -234,7 +234,7 @@ def test_registered_classes_are_saved_by_name():
         "builtins.eval",
         "torch.nn.modules.os",
         "tdmpc2_sb3.zoo.__main__.main",
-        "tdmpc2_sb3.sequence_buffer.np",
+        "tdmpc2_sb3.replay.buffer.np",
         "unknown.Class",
         "NoModule",
     ],

@@ -8,12 +8,12 @@ import torch as th
 from gymnasium import spaces
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.direct_planning import DirectPlanning
+from tdmpc2_sb3.fast.plans import DirectPlanning
 from tdmpc2_sb3.kernels import AdamArrays, Layer, library
 from tdmpc2_sb3.kernels.library import call
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
+from tdmpc2_sb3.model.world_model import Architecture, WorldModel
 from tdmpc2_sb3.planner import PlannerConfig, sample_plan_noise
-from tdmpc2_sb3.world_model import Architecture, WorldModel
 
 CONFIG = PlannerConfig(3, 16, 4, 4, 2)
 

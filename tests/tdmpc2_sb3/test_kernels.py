@@ -18,12 +18,12 @@ import torch as th
 import torch.nn.functional as F
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
-from tdmpc2_sb3.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
 from tdmpc2_sb3.kernels import Activation, Dropped, Layer, Norm, library
 from tdmpc2_sb3.kernels.arguments import SIMPLEX, arguments_of, on_simplices
 from tdmpc2_sb3.kernels.library import SWITCH
 from tdmpc2_sb3.kernels.products import operation_counter
+from tdmpc2_sb3.model.discrete_regression import make_bins, soft_cross_entropy, symexp, two_hot
+from tdmpc2_sb3.model.dynamics.ssm import DT_MAX, DT_MIN, discretise, scan
 
 EPS = 1e-5
 MISH = Norm(Activation.MISH, eps=EPS)
@@ -609,7 +609,7 @@ def test_without_kernels_everything_goes_on_with_one_warning(tmp_path, variables
     program = (
         "import warnings; warnings.simplefilter('always')\n"
         "import torch as th\n"
-        "from tdmpc2_sb3.layers import NormedLinear\n"
+        "from tdmpc2_sb3.model.layers import NormedLinear\n"
         "layer = NormedLinear(4, 8)\n"
         "layer(th.ones(2, 4)).sum().backward()\n"
         "layer(th.ones(2, 4))\n"

@@ -7,7 +7,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from tdmpc2_sb3.layers import (
+from tdmpc2_sb3.model.layers import (
     MLP,
     EnsembleLayer,
     NormedLinear,

@@ -25,7 +25,7 @@ from tdmpc2_sb3.losses import (
     updated_scale,
 )
 from tdmpc2_sb3.policies import MlpPolicy
-from tdmpc2_sb3.sequence_buffer import SequenceBatch
+from tdmpc2_sb3.replay.buffer import SequenceBatch
 from tdmpc2_sb3.update import UpdateStep
 
 GAMMA, TAU, RATE, ENC_SCALE = 0.97, 0.01, 3e-4, 0.3

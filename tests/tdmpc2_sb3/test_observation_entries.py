@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdmpc2_sb3 import TDMPC2, kernels, update
-from tdmpc2_sb3.encoders import Encoder, flatten_vectors, module_names
-from tdmpc2_sb3.observation_entries import entry_shape, input_size, vector_of
+from tdmpc2_sb3.model.encoders import Encoder, flatten_vectors, module_names
 from tdmpc2_sb3.policies import MlpPolicy, MultiInputPolicy
+from tdmpc2_sb3.replay.observation_entries import entry_shape, input_size, vector_of
 
 IMAGE = spaces.Box(0, 255, (3, 64, 64), np.uint8)
 VECTOR = spaces.Box(-1.0, 1.0, (2,), np.float32)

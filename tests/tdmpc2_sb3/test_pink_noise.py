@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from tdmpc2_sb3.pink_noise import NUM_OCTAVES, PinkNoise, uniform
+from tdmpc2_sb3.model.pink_noise import NUM_OCTAVES, PinkNoise, uniform
 
 
 def generator(seed=0):

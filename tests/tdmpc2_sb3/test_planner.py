@@ -9,10 +9,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from tdmpc2_sb3.dynamics import LatentDynamics, MLPDynamics
 from tdmpc2_sb3.kernels import count_simplices
 from tdmpc2_sb3.kernels.arguments import SIMPLEX
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
+from tdmpc2_sb3.model.dynamics import LatentDynamics, MLPDynamics
+from tdmpc2_sb3.model.world_model import Architecture, WorldModel
 from tdmpc2_sb3.planner import (
     PlannerConfig,
     PlanNoise,
@@ -22,7 +23,6 @@ from tdmpc2_sb3.planner import (
     sample_plan_noise,
     shift_plan,
 )
-from tdmpc2_sb3.world_model import Architecture, WorldModel
 
 OBS_DIM, ACTION_DIM = 5, 2
 FLOAT32 = np.finfo(np.float32)

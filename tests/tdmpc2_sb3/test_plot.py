@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tdmpc2_sb3 import plot
+from tdmpc2_sb3.study import plot
 
 
 def write_run(folder: Path, steps, returns, episodes, config=None, args=None) -> Path:

@@ -19,9 +19,9 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc2_sb3.episode_rings import _START, _TERMINATED, _ZERO_PADDED
-from tdmpc2_sb3.file_io import CorruptFileError
-from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
+from tdmpc2_sb3.replay.rings import _START, _TERMINATED, _ZERO_PADDED
+from tdmpc2_sb3.saving.files import CorruptFileError
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
@@ -211,7 +211,7 @@ import sys
 import numpy as np
 from gymnasium import spaces
 from killing import kill_at_random_moments
-from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
 
 path, times = sys.argv[1], int(sys.argv[2])
 sizes = []

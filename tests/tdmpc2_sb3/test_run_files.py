@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 
-from tdmpc2_sb3.run_files import SteadyStart, _last_second
+from tdmpc2_sb3.saving.log_files import SteadyStart, _last_second
 
 
 def test_seconds_go_on_when_the_clock_is_set_back(monkeypatch):

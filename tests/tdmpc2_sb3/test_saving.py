@@ -16,7 +16,7 @@ from same_models import no_unpickling
 from stable_baselines3 import SAC
 from stable_baselines3.common.utils import FloatSchedule
 
-from tdmpc2_sb3.saving import (
+from tdmpc2_sb3.saving.archive import (
     CorruptFileError,
     UnsaveableError,
     read_archive,

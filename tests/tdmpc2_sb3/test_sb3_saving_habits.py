@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SSMPolicy
-from tdmpc2_sb3.saving import UnsaveableError
+from tdmpc2_sb3.saving.archive import UnsaveableError
 
 
 def vec_point_env(point_env, n_envs=1, **kwargs):

@@ -9,7 +9,7 @@ import pytest
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.schedules import TableSchedule, tabulated
+from tdmpc2_sb3.saving.schedules import TableSchedule, tabulated
 
 
 def linear_schedule(initial_value):

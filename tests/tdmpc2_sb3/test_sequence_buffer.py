@@ -13,8 +13,8 @@ from batches import assert_equal_batches
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from tdmpc2_sb3 import sequence_buffer
-from tdmpc2_sb3.sequence_buffer import SequenceReplayBuffer
+from tdmpc2_sb3.replay import buffer as sequence_buffer
+from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
 
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
 VECTORS = spaces.Box(-np.inf, np.inf, (3,), np.float32)

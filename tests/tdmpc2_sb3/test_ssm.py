@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.dynamics import MLPDynamics, SSMDynamics
-from tdmpc2_sb3.dynamics.base import LatentDynamics
-from tdmpc2_sb3.dynamics.ssm import (
+from tdmpc2_sb3.model.dynamics import MLPDynamics, SSMDynamics
+from tdmpc2_sb3.model.dynamics.base import LatentDynamics
+from tdmpc2_sb3.model.dynamics.ssm import (
     DT_MAX,
     DT_MIN,
     RING_INNER,

@@ -15,7 +15,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.dynamics import MLPDynamics
+from tdmpc2_sb3.model.dynamics import MLPDynamics
 
 
 def test_defaults_are_the_papers():

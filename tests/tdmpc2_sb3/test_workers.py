@@ -16,9 +16,10 @@ import pytest
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-from tdmpc2_sb3 import TDMPC2, workers
+from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.callbacks import ResumableCheckpointCallback, latest_checkpoint
-from tdmpc2_sb3.workers import WorkerDiedError
+from tdmpc2_sb3.saving import workers
+from tdmpc2_sb3.saving.workers import WorkerDiedError
 
 TINY = {
     "latent_dim": 16,

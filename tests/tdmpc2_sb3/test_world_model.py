@@ -11,7 +11,7 @@ import torch as th
 from gymnasium import spaces
 
 from tdmpc2_sb3.losses import scaled_entropy
-from tdmpc2_sb3.world_model import Architecture, WorldModel, resolve_architecture
+from tdmpc2_sb3.model.world_model import Architecture, WorldModel, resolve_architecture
 
 SPACE = spaces.Box(-np.inf, np.inf, (5,), np.float32)
 SMALL = Architecture(16, 12, 14, 2, 4)

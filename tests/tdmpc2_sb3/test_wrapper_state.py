@@ -21,9 +21,10 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-from tdmpc2_sb3 import TDMPC2, episode_state
-from tdmpc2_sb3.json_codec import decode, encode
-from tdmpc2_sb3.wrapper_state import STATES, class_name
+from tdmpc2_sb3 import TDMPC2
+from tdmpc2_sb3.saving import episode_state
+from tdmpc2_sb3.saving.json_codec import decode, encode
+from tdmpc2_sb3.saving.wrapper_state import STATES, class_name
 from tests.helpers.same_models import assert_same_models, no_unpickling
 
 CARTPOLE = "DMC/cartpole-swingup-v0"

@@ -8,7 +8,7 @@ import pytest
 import torch as th
 import yaml
 
-from tdmpc2_sb3.zoo_yaml import read_yaml
+from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
 WRITTEN = OrderedDict(
     [

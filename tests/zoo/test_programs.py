@@ -18,8 +18,8 @@ from imageio_ffmpeg import count_frames_and_secs
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.plot import read_run
-from tdmpc2_sb3.saving import read_archive
+from tdmpc2_sb3.saving.archive import read_archive
+from tdmpc2_sb3.study.plot import read_run
 
 CHEETAH = "DMC/cheetah-run-v0"
 NAME = "DMC-cheetah-run-v0"

@@ -1,0 +1,190 @@
+"""The latents that state-space dynamics predict, with their gradients by hand.
+
+See :mod:`tdmpc2_sb3.model.dynamics.ssm` for the layers, :mod:`tdmpc2_sb3.fast.gradients` for why.
+
+Shapes: T steps, B rows, A action, Z latent, C features of z_0, D width, P modes, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch as th
+
+from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.fast.network_gradients import DirectNetwork, JoinedProducts, Written, assign
+from tdmpc2_sb3.kernels import Norm
+from tdmpc2_sb3.model.dynamics import LatentDynamics
+from tdmpc2_sb3.model.dynamics.ssm import ALPHA_MIN, SSMDynamics, SSMLayer
+
+
+class _Layer:
+    """One selective layer in its residual block, over all steps.
+
+    :param layer: whose parameters get gradients
+    """
+
+    def __init__(self, layer: SSMLayer):
+        self._layer = layer
+        self._norm = Norm(eps=layer.norm.eps)
+        self._modes = layer.modes
+        self._products = JoinedProducts(
+            [layer.drive.weight, layer.direct.weight, layer.select_in.weight]
+        )
+        self._select = DirectNetwork([layer.select_out.as_layer()])
+        self._readout = DirectNetwork([layer.readout.as_layer()])
+        self._mix = DirectNetwork([layer.mix.as_layer()])
+
+    def evaluate(self, stream: th.Tensor, start: th.Tensor) -> th.Tensor:
+        """
+        :param stream: of the layer below, contiguous, [T, B, D]
+        :param start: x_0, contiguous, [B, 2P]
+        :return: the stream of this layer, [T, B, D]
+        """
+        layer, modes = self._layer, self._modes
+        self._stream, leading = stream, stream.shape[:-1]
+        normed = th.empty_like(stream)
+        self._statistics = stream.new_empty(2, leading.numel())
+        gain, shift = layer.norm.weight, layer.norm.bias
+        kernels.norm_forward(stream, gain, shift, normed, self._statistics, self._norm)
+        products = self._products.evaluate(normed.view(-1, normed.shape[-1]))[0]
+        drive = products[:, : 2 * modes].view(*leading, -1)
+        self._direct = products[:, 2 * modes : -layer.rank]
+        selection = self._select.evaluate(products[:, -layer.rank :])[0].view(*leading, -1)
+        alpha = kernels.exponential(layer.nu, added=ALPHA_MIN)
+        self._scanned = kernels.Scan(selection, drive, start, alpha, layer.omega, layer.beta)
+        self._states = kernels.selective_scan(*self._scanned)
+        self._read = self._readout.evaluate(self._states.view(-1, 2 * modes))[0]
+        hidden = kernels.gelu_sum(self._read, self._direct)
+        return kernels.add(stream, self._mix.evaluate(hidden)[0])
+
+    def backward(self, by_stream: th.Tensor) -> tuple[th.Tensor, Written]:
+        """Gives the parameters their gradients.
+
+        :param by_stream: by this layer's stream, contiguous, [T B, D]; afterwards by that of the
+            layer below
+        :return: by x_0, [B, 2P]; those of the parameters
+        """
+        layer, modes = self._layer, self._modes
+        rows, width = self._read.shape
+        by_hidden = kernels.zeros(by_stream, rows, width)
+        written = self._mix.backward(by_stream.unsqueeze(0), by_hidden)
+        by_read = kernels.gelu_sum_backward(by_hidden, self._read, self._direct)
+        by_states = kernels.zeros(by_stream, rows, 2 * modes)
+        written += self._readout.backward(by_read.unsqueeze(0), by_states)
+        by_scan = kernels.selective_scan_backward(
+            by_states.view_as(self._states), self._scanned, self._states
+        )
+        by_chosen = kernels.zeros(by_stream, rows, layer.rank)
+        by_selection = by_scan.selection.view(1, -1, modes)
+        written += self._select.backward(by_selection, by_chosen)
+        by_products = kernels.join([by_scan.drive.view_as(by_states), by_read, by_chosen])
+        by_normed = kernels.zeros(by_stream, *by_stream.shape)
+        written += self._products.backward(by_products.unsqueeze(0), by_normed)
+
+        by_norm = by_stream.new_empty(3, by_stream.shape[-1])  # gain, shift and a bias in front
+        gain, shift = layer.norm.weight, layer.norm.bias
+        by_input = kernels.norm_backward(
+            by_normed,
+            self._stream.view_as(by_normed),
+            None,
+            gain,
+            shift,
+            self._statistics,
+            by_norm,
+            self._norm,
+        )
+        kernels.add(by_stream, by_input, by_stream)
+        by_alpha, by_omega, by_beta = by_scan.parameters
+        by_nu = kernels.exponential(layer.nu, by_alpha)  # alpha is e^nu and a constant
+        slow = [(layer.nu, by_nu), (layer.omega, by_omega), (layer.beta, by_beta)]
+        written += assign([*slow, (gain, by_norm[0]), (shift, by_norm[1])])
+        return by_scan.start, written
+
+
+def with_inputs(
+    latent: th.Tensor, predicted: th.Tensor, actions: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """Latents, and what they were predicted from.
+
+    :param latent: z_0, [B, Z]
+    :param predicted: z_1..z_T, [T, B, Z]
+    :param actions: [T, B, A]
+    :return: z_0..z_T, [1 + T, B, Z], and z_0..z_{T-1} beside the actions, [T B, Z + A]
+    """
+    latents = latent.new_empty(1 + len(predicted), *latent.shape)
+    kernels.copy_(latent, latents[0])
+    kernels.copy_(predicted, latents[1:])
+    return latents, kernels.join([latents[:-1], actions]).view(
+        -1, latent.shape[-1] + actions.shape[-1]
+    )
+
+
+class StateSpaceRollout:
+    """Latents that selective state-space dynamics predict.
+
+    :param dynamics: that predict
+    :param simplices: of how many the latents are known to consist, see
+        :func:`tdmpc2_sb3.kernels.on_simplices`
+    """
+
+    def __init__(self, dynamics: SSMDynamics, simplices: int):
+        features = kernels.on_simplices([dynamics.features.as_layer()], simplices)
+        self._sizes = dynamics.sizes
+        self._features = DirectNetwork(features)
+        self._context = DirectNetwork([dynamics.features_in.as_layer()])
+        self._starts = DirectNetwork([dynamics.starts.as_layer()])
+        self._action = DirectNetwork([dynamics.action_in.as_layer()])
+        self._out = DirectNetwork([dynamics.out.as_layer()])
+        self._layers = [_Layer(layer) for layer in dynamics.stack()]
+
+    @staticmethod
+    def knows(dynamics: LatentDynamics) -> TypeGuard[SSMDynamics]:
+        """Whether every part is known here: a subclass may have changed any."""
+        return (
+            isinstance(dynamics, SSMDynamics)
+            and dynamics.selective
+            and not dynamics.autoregressive
+            and dynamics.has_kernels()
+        )
+
+    def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param latent: z_0, [B, Z]
+        :param actions: [T, B, A]
+        :return: z_0..z_T, [1 + T, B, Z], and z_0..z_{T-1} beside the actions, [T B, Z + A]
+        """
+        features = self._features.evaluate(latent)[0]
+        context = self._context.evaluate(features)[0]
+        starts = self._starts.evaluate(features)[0].chunk(len(self._layers), dim=-1)  # [B, 2P]
+        moved = self._action.evaluate(actions.reshape(-1, actions.shape[-1]))[0]
+        stream = kernels.add(moved, context).view(*actions.shape[:-1], -1)
+        for layer, start in zip(self._layers, starts, strict=True):
+            stream = layer.evaluate(stream, kernels.join([start]))
+        predicted = self._out.evaluate(stream.view(-1, stream.shape[-1]))
+        return with_inputs(latent, predicted.view(*actions.shape[:-1], -1), actions)
+
+    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
+        """Gives the parameters their gradients.
+
+        :param by_latents: gradients by z_0..z_T as far as they do not come from later latents,
+            [1 + T, B, Z]; written to
+        :return: by z_0 in full, [B, Z]; those of the parameters
+        """
+        num_steps, num_rows = len(by_latents) - 1, by_latents.shape[1]
+        by_stream = kernels.zeros(by_latents, num_steps * num_rows, self._sizes.width)
+        written = self._out.backward(by_latents[1:].view(1, len(by_stream), -1), by_stream)
+        by_starts: list[th.Tensor] = []
+        for layer in reversed(self._layers):
+            by_start, of_layer = layer.backward(by_stream)
+            by_starts.insert(0, by_start)
+            written += of_layer
+        written += self._action.backward(by_stream.unsqueeze(0))
+        by_context = kernels.zeros(by_latents, 1, num_rows, self._sizes.width)
+        for by_step in by_stream.view(num_steps, 1, num_rows, -1):
+            kernels.add(by_context, by_step, by_context)
+        by_features = kernels.zeros(by_latents, num_rows, self._sizes.conditioning)
+        written += self._context.backward(by_context, by_features)
+        written += self._starts.backward(kernels.join(by_starts).unsqueeze(0), by_features)
+        written += self._features.backward(by_features.unsqueeze(0), by_latents[0])
+        return by_latents[0], written

@@ -1,0 +1,102 @@
+"""The files of a checkpoint: whole, readable and of the same moment, or why not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import zipfile
+from typing import Any
+
+from tdmpc2_sb3.saving.archive import read_archive
+from tdmpc2_sb3.saving.files import CorruptFileError, open_zip
+from tdmpc2_sb3.saving.json_codec import decode
+
+MODEL_FILE = "model.zip"
+BUFFER_FILE = "replay_buffer.zip"
+RUN_FILE = "run.json"
+
+#: What SB3 calls the steps made, and what outlives a new count of them.
+_STEPS, _LIFETIME_STEPS = "num_timesteps", "_lifetime_steps"
+
+
+def digest(path: pathlib.Path) -> str:
+    """Tell a zip from any other by the checksums of its parts, which reading it compares."""
+    with zipfile.ZipFile(path) as archive:
+        parts = [[each.filename, each.file_size, each.CRC] for each in archive.infolist()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def digests(checkpoint: pathlib.Path) -> dict[str, str]:
+    """The digest of each zip of a checkpoint."""
+    return {name: digest(checkpoint / name) for name in (MODEL_FILE, BUFFER_FILE)}
+
+
+def read_run(checkpoint: pathlib.Path) -> dict[str, Any]:
+    """What a checkpoint tells of the run beside the model: steps, callbacks and log files.
+
+    :raises FileNotFoundError: if there is none
+    :raises CorruptFileError: if it is damaged
+    """
+    path = checkpoint / RUN_FILE
+    try:
+        run = decode(json.loads(path.read_text()))
+        sizes, logger = run["files"]["monitor_sizes"], run["files"]["logger"]
+        plain = (
+            _is_count(run[_STEPS])
+            and isinstance(run["callbacks"], list)
+            and isinstance(run["normalizer"], dict)
+            and all(_is_count(size) for size in sizes.values())
+            and (logger is None or isinstance(logger, str))
+            and isinstance(run.get("digests", {}), dict)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CorruptFileError(f"'{path}' is damaged ({error}): use another copy.") from error
+    if not plain:
+        raise CorruptFileError(f"'{path}' is damaged: use another copy.")
+    return run
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def check(checkpoint: pathlib.Path) -> None:
+    """Refuse a checkpoint that cannot be resumed from, before anything is changed for it.
+
+    :raises FileNotFoundError: if a file is missing
+    :raises ValueError: if one is damaged, or of another moment than the others
+    """
+    run = read_run(checkpoint)
+    data, _ = read_archive(checkpoint / MODEL_FILE, "cpu")
+    with open_zip(checkpoint / BUFFER_FILE, "zip", "replay buffer") as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise CorruptFileError(f"The part '{damaged}' of the saved replay buffer is damaged.")
+        collected = _collected_steps(archive)
+    for name, expected in run.get("digests", {}).items():
+        if name in (MODEL_FILE, BUFFER_FILE) and digest(checkpoint / name) != expected:
+            raise CorruptFileError(
+                f"'{checkpoint / name}' is not the file that was written with '{RUN_FILE}': "
+                f"it holds {collected} steps and the run made {run[_STEPS]}."
+                if name == BUFFER_FILE
+                else f"'{checkpoint / name}' is not the file that was written with '{RUN_FILE}'."
+            )
+    made: Any = data.get(_LIFETIME_STEPS)
+    if data.get(_STEPS) != run[_STEPS] or not _is_count(made) or collected > made:
+        raise CorruptFileError(
+            f"The files of '{checkpoint}' are of different moments or runs: the run made "
+            f"{run[_STEPS]} steps, the model {data.get(_STEPS)} ({made} in its life), and "
+            f"{collected} were put into the replay buffer."
+        )
+
+
+def _collected_steps(archive: zipfile.ZipFile) -> int:
+    try:
+        header = json.loads(archive.read("header.json"))
+        steps = header["num_added"] * header["kind"]["n_envs"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CorruptFileError(f"The saved replay buffer is damaged ({error!r}).") from error
+    if not _is_count(steps):
+        raise CorruptFileError(f"The saved replay buffer is damaged ({steps} steps).")
+    return int(steps)

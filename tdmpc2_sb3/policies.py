@@ -279,6 +279,7 @@ class TDMPC2Policy(BasePolicy):
             ),
             (arguments.get("dynamics") or cls.DEFAULT_DYNAMICS, arguments.get("dynamics_kwargs")),
             bool(arguments.get("episodic")),
+            bool(arguments.get("normalize_images", True)),
             weights,
         )
 

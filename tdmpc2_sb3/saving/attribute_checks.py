@@ -174,7 +174,7 @@ def is_whole(value: Any, low: int, high: int) -> bool:
 def is_real(value: Any) -> bool:
     """Say whether a value is a finite number."""
     number = isinstance(value, (int, float, np.integer, np.floating))
-    return number and not isinstance(value, bool) and abs(value) < 1e300
+    return number and not isinstance(value, bool) and abs(float(value)) < 1e300
 
 
 def _check_numbers(data: Mapping[str, Any]) -> None:

@@ -118,7 +118,7 @@ _PARTS = ("environment", "wrappers", "layers", "random", "numpy", "normalizer_re
 
 def _is_number(value: Any) -> bool:
     number = isinstance(value, int | float | np.integer | np.floating)
-    return number and not isinstance(value, bool) and abs(value) < 1e300
+    return number and not isinstance(value, bool) and abs(float(value)) < 1e300
 
 
 def restore(env: VecEnv, states: EpisodeStates) -> None:

@@ -362,6 +362,8 @@ class ArrayReader:
                 found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(member)
                 if fortran:
                     raise ValueError("its columns come first")
+            except (zipfile.BadZipFile, zlib.error, EOFError):
+                raise  # open_zip's sentence names the file
             except Exception as error:  # whatever the tokenizer and the parser say
                 raise CorruptFileError(
                     f"The part '{name}' of the saved file is damaged ({error}): use another copy."

@@ -201,6 +201,7 @@ def check_world_model(
     architecture: Architecture,
     dynamics: tuple[str, dict[str, Any] | None],
     episodic: bool,
+    normalize_images: bool,
     weights: Mapping[str, Any],
 ) -> None:
     """Refuse sizes of a world model other than those of its saved weights.
@@ -212,7 +213,9 @@ def check_world_model(
     :raises ValueError: in one sentence
     """
     with th.device("meta"):
-        model = WorldModel(observation_space, action_dim, architecture, *dynamics, episodic)
+        model = WorldModel(
+            observation_space, action_dim, architecture, *dynamics, episodic, normalize_images
+        )
     prefix = "world_model."
     given = {
         key.removeprefix(prefix): value

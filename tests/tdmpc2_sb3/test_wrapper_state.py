@@ -377,7 +377,7 @@ def test_other_attributes_are_refused():
 def test_a_damaged_random_stream():
     env, states = saved_under("ActionNoiseWrapper")
     states[0]["numpy"]["state"]["pos"] = 10**6
-    with pytest.raises(RuntimeError, match="random stream is damaged"):
+    with pytest.raises(RuntimeError, match="a random state of MT19937 with numbers out of range"):
         episode_state.restore(env, states)
 
 

@@ -129,6 +129,7 @@ class Pair:
             batch_size=config.batch_size,
             num_iterations=config.iterations,
             reference_terminations=True,
+            entropy="gaussian",  # as in the authors' present code
         )
         model = agent.policy.world_model
         arch = model.architecture

@@ -170,9 +170,9 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     :param value_coef: weight of the value loss
     :param termination_coef: weight of the termination loss
     :param entropy_coef: weight of the policy prior's scaled entropy
-    :param entropy: "gaussian": the authors' code since December 2024, which leaves a policy prior
-        whose actions lie at their bounds alone; "squashed": their code before, with which the
-        published returns were made, see :func:`tdmpc2_sb3.losses.scaled_entropy`
+    :param entropy: "squashed": as in the code that made the published returns; "gaussian": as in
+        the authors' code since December 2024, which leaves a policy prior whose actions lie at
+        their bounds alone, see :func:`tdmpc2_sb3.losses.scaled_entropy`
     :param rho: decay of the loss over a sub-sequence's steps, rho^t / T; "auto": 0.5 (0.7 if
         episodic) at T = 3, adapted to any other T so that its last step keeps its weight
     :param td_lambda: lambda of the Q heads' targets: 0 bootstraps after one step, as the reference
@@ -249,7 +249,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         value_coef: float = 0.1,
         termination_coef: float = 1.0,
         entropy_coef: float = 1e-4,
-        entropy: str = "gaussian",
+        entropy: str = "squashed",
         rho: float | str = "auto",
         td_lambda: float = 0.0,
         policy_delay: int = 1,
@@ -1206,6 +1206,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         device = usable_device(device)
         data, tensors = read_archive(path, device, custom_objects, True, print_system_info)
         check_parts(path, data, tensors)
+        data.setdefault("entropy", "gaussian")  # files older than the argument
         run_state, streams = data.pop("run_state"), tensors.pop("run_streams")
         if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
             raise ValueError(

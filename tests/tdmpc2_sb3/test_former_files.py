@@ -31,6 +31,8 @@ def test_a_former_agent_goes_on_where_it_was(name):
     agent = TDMPC2.load(FOLDER / f"{name}.zip", env=env, device="cpu")
     agent.load_replay_buffer(FOLDER / f"{name}_buffer.zip")
 
+    assert agent.entropy == "gaussian"  # there was no other
+
     batch = agent.replay_buffer.sample(8)
     for field, value in expected["batch"].items():
         assert total(getattr(batch, field)) == pytest.approx(value, abs=1e-5), field

@@ -45,7 +45,7 @@ def test_defaults_are_the_papers():
         "value_coef": 0.1,
         "termination_coef": 1.0,
         "entropy_coef": 1e-4,
-        "entropy": "gaussian",
+        "entropy": "squashed",
         "rho": "auto",
         "td_lambda": 0.0,
         "policy_delay": 1,
@@ -69,7 +69,7 @@ def test_the_default_model_is_the_papers_5m():
     assert arch == (512, 256, 512, 2, 5, 8, 101, -10.0, 10.0, 0.01)
     assert agent.policy.planner == (3, 512, 64, 24, 6, 0.5, 0.05, 2.0, 0.975)
     update = agent._update_step
-    assert update.config == (0.975, 20.0, 0.1, 0.1, 1.0, 1e-4, "gaussian", False, 0.0)
+    assert update.config == (0.975, 20.0, 0.1, 0.1, 1.0, 1e-4, "squashed", False, 0.0)
     th.testing.assert_close(update.model_weights, th.tensor([1.0, 0.5, 0.25]) / 3)
     th.testing.assert_close(update.policy_weights, th.tensor([1.0, 0.5, 0.25, 0.125]) / 4)
     assert (update.tau, update.max_grad_norm) == (0.01, 20.0)
@@ -95,7 +95,7 @@ def test_arguments_reach_what_they_set(make_agent):
         value_coef=0.3,
         termination_coef=0.4,
         entropy_coef=1e-3,
-        entropy="squashed",
+        entropy="gaussian",
         tau=0.05,
         max_grad_norm=5.0,
         rho=0.8,
@@ -105,7 +105,7 @@ def test_arguments_reach_what_they_set(make_agent):
     arch = agent.policy.world_model.architecture
     assert (arch.simnorm_dim, arch.num_bins, arch.dropout) == (4, 51, 0.2)
     update = agent._update_step
-    assert update.config == (0.9, 10.0, 0.2, 0.3, 0.4, 1e-3, "squashed", False, 0.6)
+    assert update.config == (0.9, 10.0, 0.2, 0.3, 0.4, 1e-3, "gaussian", False, 0.6)
     th.testing.assert_close(update.model_weights, th.tensor([1.0, 0.8]) / 2)
     assert (update.tau, update.max_grad_norm) == (0.05, 5.0)
     assert agent.replay_buffer.horizon == agent.sequence_length == 2

@@ -118,6 +118,8 @@ class TDMPC2Policy(BasePolicy):
         unless this is False
     :param normalize_images: whether images are uint8 and scaled here. If False every Box of three
         axes, (C, h, w), is an image that the environment has scaled
+    :param unknown: fields that are added to :class:`tdmpc2_sb3.planner.PlannerConfig`; others are
+        refused
     :raises ValueError: naming the argument that is unknown or out of range
     """
 
@@ -156,6 +158,7 @@ class TDMPC2Policy(BasePolicy):
         normalize_images: bool = True,
         **unknown: Any,
     ):
+        further = {name: unknown.pop(name) for name in PlannerConfig._fields if name in unknown}
         _refuse_unknown(unknown)
         super().__init__(
             observation_space,
@@ -186,6 +189,7 @@ class TDMPC2Policy(BasePolicy):
             min_std=min_std,
             max_std=max_std,
             gamma=gamma,
+            **further,
         )
         dynamics = self.DEFAULT_DYNAMICS if dynamics is None else dynamics
         self._arguments_for_saving = {

@@ -1,16 +1,20 @@
 """What each argument of :class:`tdmpc2_sb3.TDMPC2` may be, and which may change later.
 
-One row an argument, in :data:`SETTINGS`. The algorithm reads whatever may change anew with every
-action or gradient step, and refuses to have the others assigned, with the reason and a remedy.
-The automatic ones follow from what :func:`read_facts` finds about the environment.
+One row an argument, in :data:`SETTINGS`; a field of the losses' or the planner's configuration that
+has none there gets one by its default, see :func:`takes_fields_of`. The algorithm reads whatever
+may change anew with every action or gradient step, and refuses to have the others assigned, with
+the reason and a remedy. The automatic ones follow from what :func:`read_facts` finds about the
+environment.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -249,6 +253,73 @@ SETTINGS: dict[str, Setting] = {
         None, "the networks are there: save the model and load it on the other device"
     ),
 }
+
+
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+def takes_fields_of(
+    *configs: Any, derived: tuple[str, ...] = ()
+) -> Callable[[Constructor], Constructor]:
+    """Decorates a constructor: fields of configurations that it does not name are arguments, too.
+
+    By keyword, with the field's default. They become attributes of the same names before the
+    constructor runs, and get a row in :data:`SETTINGS` unless they have one.
+
+    :param configs: NamedTuples whose fields have defaults
+    :param derived: fields that follow from other arguments
+    """
+
+    def extended(constructor: Constructor) -> Constructor:
+        signature = inspect.signature(constructor)
+        fields = {
+            name: default
+            for config in configs
+            for name, default in config._field_defaults.items()
+            if name not in signature.parameters and name not in derived
+        }
+        for name, default in fields.items():
+            SETTINGS.setdefault(name, _setting_like(default))
+        if not fields:
+            return constructor
+
+        @functools.wraps(constructor)
+        def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+            vars(self).update({name: kwargs.pop(name, value) for name, value in fields.items()})
+            constructor(self, *args, **kwargs)
+
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+            for name, value in fields.items()
+        ]
+        construct.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*signature.parameters.values(), *added]
+        )
+        return construct  # type: ignore[return-value]
+
+    return extended
+
+
+def _setting_like(default: Any) -> Setting:
+    """A row for values of a default's kind."""
+    if isinstance(default, bool):
+        return Setting(_one_of(True, False))
+    if isinstance(default, int):
+        return Setting(_whole(None))
+    return Setting(_real(-math.inf)) if isinstance(default, float) else Setting()
+
+
+def is_in_use(config: Any, name: str) -> bool:
+    """Whether a field of a configuration has an effect: at its default it has none, but a number
+    does unless it is 0.
+
+    :param config: a NamedTuple whose fields have defaults
+    :param name: of the field
+    """
+    value = getattr(config, name)
+    if name not in config._field_defaults or value != config._field_defaults[name]:
+        return True
+    return isinstance(value, (bool, int, float)) and value != 0
 
 
 class LiveSettings:

@@ -74,6 +74,7 @@ from tdmpc2_sb3.settings import (
     automatic_learning_starts,
     check_action_space,
     read_facts,
+    takes_fields_of,
     usable_device,
     whole_number,
 )
@@ -99,14 +100,7 @@ POLICY_ARGUMENTS = (
     "dropout",
     "dynamics",
     "dynamics_kwargs",
-    "horizon",
-    "num_samples",
-    "num_elites",
-    "num_pi_trajs",
-    "num_iterations",
-    "temperature",
-    "min_std",
-    "max_std",
+    *(name for name in PlannerConfig._fields if name != "gamma"),
     "enc_lr_scale",
     "compile",
 )
@@ -123,6 +117,9 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     callbacks. Parameters that are frozen, for example by
     ``model.policy.world_model.encoder.requires_grad_(False)``, are not trained; a saved model keeps
     that.
+
+    Fields that are added to :class:`tdmpc2_sb3.losses.LossConfig` or
+    :class:`tdmpc2_sb3.planner.PlannerConfig` are further arguments, by keyword.
 
     :param policy: "MlpPolicy", "SSMPolicy", "CnnPolicy", "MultiInputPolicy" or a policy class
     :param env: environment with a bounded Box action space (of integers every value gets an equal
@@ -207,6 +204,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     }
     policy: TDMPC2Policy
 
+    @takes_fields_of(LossConfig, PlannerConfig, derived=("encoded_terminations",))
     def __init__(
         self,
         policy: str | type[TDMPC2Policy],
@@ -489,17 +487,10 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
 
     def _loss_settings(self) -> tuple[Any, ...]:
         """What the gradient steps depend on besides the policy."""
-        config = LossConfig(
-            gamma=self.policy.planner.gamma,
-            consistency_coef=self.consistency_coef,
-            reward_coef=self.reward_coef,
-            value_coef=self.value_coef,
-            termination_coef=self.termination_coef,
-            entropy_coef=self.entropy_coef,
-            entropy=self.entropy,
-            encoded_terminations=bool(self.episodic) and not self.reference_terminations,
-            td_lambda=self.td_lambda,
-        )
+        given = {name: getattr(self, name) for name in LossConfig._fields if name in SETTINGS}
+        given["gamma"] = self.policy.planner.gamma
+        given["encoded_terminations"] = bool(self.episodic) and not self.reference_terminations
+        config = LossConfig(**given)
         steps = self.sequence_length
         return config, self.rho, steps, self.tau, self.max_grad_norm, self.compile
 

@@ -12,7 +12,7 @@ from typing import TypeGuard
 import torch as th
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.fast.network_gradients import DirectNetwork, JoinedProducts, Written, assign
+from tdmpc2_sb3.fast.network_gradients import DirectNetwork, GradientArrays, JoinedProducts, assign
 from tdmpc2_sb3.kernels import Norm
 from tdmpc2_sb3.model.dynamics import LatentDynamics
 from tdmpc2_sb3.model.dynamics.ssm import ALPHA_MIN, SSMDynamics, SSMLayer
@@ -58,7 +58,7 @@ class _Layer:
         hidden = kernels.gelu_sum(self._read, self._direct)
         return kernels.add(stream, self._mix.evaluate(hidden)[0])
 
-    def backward(self, by_stream: th.Tensor) -> tuple[th.Tensor, Written]:
+    def backward(self, by_stream: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """Gives the parameters their gradients.
 
         :param by_stream: by this layer's stream, contiguous, [T B, D]; afterwards by that of the
@@ -164,7 +164,7 @@ class StateSpaceRollout:
         predicted = self._out.evaluate(stream.view(-1, stream.shape[-1]))
         return with_inputs(latent, predicted.view(*actions.shape[:-1], -1), actions)
 
-    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
+    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """Gives the parameters their gradients.
 
         :param by_latents: gradients by z_0..z_T as far as they do not come from later latents,

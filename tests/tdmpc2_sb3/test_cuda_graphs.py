@@ -566,6 +566,24 @@ def test_plans_and_gradient_steps_ask_no_device_for_numbers(space, episodic, dyn
     assert all(each.grad.is_meta for each in model.policy_net.parameters())
 
 
+@pytest.mark.parametrize("episodic", [False, True], ids=["endless", "episodic"])
+def test_compilers_see_the_losses_as_one_graph(episodic, by_torch):
+    th._dynamo.reset()
+    model = WorldModel(SPACES["vector"], 2, Architecture(16, 32, 32, 2, 3), "mlp", None, episodic)
+    generator = th.Generator().manual_seed(0)
+    observations = th.randn(4, 6, 5, generator=generator)
+    actions, rewards = (th.randn(3, 6, n, generator=generator) for n in (2, 1))
+    ended = th.zeros(3, 6)
+    batch = SequenceBatch(observations, actions, rewards.squeeze(-1), ended, None)
+    noise = sample_update_noise(model, 3, 6, generator)
+    given = (model, batch, noise, LossConfig(), step_weights(3, 3, 0.5, True))
+    plain = model_losses(*given)
+    compiled = th.compile(model_losses, backend="eager", fullgraph=True)(*given)
+    assert compiled.terms.keys() == plain.terms.keys()
+    assert ("termination" in compiled.terms) is episodic
+    th.testing.assert_close(compiled.total, plain.total)
+
+
 @pytest.mark.parametrize("part", ["encoder", "policy_net", ""])
 def test_frozen_parameters_stay_by_graphs(part, make_agent, recorders):
     """And a setting that is changed is heeded: its constants are recorded."""

@@ -186,7 +186,7 @@ def test_many_sizes_are_forgotten(monkeypatch):
         before = counter.total.clone()
         counter.graphed({"x": th.ones(3)}, factor)
         assert th.equal(counter.total, before + factor)
-    assert len(counter.graphed._graphs) <= 2
+    assert len(counter.graphed._graphs.by_key) <= 2
 
 
 def test_what_cannot_be_recorded_goes_on_with_one_warning(monkeypatch):

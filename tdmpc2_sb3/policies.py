@@ -15,13 +15,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
-from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.fast.adam import Adam
-from tdmpc2_sb3.fast.cuda_graphs import Graphed, recorder_for
-from tdmpc2_sb3.fast.module_parts import Parts
-from tdmpc2_sb3.fast.plans import DirectPlanning
-from tdmpc2_sb3.fast.torch_compile import Compiled
-from tdmpc2_sb3.kernels import weights_held
+from tdmpc2_sb3.fast.ways import Ways
 from tdmpc2_sb3.model.world_model import WorldModel, resolve_architecture
 from tdmpc2_sb3.planner import (
     DEFAULT_ITERATIONS,
@@ -31,9 +26,7 @@ from tdmpc2_sb3.planner import (
     PlannerConfig,
     PlanNoise,
     check_planner,
-    plan,
     sample_plan_noise,
-    shift_plan,
 )
 from tdmpc2_sb3.replay.observation_entries import (
     check_entries,
@@ -209,11 +202,10 @@ class TDMPC2Policy(BasePolicy):
         self.set_compile(compile)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles look up anew what is only kept to be fast."""
+        """Copies and pickles take the random stream along."""
         generator = self._generator
         stream = None if generator is None else (generator.device, generator.get_state())
-        kept = {"_direct_planning": None, "_graphed": None, "_generator": stream}
-        return {**self.__dict__, **kept}
+        return {**self.__dict__, "_generator": stream}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -235,11 +227,8 @@ class TDMPC2Policy(BasePolicy):
     def set_compile(self, compile: bool | str) -> None:
         """Sets whether planning is compiled or recorded, see the argument of that name."""
         self._arguments_for_saving["compile"] = check_setting("compile", compile)
-        self._plan = Compiled(plan, compile)
-        self._plans_directly = compile is not True
-        self._direct_planning: DirectPlanning | None = None
-        self._records = compile is not False
-        self._graphed: tuple[th.device, Graphed[Plan] | None] | None = None
+        #: Which way plans and gradient steps go.
+        self.ways = Ways(self, compile)
 
     @property
     def enc_lr_scale(self) -> float:
@@ -369,61 +358,9 @@ class TDMPC2Policy(BasePolicy):
         noise = sample_plan_noise(self.world_model, self.planner, num_envs, generator, shared_noise)
         if exploration is not None:
             noise = noise._replace(exploration=exploration)
-        return self._plan_with(observation, previous_mean, episode_start, noise, explore)
-
-    @th.no_grad()
-    @weights_held()  # from the encoder on: a latent is then the same alone and among others
-    def _plan_with(
-        self,
-        observation: PyTorchObs,
-        previous_mean: th.Tensor,
-        episode_start: th.Tensor,
-        noise: PlanNoise,
-        explore: bool,
-    ) -> Plan:
-        direct = self._find_direct_planning()
-        if direct is not None:
-            initial_mean = shift_plan(previous_mean, episode_start)
-            return direct.plan(observation, initial_mean, noise, self.planner, explore)
-        given = (observation, previous_mean, episode_start, noise, self.planner, explore)
-        graphed = self._find_graphed()
-        return self._plan_by_torch(*given) if graphed is None else graphed(*given)
-
-    def _plan_by_torch(
-        self,
-        observation: PyTorchObs,
-        previous_mean: th.Tensor,
-        episode_start: th.Tensor,
-        noise: PlanNoise,
-        config: PlannerConfig,
-        explore: bool,
-    ) -> Plan:
-        model = self.world_model
-        latent = model.encode(observation, noise.offsets)
-        initial_mean = shift_plan(previous_mean, episode_start)
-        return self._plan(model, latent, initial_mean, noise, config, explore)
-
-    def _find_graphed(self) -> Graphed[Plan] | None:
-        """Plans by CUDA graphs, if there are such where the policy is."""
-        if not self._records:
-            return None
-        if self._graphed is None or self._graphed[0] != self.device:
-            recorder = recorder_for(self.device)
-            graphed = None
-            if recorder is not None:
-                # Of the policy: another world model in place of this one is a part replaced.
-                graphed = Graphed(self._plan_by_torch, Parts(self).tensors, recorder)
-            self._graphed = self.device, graphed
-        return self._graphed[1]
-
-    def _find_direct_planning(self) -> DirectPlanning | None:
-        model = self.world_model
-        by_kernels = kernels.usable(model.bins) and not kernels.goes_by_torch()
-        if not self._plans_directly or not by_kernels:
-            return None
-        if self._direct_planning is None or not self._direct_planning.is_of(model):
-            self._direct_planning = DirectPlanning(model)
-        return self._direct_planning if self._direct_planning.takes(self.planner) else None
+        return self.ways.plan(
+            observation, previous_mean, episode_start, noise, self.planner, explore
+        )
 
     def _steady_noise(self, ages: np.ndarray) -> PlanNoise:
         """The random numbers of deterministic plans: functions of each plan's age alone.
@@ -545,7 +482,7 @@ class TDMPC2Policy(BasePolicy):
         if not deterministic:
             return self.plan(observation, previous_mean, start, self.generator, explore=True)
         noise = self._steady_noise(ages)
-        return self._plan_with(observation, previous_mean, start, noise, explore=False)
+        return self.ways.plan(observation, previous_mean, start, noise, self.planner, False)
 
     def obs_to_tensor(
         self, observation: np.ndarray | dict[str, np.ndarray]

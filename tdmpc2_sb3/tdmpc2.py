@@ -38,8 +38,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from tdmpc2_sb3.callbacks import last_checkpoint
-from tdmpc2_sb3.fast.doorman import unknown_to_search
-from tdmpc2_sb3.kernels import usable
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
 from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
@@ -611,19 +609,13 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
 
     def _say_plain_ways(self) -> None:
         """Says once what keeps plans or gradient steps from the CPU kernels' faster ways."""
-        model = self.policy.world_model
-        if self.verbose < 1 or self.compile is True or not usable(model.bins):
+        if self.verbose < 1:
             return
-        _, step = self._made_update_step
-        ways = {
-            "Gradient steps": step.unknown,
-            "Plans": unknown_to_search(model, self.policy.planner),
-        }
-        for kind, unknown in ways.items():
-            line = f"{kind} go the plain way, which is slower: {', '.join(unknown)} is not known "
-            if unknown and line not in self._said_plain:
+        config, *_ = self._loss_settings()
+        for line in self.policy.ways.declined(config, self.compile):
+            if line not in self._said_plain:
                 self._said_plain.add(line)
-                print(line + "to the faster one.")
+                print(line)
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)

@@ -9,6 +9,7 @@ Gaussian samples, A action, Z latent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -150,6 +151,47 @@ def sample_plan_noise(
         gumbel=noise.gumbel.expand(num_envs, -1),
         exploration=noise.exploration.expand(num_envs, -1),
         offsets=None if noise.offsets is None else noise.offsets.expand(-1, num_envs, -1),
+    )
+
+
+def steady_noise(
+    model: WorldModel, config: PlannerConfig, ages: Sequence[int], seed: int, device: th.device
+) -> PlanNoise:
+    """The random numbers of deterministic plans: functions of each plan's age alone.
+
+    :param model: planned with
+    :param config: settings
+    :param ages: steps since each plan began, [E]
+    :param seed: to which the ages are added
+    :param device: of the numbers
+    """
+    different = sorted(set(ages))
+    rows = [different.index(age) for age in ages]
+    draws = []
+    for age in different:
+        generator = th.Generator(device).manual_seed(seed + age)
+        shared_by = len(ages) if len(different) == 1 else 1
+        draws.append(sample_plan_noise(model, config, shared_by, generator, shared=True))
+    # All environments evaluate the same Q heads: the same for every age, so that an action
+    # does not depend on the ages of the plans beside it.
+    generator = th.Generator(device).manual_seed(seed)
+    heads = model.sample_heads(generator, rows=config.num_iterations)
+    if len(different) == 1:
+        return draws[0]._replace(heads=heads)
+    index = th.as_tensor(rows, device=device)
+
+    def gather(parts: list[th.Tensor], axis: int) -> th.Tensor:
+        return th.cat(parts, axis).index_select(axis, index)
+
+    offsets = [draw.offsets for draw in draws if draw.offsets is not None]
+    return PlanNoise(
+        policy=gather([draw.policy for draw in draws], 1),
+        samples=gather([draw.samples for draw in draws], 2),
+        terminal=gather([draw.terminal for draw in draws], 1),
+        heads=heads,
+        gumbel=gather([draw.gumbel for draw in draws], 0),
+        exploration=gather([draw.exploration for draw in draws], 0),
+        offsets=gather(offsets, 1) if offsets else None,
     )
 
 

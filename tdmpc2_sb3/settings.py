@@ -309,6 +309,31 @@ def check_setting(name: str, value: Any) -> Any:
     return value if check is None else check(name, value)
 
 
+#: What SB3's other policies take and this one does not, and what to use instead.
+_POLICY_LACKS = {
+    "optimizer_class": "its gradient steps are Adam's, which kernels and CUDA graphs know; set "
+    "learning_rate and enc_lr_scale",
+    "optimizer_kwargs": "its gradient steps are Adam's with the paper's settings; set "
+    "learning_rate, enc_lr_scale and max_grad_norm",
+    "net_arch": "set mlp_dim, enc_dim and num_enc_layers",
+    "n_critics": "set num_q",
+    "activation_fn": "its layers are the paper's, LayerNorm and Mish",
+    "features_extractor_class": "its encoder is chosen by the observation space",
+    "features_extractor_kwargs": "set latent_dim, enc_dim and num_enc_layers",
+    "share_features_extractor": "all its networks share the encoder",
+    "use_sde": "its plans explore by their own spread; set max_std or action_noise",
+}
+
+
+def refuse_policy_arguments(arguments: dict[str, Any]) -> None:
+    """
+    :raises ValueError: naming the first argument that the policy does not take
+    """
+    for name in arguments:
+        instead = _POLICY_LACKS.get(name, "see the arguments of tdmpc2_sb3.policies.TDMPC2Policy")
+        raise ValueError(f"policy_kwargs hold {name!r}, which TDMPC2's policy lacks: {instead}.")
+
+
 GAMMA_MIN = 0.95
 GAMMA_MAX = 0.995
 GAMMA_MAX_EPISODIC = 0.99

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from tdmpc2_sb3.callbacks import last_checkpoint
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.model.integer_actions import is_of_integers
 from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
 from tdmpc2_sb3.policies import (
@@ -49,7 +50,6 @@ from tdmpc2_sb3.policies import (
     SSMPolicy,
     TDMPC2Policy,
     automatic_iterations,
-    is_of_integers,
 )
 from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
 from tdmpc2_sb3.replay.normalization import NormalizationBelow

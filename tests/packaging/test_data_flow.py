@@ -35,7 +35,10 @@ ROWS = {
         ("saving", ["saving", "saving.*"]),
         ("replay", ["replay", "replay.*"]),
         ("model", ["model", "model.*", "model.dynamics.*"]),
-        ("the model's files", ["saving.official_checkpoint", "saving.parameter_checks"]),
+        (
+            "the model's files",
+            ["saving.official_checkpoint", "saving.parameter_checks", "saving.policy_file"],
+        ),
         ("losses and planner", ["losses", "planner"]),
         ("fast", ["fast", "fast.*"]),
         ("policies", ["policies"]),

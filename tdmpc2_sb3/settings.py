@@ -251,6 +251,34 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
+#: Arguments that the policy is built from; policy_kwargs override them.
+POLICY_ARGUMENTS = (
+    "gamma",
+    "episodic",
+    "model_size",
+    "latent_dim",
+    "enc_dim",
+    "mlp_dim",
+    "num_enc_layers",
+    "num_q",
+    "simnorm_dim",
+    "num_bins",
+    "dropout",
+    "dynamics",
+    "dynamics_kwargs",
+    "horizon",
+    "num_samples",
+    "num_elites",
+    "num_pi_trajs",
+    "num_iterations",
+    "temperature",
+    "min_std",
+    "max_std",
+    "enc_lr_scale",
+    "compile",
+)
+
+
 class LiveSettings:
     """An object whose settings are checked when they are assigned, once it is set up.
 

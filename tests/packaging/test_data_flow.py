@@ -44,6 +44,7 @@ ROWS = {
         ("policies", ["policies"]),
         ("update", ["update"]),
         ("callbacks", ["saving.callback_state", "callbacks"]),
+        ("the agent's file", ["saving.agent_file"]),
         ("algorithm", ["tdmpc2"]),
         ("package", [""]),
         ("zoo plug-in", ["zoo", "zoo.*"]),

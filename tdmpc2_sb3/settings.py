@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.type_aliases import TrainFreq
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -413,6 +414,81 @@ def automatic_gamma(episode_steps: int | None, episodic: bool) -> float:
 def automatic_learning_starts(episode_steps: int | None) -> int:
     """max(1000, 5 T) agent steps; 1000 without a time limit."""
     return max(WARM_UP_MIN, WARM_UP_EPISODES * (episode_steps or 0))
+
+
+def automatic_settings(
+    names: Sequence[str], facts: EnvironmentFacts, episodic: Any
+) -> dict[str, Any]:
+    """Values of the settings that are "auto".
+
+    :param names: of these settings, some of gamma, learning_starts and episodic
+    :param facts: of the environment
+    :param episodic: as it is given
+    """
+    if "episodic" in names:
+        episodic = facts.terminates
+    values = {
+        "episodic": episodic,
+        "gamma": automatic_gamma(facts.episode_steps, bool(episodic)),
+        "learning_starts": automatic_learning_starts(facts.episode_steps),
+    }
+    return {name: value for name, value in values.items() if name in names}
+
+
+def describe_automatic(values: dict[str, Any], facts: EnvironmentFacts) -> str:
+    """What :func:`automatic_settings` were found, and from what."""
+    limit = "no time limit" if facts.episode_steps is None else f"{facts.episode_steps} steps"
+    listed = ", ".join(f"{name} = {value:g}" for name, value in values.items())
+    lines = [f"Automatic settings for episodes of {limit}: {listed}"]
+    if "episodic" in values:
+        kind = "may terminate" if facts.terminates else "never terminates"
+        lines.append(f"The task {kind}: {facts.reason}. Pass episodic=True or False to overrule.")
+    return "\n".join(lines)
+
+
+def automatic_initial_updates(
+    random_steps: int, gradient_steps: int, train_freq: TrainFreq, n_envs: int, episodes: int
+) -> int:
+    """Gradient steps that the random steps would have been due, had learning begun at once; no
+    more than one a step, as the reference makes.
+
+    :param random_steps: learning_starts
+    :param gradient_steps: an update
+    :param train_freq: how often there is one
+    :param n_envs: that step together
+    :param episodes: finished so far
+    """
+    if gradient_steps < 0:
+        return random_steps
+    if train_freq.unit == TrainFrequencyUnit.EPISODE:
+        due = episodes * gradient_steps // train_freq.frequency
+    else:
+        due = round(random_steps * (gradient_steps / (train_freq.frequency * n_envs)))
+    return min(due, random_steps)
+
+
+def warn_if_nothing_is_learnt(
+    steps: int, random_steps: int, made: int, train_freq: TrainFreq, n_envs: int
+) -> None:
+    """Says so if a call of learn() ends before learning begins.
+
+    :param steps: of the call
+    :param random_steps: learning_starts
+    :param made: how many of these there were before
+    :param train_freq: rollouts are finished
+    :param n_envs: that step together
+    """
+    if train_freq.unit == TrainFrequencyUnit.STEP:
+        rollout = train_freq.frequency * n_envs
+        steps = math.ceil(steps / rollout) * rollout
+    missing = random_steps - made - steps
+    if steps > 0 and missing > 0:
+        warnings.warn(
+            f"This call of learn() makes no gradient step: {random_steps} random steps "
+            f"(learning_starts) come first, of which {missing} are missing at its end. Make "
+            "total_timesteps larger, or pass a smaller learning_starts.",
+            stacklevel=3,
+        )
 
 
 def check_action_space(space: spaces.Space) -> None:

@@ -70,14 +70,15 @@ from tdmpc2_sb3.settings import (
     AUTOMATIC,
     POLICY_ARGUMENTS,
     SETTINGS,
-    EnvironmentFacts,
     FixedSettingError,
     LiveSettings,
-    automatic_gamma,
-    automatic_learning_starts,
+    automatic_initial_updates,
+    automatic_settings,
     check_action_space,
+    describe_automatic,
     read_facts,
     usable_device,
+    warn_if_nothing_is_learnt,
     whole_number,
 )
 from tdmpc2_sb3.update import RunningMeans, UpdateStep
@@ -419,23 +420,10 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 "pass an environment or numbers."
             )
         facts = read_facts(self.env)
-        if self.episodic == "auto":
-            self.episodic = facts.terminates
-        if self.gamma == "auto":
-            self.gamma = automatic_gamma(facts.episode_steps, bool(self.episodic))
-        if self.learning_starts == "auto":
-            self.learning_starts = automatic_learning_starts(facts.episode_steps)
-        self._announce(automatic, facts)
-
-    def _announce(self, automatic: list[str], facts: EnvironmentFacts) -> None:
-        if self.verbose < 1:
-            return
-        limit = "no time limit" if facts.episode_steps is None else f"{facts.episode_steps} steps"
-        values = ", ".join(f"{name} = {getattr(self, name):g}" for name in automatic)
-        print(f"Automatic settings for episodes of {limit}: {values}")
-        if "episodic" in automatic:
-            kind = "may terminate" if facts.terminates else "never terminates"
-            print(f"The task {kind}: {facts.reason}. Pass episodic=True or False to overrule.")
+        for name, value in automatic_settings(automatic, facts, self.episodic).items():
+            setattr(self, name, value)
+        if self.verbose >= 1:
+            print(describe_automatic({name: getattr(self, name) for name in automatic}, facts))
 
     def _check_settings(self) -> None:
         """
@@ -632,7 +620,13 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             callback.on_training_start(locals(), globals())
             self._follow_planner()
             self._say_plain_ways()
-            self._warn_if_nothing_is_learnt(total_timesteps)
+            warn_if_nothing_is_learnt(
+                max(total_timesteps - self.num_timesteps, 0),
+                int(self.learning_starts),
+                self._lifetime_steps,
+                self.train_freq,
+                self.n_envs,
+            )
             self._make_interrupted_updates()
             while self.num_timesteps < total_timesteps or self._rollout_is_complete:
                 rollout = self.collect_rollouts(
@@ -727,23 +721,6 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         enough = max(enough, (self.sequence_length + 1) * self.n_envs)
         return not self._warming_up and self.replay_buffer.num_steps >= enough
 
-    def _warn_if_nothing_is_learnt(self, total_timesteps: int) -> None:
-        """Says so if this call of learn() ends before learning begins."""
-        steps = max(total_timesteps - self.num_timesteps, 0)
-        assert isinstance(self.train_freq, TrainFreq)
-        if self.train_freq.unit == TrainFrequencyUnit.STEP:  # rollouts are finished
-            rollout = self.train_freq.frequency * self.n_envs
-            steps = math.ceil(steps / rollout) * rollout
-        random_steps = int(self.learning_starts)
-        missing = random_steps - self._lifetime_steps - steps
-        if steps > 0 and missing > 0:
-            warnings.warn(
-                f"This call of learn() makes no gradient step: {random_steps} random steps "
-                f"(learning_starts) come first, of which {missing} are missing at its end. Make "
-                "total_timesteps larger, or pass a smaller learning_starts.",
-                stacklevel=3,
-            )
-
     def _make_interrupted_updates(self) -> None:
         """The gradient steps that Ctrl-C kept the run from making."""
         if not self._has_enough_steps:
@@ -764,15 +741,13 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         if self.initial_gradient_steps != AUTOMATIC:
             return int(self.initial_gradient_steps)
         assert isinstance(self.train_freq, TrainFreq)
-        random_steps = int(self.learning_starts)
-        if self.gradient_steps < 0:
-            return random_steps
-        if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
-            due = self._episode_num * self.gradient_steps // self.train_freq.frequency
-        else:
-            per_step = self.gradient_steps / (self.train_freq.frequency * self.n_envs)
-            due = round(random_steps * per_step)
-        return min(due, random_steps)  # random steps are worth no more than the reference makes
+        return automatic_initial_updates(
+            int(self.learning_starts),
+            self.gradient_steps,
+            self.train_freq,
+            self.n_envs,
+            self._episode_num,
+        )
 
     def _make_initial_updates(self) -> None:
         """The burst of gradient steps on the random steps, with its progress shown."""
@@ -1035,17 +1010,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         before = self._last_original_obs
         assert before is not None
         original = below.next(new_obs, dones, before)
-        following = copy.deepcopy(original)
-        for index in np.flatnonzero(dones):
-            last = infos[index].get("terminal_observation")
-            if last is None:
-                continue
-            last = below.last(last, before, int(index))
-            if isinstance(following, dict):
-                for key, values in following.items():
-                    values[index] = last[key]
-            else:
-                following[index] = last
+        following = below.with_last(original, dones, infos, before)
         reward = below.normalizer.get_original_reward()
         replay_buffer.add(before, following, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
         self._last_obs, self._last_original_obs = new_obs, original

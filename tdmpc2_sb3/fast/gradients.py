@@ -266,7 +266,7 @@ class DirectGradients:
             self._rollout = _KernelRollout(of_latents(model.dynamics.net))
         self._traced_rollout = _TracedRollout(model.dynamics)
         self._state_space: StateSpaceRollout | None = None
-        if StateSpaceRollout.knows(model.dynamics):
+        if StateSpaceRollout.takes(model.dynamics):
             self._state_space = StateSpaceRollout(model.dynamics, simplices)
         self._num_q = model.q_ensemble.num_q
         self._coefficients = th.tensor(

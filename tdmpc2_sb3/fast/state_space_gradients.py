@@ -147,7 +147,7 @@ class StateSpaceRollout:
 
     def __init__(self, dynamics: SSMDynamics, simplices: int):
         known = dynamics.as_kernel()
-        assert known is not None, "ask knows first"
+        assert known is not None, "ask takes first"
         self._sizes = dynamics.sizes
         self._features = DirectNetwork(kernels.on_simplices([known.features], simplices))
         self._context = DirectNetwork([known.context])
@@ -157,7 +157,7 @@ class StateSpaceRollout:
         self._layers = [_Layer(layer) for layer in dynamics.stack()]
 
     @staticmethod
-    def knows(dynamics: LatentDynamics) -> TypeGuard[SSMDynamics]:
+    def takes(dynamics: LatentDynamics) -> TypeGuard[SSMDynamics]:
         """Whether every part is known here: a subclass may have changed any."""
         return (
             isinstance(dynamics, SSMDynamics)

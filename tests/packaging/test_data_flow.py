@@ -174,6 +174,28 @@ def test_what_lower_rows_know_of_the_world(package, row):
             assert outside <= OUTSIDE[package][row], module
 
 
+#: What modules of the model may take from the kernels: descriptions of what they compute.
+DESCRIPTIONS = {
+    *("Activation", "Dropped", "Layer", "Norm", "StateSpace", "StateSpaceLayer"),
+    *("held_layers", "join", "predicted_simplices"),
+}
+
+
+@pytest.mark.parametrize("module", modules("tdmpc2_sb3"))
+def test_who_knows_the_kernels(module):
+    """The algorithm as the paper has it does not; a model asks by its operations alone."""
+    prefix = "tdmpc2_sb3.kernels"
+    found = {
+        name.removeprefix(prefix).removeprefix(".")
+        for name, _ in imports(modules("tdmpc2_sb3")[module])
+        if name == prefix or name.startswith(f"{prefix}.")
+    }
+    if module in ("losses", "planner", "policies", "tdmpc2"):
+        assert not found
+    elif module.startswith("model") and module != "model.operations":
+        assert found <= DESCRIPTIONS
+
+
 def test_environments_know_nothing_of_the_agent():
     for path in modules("dmc_gym_plugin").values():
         roots = {name.split(".")[0] for name, _ in imports(path)}

@@ -15,9 +15,9 @@ from typing import NamedTuple, TypeAlias
 import torch as th
 import torch.nn.functional as F
 
-from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.model.discrete_regression import two_hot_cross_entropy, two_hot_inverse
 from tdmpc2_sb3.model.encoders import Observation
+from tdmpc2_sb3.model.operations import Dropped, has_kernel
 from tdmpc2_sb3.model.world_model import PolicySample, WorldModel
 from tdmpc2_sb3.replay.buffer import SequenceBatch
 from tdmpc2_sb3.settings import is_in_use
@@ -48,7 +48,7 @@ class PolicyNoise(NamedTuple):
 
     action: th.Tensor  # [T + 1, B, A]
     heads: th.Tensor  # [2]
-    dropout: kernels.Dropped | None  # [2, (T + 1) B, hidden]
+    dropout: Dropped | None  # [2, (T + 1) B, hidden]
 
 
 class UpdateNoise(NamedTuple):
@@ -56,7 +56,7 @@ class UpdateNoise(NamedTuple):
 
     next_action: th.Tensor  # [T, B, A]
     target_heads: th.Tensor  # [2]
-    q_dropout: kernels.Dropped | None  # [Q, T B, hidden]
+    q_dropout: Dropped | None  # [Q, T B, hidden]
     policy: PolicyNoise | None  # None if the policy prior takes no step
     first_offsets: th.Tensor | None  # [images, B, 2]
     next_offsets: th.Tensor | None  # [images, T B, 2]
@@ -191,7 +191,7 @@ def td_targets(
     latents = next_latents[used]
     actions = model.policy_action(latents, noise.next_action[used])
     values = model.target_q_values(latents, actions, noise.target_heads).amin(0)
-    return lambda_returns(values, batch, config)
+    return lambda_returns(values, batch.rewards, batch.terminations, config.gamma, config.td_lambda)
 
 
 def bootstrapped_steps(config: LossConfig) -> slice:
@@ -199,23 +199,31 @@ def bootstrapped_steps(config: LossConfig) -> slice:
     return slice(-1, None) if config.td_lambda == 1.0 else slice(None)
 
 
-def lambda_returns(values: th.Tensor, batch: SequenceBatch, config: LossConfig) -> th.Tensor:
+@has_kernel("lambda_returns")
+def lambda_returns(
+    values: th.Tensor,
+    rewards: th.Tensor,
+    terminations: th.Tensor,
+    gamma: float,
+    td_lambda: float,
+) -> th.Tensor:
     """The targets of :func:`td_targets`, [T, B].
 
     :param values: V(z') of :func:`bootstrapped_steps`, [1 or T, B]
+    :param rewards: [T, B]
+    :param terminations: 1 where the episode ended, [T, B]
+    :param gamma: discount factor
+    :param td_lambda: lambda
     """
-    if kernels.usable(values):
-        settings = (config.gamma, config.td_lambda)
-        return kernels.lambda_returns(values, batch.rewards, batch.terminations, *settings)
-    discounts = config.gamma * (1.0 - batch.terminations)
-    if config.td_lambda == 0.0:
-        return batch.rewards + discounts * values
-    targets = th.empty_like(batch.rewards)
+    discounts = gamma * (1.0 - terminations)
+    if td_lambda == 0.0:
+        return rewards + discounts * values
+    targets = th.empty_like(rewards)
     future = values[-1]
     for t in reversed(range(len(targets))):
-        if config.td_lambda < 1.0:
-            future = th.lerp(values[t], future, config.td_lambda)
-        future = batch.rewards[t] + discounts[t] * future
+        if td_lambda < 1.0:
+            future = th.lerp(values[t], future, td_lambda)
+        future = rewards[t] + discounts[t] * future
         targets[t] = future
     return targets
 

@@ -10,12 +10,11 @@ from typing import Protocol
 import torch as th
 
 from tdmpc2_sb3.fast.adam import Adam
-from tdmpc2_sb3.fast.cuda_graphs import Graphed, recorder_for
-from tdmpc2_sb3.fast.doorman import unknown_to_gradients
+from tdmpc2_sb3.fast.cuda_graphs import Graphed
 from tdmpc2_sb3.fast.gradients import DirectGradients, StepGradients
 from tdmpc2_sb3.fast.module_parts import Parts
 from tdmpc2_sb3.fast.torch_compile import Compiled
-from tdmpc2_sb3.kernels import Captured, lerp_, readable, usable, weights_held
+from tdmpc2_sb3.kernels import Captured
 from tdmpc2_sb3.losses import (
     TERMS,
     LossConfig,
@@ -27,6 +26,7 @@ from tdmpc2_sb3.losses import (
     model_losses,
     policy_loss,
 )
+from tdmpc2_sb3.model.operations import move_towards_, weights_held
 from tdmpc2_sb3.policies import TDMPC2Policy
 from tdmpc2_sb3.replay.buffer import SequenceBatch
 
@@ -74,16 +74,10 @@ class UpdateStep:
         self._policy_loss = Compiled(policy_loss, compile, self._policy_backward)
         self._move_targets = Captured(self._lerp_targets, [*self._target, *self._online])
         self._checked = _Checked(max_grad_norm, self._move_targets)
-        self._direct: DirectGradients | None = None
-        #: Parts and settings that keep the gradients from being taken by hand.
-        self.unknown = unknown_to_gradients(model, config)
-        if compile is not True and not self.unknown:
-            self._direct = DirectGradients(model, config)
+        self._direct = policy.ways.direct_gradients(config, compile)
         self._parts = Parts(policy)
-        recorder = None if compile is False else recorder_for(policy.device)
-        self._graphed: Graphed[dict[str, th.Tensor]] | None = None
-        if recorder is not None:
-            self._graphed = Graphed(self._without_waiting, self._state, recorder)
+        self._graphed = policy.ways.recorded(self._without_waiting, self._state, compile)
+        if self._graphed is not None:
             num_groups = sum(len(each.param_groups) for each in self._optimizers)
             self._known_rates: list[float] = []
             self._rates = th.zeros(num_groups, device=policy.device, dtype=th.float32)
@@ -98,8 +92,7 @@ class UpdateStep:
         """
         if self._graphed is not None:
             return self._by_graph(self._graphed, batch, noise)
-        bins = self.policy.world_model.bins
-        direct = self._direct if usable(batch.rewards) and usable(bins) else None
+        direct = self._direct if self.policy.ways.by_kernels(batch.rewards) else None
         return self._apply(batch, noise, direct, self._checked)
 
     def _apply(
@@ -172,10 +165,7 @@ class UpdateStep:
             return losses, _gradients_of(self._trained_prior, losses.total)
 
     def _lerp_targets(self) -> None:
-        if readable(self._target) and readable(self._online):
-            lerp_(self._target, self._online, self.tau)
-        else:
-            th._foreach_lerp_(self._target, self._online, self.tau)
+        move_towards_(self._target, self._online, self.tau)
 
     # -- on CUDA -------------------------------------------------------------------------------
 

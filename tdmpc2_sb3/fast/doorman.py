@@ -79,7 +79,8 @@ def _unknown_networks(model: WorldModel) -> list[str]:
     found = []
     for name in ("reward_net", "policy_net", "termination_net", "q_ensemble", "target_q_ensemble"):
         part = getattr(model, name)
-        if part is not None and not (type(part) in (MLP, QEnsemble) and part.has_kernels()):
+        known = part.as_kernel() if isinstance(part, (MLP, QEnsemble)) else None
+        if part is not None and known is None:
             found.append(name)
     return found
 

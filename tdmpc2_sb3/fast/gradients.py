@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch as th
 from torch import nn
-from torch.nn.utils import get_total_norm
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.fast.doorman import unknown_to_gradients
@@ -40,6 +39,7 @@ from tdmpc2_sb3.losses import (
 from tdmpc2_sb3.model.dynamics import LatentDynamics
 from tdmpc2_sb3.model.dynamics.mlp import MLPDynamics
 from tdmpc2_sb3.model.layers import MLP, QEnsemble
+from tdmpc2_sb3.model.operations import total_norm
 from tdmpc2_sb3.model.world_model import WorldModel
 from tdmpc2_sb3.replay.buffer import SequenceBatch
 
@@ -195,8 +195,7 @@ class StepGradients(NamedTuple):
         """
         if not arrays:
             return cls(arrays, like.new_zeros(()))
-        readable = kernels.readable(arrays)
-        return cls(arrays, kernels.total_norm(arrays) if readable else get_total_norm(arrays))
+        return cls(arrays, total_norm(arrays))
 
 
 class _ModelInputs(NamedTuple):
@@ -245,7 +244,9 @@ class DirectGradients:
         simplices = model.latent_simplices()
 
         def of_latents(network: MLP | QEnsemble) -> kernels.KeptLayers:
-            return kernels.on_simplices(network.as_layers(), simplices)
+            layers = network.as_kernel()
+            assert layers is not None, "ask has_direct_gradients first"
+            return kernels.on_simplices(layers, simplices)
 
         self._reward = DirectNetwork(of_latents(model.reward_net))
         self._q = DirectNetwork(of_latents(model.q_ensemble), model.q_ensemble.num_q)
@@ -268,7 +269,7 @@ class DirectGradients:
             self._rollout = _KernelRollout(of_latents(model.dynamics.net))
         self._traced_rollout = _TracedRollout(model.dynamics)
         self._state_space: StateSpaceRollout | None = None
-        if StateSpaceRollout.knows(model.dynamics):
+        if StateSpaceRollout.takes(model.dynamics):
             self._state_space = StateSpaceRollout(model.dynamics, simplices)
         self._num_q = model.q_ensemble.num_q
         self._coefficients = th.tensor(

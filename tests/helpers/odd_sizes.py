@@ -148,7 +148,7 @@ def compare_plans(sizes: Sizes) -> bool:
         sizes.horizon, sizes.samples, sizes.elites, sizes.prior, sizes.iterations, gamma=0.9
     )
     direct = DirectPlanning(model)
-    if not direct.is_possible:
+    if not direct.takes(config):
         return False
     exact = in_double(model)
     for turn in range(2):  # captured, replayed

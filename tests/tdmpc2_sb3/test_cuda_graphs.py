@@ -19,7 +19,7 @@ from gymnasium import spaces
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tdmpc2_sb3.fast import cuda_graphs
+from tdmpc2_sb3.fast import cuda_graphs, ways
 from tdmpc2_sb3.fast.adam import Adam
 from tdmpc2_sb3.fast.cuda_graphs import Graphed
 from tdmpc2_sb3.kernels import Dropped
@@ -115,8 +115,7 @@ def recorders(monkeypatch, by_torch):
         return made[-1]
 
     def start():
-        for name in ("policies", "update"):
-            monkeypatch.setattr(sys.modules[f"tdmpc2_sb3.{name}"], "recorder_for", make)
+        monkeypatch.setattr(ways, "recorder_for", make)
         return made
 
     return start

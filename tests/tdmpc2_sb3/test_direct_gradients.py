@@ -411,7 +411,7 @@ def test_a_part_changed_later_goes_the_plain_way(make_agent, capsys):
     changed_layer(agent.policy.world_model.reward_net[1])
     agent.learn(3, reset_num_timesteps=False)
     assert agent._update_step._direct is None
-    assert agent.policy._find_direct_planning() is None
+    assert agent.policy.ways.direct_planning(agent.policy.planner) is None
     lines = [line for line in capsys.readouterr().out.splitlines() if "plain way" in line]
     assert len(lines) == 2  # gradient steps, plans
     assert all("reward_net" in line for line in lines)

@@ -10,7 +10,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from tdmpc2_sb3.fast.plans import DirectPlanning
+from tdmpc2_sb3.fast.plans import DirectPlanning, plan, planning_networks
 from tdmpc2_sb3.kernels import capture
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
 from tdmpc2_sb3.model.layers import MLP
@@ -19,8 +19,6 @@ from tdmpc2_sb3.planner import (
     Plan,
     PlannerConfig,
     PlanNoise,
-    plan,
-    planning_networks,
     sample_plan_noise,
 )
 

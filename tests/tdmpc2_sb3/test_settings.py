@@ -92,7 +92,7 @@ def test_other_live_settings(make_agent, point_env, tmp_path, capsys):
     agent = make_agent()
     agent.learn(25)
     agent.compile = "auto"
-    assert agent.policy._records
+    assert agent.policy.ways._compile == "auto"
     agent.tensorboard_log = str(tmp_path / "log")
     agent.learn(2)
     assert list((tmp_path / "log").rglob("events*"))

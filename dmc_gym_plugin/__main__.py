@@ -11,7 +11,7 @@ import gymnasium
 from dmc_gym_plugin import rendering
 from dmc_gym_plugin.settings import check_count
 from dmc_gym_plugin.sizes import SIZES
-from dmc_gym_plugin.tasks import NAMESPACE, TASKS, has_labmaze
+from dmc_gym_plugin.tasks import NAMESPACE, TASKS, TaskInfo, has_labmaze
 
 GROUPS = ("suite", "extended", "manipulation", "locomotion")
 
@@ -31,7 +31,7 @@ def list_tasks(groups: list[str]) -> None:
             note = ", not available: labmaze is not installed"
         print(f"\n{group} ({len(rows)} tasks{note})")
         for info in rows:
-            observation, action, seconds = SIZES[f"{info.domain}-{info.task}"]
+            observation, action, seconds = _sizes(info)
             print(
                 f"{info.id:<62} {observation:>11} {action:>6} {seconds:>8g} {info.control_steps:>7}"
             )
@@ -39,6 +39,18 @@ def list_tasks(groups: list[str]) -> None:
         "\nobservation: numbers of the flat view; step: seconds of one control step; episode: "
         "control steps (agent steps x action_repeat)."
     )
+
+
+def _sizes(info: TaskInfo) -> tuple[int, int, float]:
+    """Return a row of `SIZES`; that of a task which has none there is read from the simulator."""
+    known = SIZES.get(f"{info.domain}-{info.task}")
+    if known is not None:
+        return known
+    env = gymnasium.make(info.id)
+    simulation = env.get_wrapper_attr("simulation")
+    numbers, actions = (space.shape or () for space in (env.observation_space, env.action_space))
+    env.close()
+    return numbers[0], actions[0], simulation.control_timestep
 
 
 def preview(args: argparse.Namespace) -> None:

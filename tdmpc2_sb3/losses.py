@@ -8,23 +8,29 @@ Shapes: T training horizon, B batch, A action, Z latent, K bins, Q heads.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 import torch as th
 import torch.nn.functional as F
 
-from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.model.discrete_regression import two_hot_cross_entropy, two_hot_inverse
 from tdmpc2_sb3.model.encoders import Observation
+from tdmpc2_sb3.model.operations import Dropped, has_kernel
 from tdmpc2_sb3.model.world_model import PolicySample, WorldModel
 from tdmpc2_sb3.replay.buffer import SequenceBatch
+from tdmpc2_sb3.settings import is_in_use
 
 REFERENCE_HORIZON = 3
 ENTROPY_EPSILON = 1e-8  # the reference's
 
 
 class LossConfig(NamedTuple):
-    """Coefficients of the losses; the defaults are the paper's (TD-MPC2, table 7)."""
+    """Coefficients of the losses; the defaults are the paper's (TD-MPC2, table 7).
+
+    A field is an argument of :class:`tdmpc2_sb3.TDMPC2`, too, by being here.
+    """
 
     gamma: float = 0.99
     consistency_coef: float = 20.0
@@ -42,7 +48,7 @@ class PolicyNoise(NamedTuple):
 
     action: th.Tensor  # [T + 1, B, A]
     heads: th.Tensor  # [2]
-    dropout: kernels.Dropped | None  # [2, (T + 1) B, hidden]
+    dropout: Dropped | None  # [2, (T + 1) B, hidden]
 
 
 class UpdateNoise(NamedTuple):
@@ -50,20 +56,31 @@ class UpdateNoise(NamedTuple):
 
     next_action: th.Tensor  # [T, B, A]
     target_heads: th.Tensor  # [2]
-    q_dropout: kernels.Dropped | None  # [Q, T B, hidden]
+    q_dropout: Dropped | None  # [Q, T B, hidden]
     policy: PolicyNoise | None  # None if the policy prior takes no step
     first_offsets: th.Tensor | None  # [images, B, 2]
     next_offsets: th.Tensor | None  # [images, T B, 2]
+
+
+class Prediction(NamedTuple):
+    """What a batch's sub-sequences are in the world model, of which each loss is a function."""
+
+    model: WorldModel
+    batch: SequenceBatch
+    noise: UpdateNoise
+    config: LossConfig
+    weights: th.Tensor  # of the steps, [T]
+    states: th.Tensor  # z_0..z_{T-1}, of which z_0 is encoded, [T, B, Z]
+    predicted: th.Tensor  # z_1..z_T, [T, B, Z]
+    encoded: th.Tensor  # the next observations' latents, [T, B, Z]; see model_losses
+    targets: th.Tensor  # of the Q heads, [T, B]
 
 
 class ModelLosses(NamedTuple):
     """Losses of the world model, and the latents that the policy is trained on."""
 
     total: th.Tensor
-    consistency: th.Tensor
-    reward: th.Tensor
-    value: th.Tensor
-    termination: th.Tensor
+    terms: dict[str, th.Tensor]  # by name, before their coefficients, detached
     latents: th.Tensor  # z_0..z_T, detached, [T + 1, B, Z]
 
 
@@ -174,7 +191,7 @@ def td_targets(
     latents = next_latents[used]
     actions = model.policy_action(latents, noise.next_action[used])
     values = model.target_q_values(latents, actions, noise.target_heads).amin(0)
-    return lambda_returns(values, batch, config)
+    return lambda_returns(values, batch.rewards, batch.terminations, config.gamma, config.td_lambda)
 
 
 def bootstrapped_steps(config: LossConfig) -> slice:
@@ -182,25 +199,108 @@ def bootstrapped_steps(config: LossConfig) -> slice:
     return slice(-1, None) if config.td_lambda == 1.0 else slice(None)
 
 
-def lambda_returns(values: th.Tensor, batch: SequenceBatch, config: LossConfig) -> th.Tensor:
+@has_kernel("lambda_returns")
+def lambda_returns(
+    values: th.Tensor,
+    rewards: th.Tensor,
+    terminations: th.Tensor,
+    gamma: float,
+    td_lambda: float,
+) -> th.Tensor:
     """The targets of :func:`td_targets`, [T, B].
 
     :param values: V(z') of :func:`bootstrapped_steps`, [1 or T, B]
+    :param rewards: [T, B]
+    :param terminations: 1 where the episode ended, [T, B]
+    :param gamma: discount factor
+    :param td_lambda: lambda
     """
-    if kernels.usable(values):
-        settings = (config.gamma, config.td_lambda)
-        return kernels.lambda_returns(values, batch.rewards, batch.terminations, *settings)
-    discounts = config.gamma * (1.0 - batch.terminations)
-    if config.td_lambda == 0.0:
-        return batch.rewards + discounts * values
-    targets = th.empty_like(batch.rewards)
+    discounts = gamma * (1.0 - terminations)
+    if td_lambda == 0.0:
+        return rewards + discounts * values
+    targets = th.empty_like(rewards)
     future = values[-1]
     for t in reversed(range(len(targets))):
-        if config.td_lambda < 1.0:
-            future = th.lerp(values[t], future, config.td_lambda)
-        future = batch.rewards[t] + discounts[t] * future
+        if td_lambda < 1.0:
+            future = th.lerp(values[t], future, td_lambda)
+        future = rewards[t] + discounts[t] * future
         targets[t] = future
     return targets
+
+
+Term: TypeAlias = Callable[[Prediction], th.Tensor | None]
+
+_terms: dict[str, Term] = {}
+#: The losses that add up to the world model's, by name.
+TERMS = MappingProxyType(_terms)
+
+
+def term(function: Term) -> Term:
+    """Decorates a function ``<name>_loss``, which becomes a term of the world model's loss.
+
+    The field ``<name>_coef`` of :class:`LossConfig` is its coefficient, and it is logged as
+    ``train/<name>_loss``. A term that is None does not go with the model.
+
+    :raises TypeError: if there is no such field, or if it is another loss's
+    """
+    name = function.__name__.removesuffix("_loss")
+    if f"{name}_coef" not in LossConfig._fields:
+        raise TypeError(f"{function.__name__} has no coefficient: give LossConfig a {name}_coef.")
+    if name in (*_terms, "entropy"):  # the latter is in the policy's loss
+        raise TypeError(
+            f"{name}_coef is another loss's, which fast ways compute by themselves: give "
+            f"{function.__name__} another name, and set {name}_coef to 0 to do without the other."
+        )
+    _terms[name] = function
+    return function
+
+
+@term
+def consistency_loss(prediction: Prediction) -> th.Tensor:
+    """Squared error of predicted latents against encoded ones."""
+    encoded = prediction.encoded.detach()
+    squared_error = F.mse_loss(prediction.predicted, encoded, reduction="none")
+    return weighted(squared_error.mean(2), prediction)
+
+
+@term
+def reward_loss(prediction: Prediction) -> th.Tensor:
+    """Cross-entropy of the predicted rewards."""
+    model, rewards = prediction.model, prediction.batch.rewards
+    logits = model.reward_logits(prediction.states, prediction.batch.actions)  # [T, B, K]
+    return weighted(two_hot_cross_entropy(logits, rewards, model.bins), prediction)
+
+
+@term
+def value_loss(prediction: Prediction) -> th.Tensor:
+    """Cross-entropy of the Q heads, mean over them."""
+    model, actions = prediction.model, prediction.batch.actions
+    logits = model.q_logits(prediction.states, actions, None, prediction.noise.q_dropout)
+    cross_entropy = two_hot_cross_entropy(logits, prediction.targets, model.bins)  # [Q, T, B]
+    return weighted(cross_entropy, prediction)
+
+
+@term
+def termination_loss(prediction: Prediction) -> th.Tensor | None:
+    """Binary cross-entropy of the termination head, where there is one."""
+    model, batch = prediction.model, prediction.batch
+    if not model.episodic:
+        return None
+    both = prediction.config.encoded_terminations
+    latents = [prediction.predicted, prediction.encoded] if both else [prediction.predicted]
+    logits = model.termination_logit(th.stack(latents))  # [2 or 1, T, B]
+    ended = batch.terminations.expand_as(logits)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, ended, reduction="none")
+    return _mean(cross_entropy, batch.valid).mean()
+
+
+def weighted(values: th.Tensor, prediction: Prediction) -> th.Tensor:
+    """Sum over the weighted steps of the batch's mean, and of the heads' if there are any, [].
+
+    :param values: [T, B] or [Q, T, B]
+    """
+    means = _mean(values, prediction.batch.valid)
+    return (prediction.weights * (means.mean(0) if means.dim() > 1 else means)).sum()
 
 
 def model_losses(
@@ -210,12 +310,14 @@ def model_losses(
     config: LossConfig,
     weights: th.Tensor,
 ) -> ModelLosses:
-    """Consistency, reward, value and termination losses (TD-MPC2, eq. 3).
+    """The world model's loss, the sum of :data:`TERMS` times their coefficients (TD-MPC2, eq. 3).
 
     The reference encodes observations with gradients as a sub-sequence's first alone, which a
     terminal one never is. Dynamics and termination head then agree on a mark of their own that no
     encoded state bears, and that unseen terminations lack. With ``config.encoded_terminations`` the
     head learns from the encoded next observations as well, and the encoder from the head.
+
+    A term that is left out by default is not computed before it has a coefficient.
 
     :param model: in which gradients are recorded, targets apart
     :param batch: sub-sequences that stay within an episode
@@ -228,44 +330,22 @@ def model_losses(
         encoded = model.encode(
             observations_at(batch.observations, slice(1, None)), noise.next_offsets
         )
-    next_latents = encoded.detach()
-    targets = td_targets(model, next_latents, batch, noise, config)
-
+    targets = td_targets(model, encoded.detach(), batch, noise, config)
     latent = model.encode(observations_at(batch.observations, 0), noise.first_offsets)  # z_0 [B, Z]
     predicted = model.dynamics.rollout(model.dynamics.initial_state(latent), batch.actions)
-    states = th.cat([latent.unsqueeze(0), predicted[:-1]])  # z_0..z_{T-1} [T, B, Z]
-
-    squared_error = F.mse_loss(predicted, next_latents, reduction="none").mean(2)  # [T, B]
-    consistency = (weights * _mean(squared_error, batch.valid)).sum()
-
-    reward_logits = model.reward_logits(states, batch.actions)  # [T, B, K]
-    reward_ce = two_hot_cross_entropy(reward_logits, batch.rewards, model.bins)  # [T, B]
-    reward = (weights * _mean(reward_ce, batch.valid)).sum()
-
-    q_logits = model.q_logits(states, batch.actions, None, noise.q_dropout)  # [Q, T, B, K]
-    q_ce = two_hot_cross_entropy(q_logits, targets, model.bins)  # [Q, T, B]
-    value = (weights * _mean(q_ce, batch.valid).mean(0)).sum()
-
-    termination = weights.new_zeros(())
-    if model.episodic:
-        classified = th.stack([predicted, encoded] if classifies_encoded else [predicted])
-        logits = model.termination_logit(classified)  # [2 or 1, T, B]
-        ended = batch.terminations.expand_as(logits)
-        bce = F.binary_cross_entropy_with_logits(logits, ended, reduction="none")
-        termination = _mean(bce, batch.valid).mean()
-
-    total = (
-        config.consistency_coef * consistency
-        + config.reward_coef * reward
-        + config.value_coef * value
-        + config.termination_coef * termination
+    states = th.cat([latent.unsqueeze(0), predicted[:-1]])
+    prediction = Prediction(
+        model, batch, noise, config, weights, states, predicted, encoded, targets
     )
+    terms: dict[str, th.Tensor] = {}
+    for name, function in TERMS.items():
+        loss = function(prediction) if is_in_use(config, f"{name}_coef") else None
+        if loss is not None:
+            terms[name] = loss
+    summands = [getattr(config, f"{name}_coef") * loss for name, loss in terms.items()]
     return ModelLosses(
-        total,
-        consistency.detach(),
-        reward.detach(),
-        value.detach(),
-        termination.detach(),
+        sum(summands[1:], summands[0]),
+        {name: loss.detach() for name, loss in terms.items()},
         th.cat([states.detach(), predicted[-1:].detach()]),
     )
 

@@ -9,13 +9,12 @@ Gaussian samples, A action, Z latent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch as th
 
-from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.fast.doorman import unknown_to_search
-from tdmpc2_sb3.kernels import Elites, weights_held
+from tdmpc2_sb3.model.operations import weights_held
 from tdmpc2_sb3.model.world_model import WorldModel
 from tdmpc2_sb3.settings import SETTINGS, check_setting
 
@@ -155,6 +154,47 @@ def sample_plan_noise(
     )
 
 
+def steady_noise(
+    model: WorldModel, config: PlannerConfig, ages: Sequence[int], seed: int, device: th.device
+) -> PlanNoise:
+    """The random numbers of deterministic plans: functions of each plan's age alone.
+
+    :param model: planned with
+    :param config: settings
+    :param ages: steps since each plan began, [E]
+    :param seed: to which the ages are added
+    :param device: of the numbers
+    """
+    different = sorted(set(ages))
+    rows = [different.index(age) for age in ages]
+    draws = []
+    for age in different:
+        generator = th.Generator(device).manual_seed(seed + age)
+        shared_by = len(ages) if len(different) == 1 else 1
+        draws.append(sample_plan_noise(model, config, shared_by, generator, shared=True))
+    # All environments evaluate the same Q heads: the same for every age, so that an action
+    # does not depend on the ages of the plans beside it.
+    generator = th.Generator(device).manual_seed(seed)
+    heads = model.sample_heads(generator, rows=config.num_iterations)
+    if len(different) == 1:
+        return draws[0]._replace(heads=heads)
+    index = th.as_tensor(rows, device=device)
+
+    def gather(parts: list[th.Tensor], axis: int) -> th.Tensor:
+        return th.cat(parts, axis).index_select(axis, index)
+
+    offsets = [draw.offsets for draw in draws if draw.offsets is not None]
+    return PlanNoise(
+        policy=gather([draw.policy for draw in draws], 1),
+        samples=gather([draw.samples for draw in draws], 2),
+        terminal=gather([draw.terminal for draw in draws], 1),
+        heads=heads,
+        gumbel=gather([draw.gumbel for draw in draws], 0),
+        exploration=gather([draw.exploration for draw in draws], 0),
+        offsets=gather(offsets, 1) if offsets else None,
+    )
+
+
 def shift_plan(previous_mean: th.Tensor, episode_start: th.Tensor) -> th.Tensor:
     """The previous plan moved by one step: a warm start; zero where an episode starts.
 
@@ -166,6 +206,17 @@ def shift_plan(previous_mean: th.Tensor, episode_start: th.Tensor) -> th.Tensor:
     return shifted.masked_fill_(episode_start[:, None, None], 0.0)
 
 
+class Elites(NamedTuple):
+    """The best action sequences of an iteration, and what they make of the Gaussian."""
+
+    values: th.Tensor  # the highest first, [E, elites]
+    weights: th.Tensor  # [E, elites]
+    actions: th.Tensor  # the first of each sequence, [E, elites, A]
+    previous_mean: th.Tensor  # of the Gaussian before, [H, E, A]
+    mean: th.Tensor  # [H, E, A]
+    std: th.Tensor  # [H, E, A]
+
+
 class _Trajectories(NamedTuple):
     """Action sequences with the part of their value that needs no further randomness."""
 
@@ -175,7 +226,7 @@ class _Trajectories(NamedTuple):
     discount: th.Tensor | float  # of the terminal value; 0 where terminated, [E, N]
 
 
-class _Search:
+class Search:
     """Evaluates action sequences of one plan, by any model on any device.
 
     :param model: planned with
@@ -268,24 +319,8 @@ class _Search:
         :param actions: [H, E, N, A]
         :param latents: z_1..z_H under them, [H, E, N, Z]
         """
-        model, gamma, horizon = self.model, self.config.gamma, len(actions)
-        # z_0 is shared by all samples and broadcasts; the later steps are one batch.
-        rewards = [model.reward(self.latent, actions[0])]
-        if horizon > 1:
-            rewards.extend(model.reward(latents[:-1], actions[1:]).unbind(0))
-        total = rewards[0]
-        discount: th.Tensor | float = gamma
-        if model.episodic:
-            ended = model.termination_logit(latents).sigmoid() > TERMINATION_THRESHOLD  # [H, E, N]
-            alive = 1.0 - ended.float().cumsum(0).clamp(max=1.0)
-            for t in range(1, horizon):
-                # The step that enters a terminal latent keeps its reward; later ones lose theirs.
-                total = total + gamma**t * alive[t - 1] * rewards[t]
-            discount = gamma**horizon * alive[-1]
-        else:
-            for t in range(1, horizon):
-                total = total + gamma**t * rewards[t]
-            discount = gamma**horizon
+        gamma = self.config.gamma
+        total, discount = sum_rewards(self.model, self.latent, actions, latents, gamma)
         return _Trajectories(actions, total, latents[-1], discount)
 
     def _terminal_values(
@@ -294,6 +329,36 @@ class _Search:
         """Mean of two Q heads at (z_H, a ~ pi(z_H)), [E, N]."""
         actions = self.model.policy_action(last_latent, noise)
         return self.model.q_values(last_latent, actions, heads).mean(0)
+
+
+def sum_rewards(
+    model: WorldModel, latent: th.Tensor, actions: th.Tensor, latents: th.Tensor, gamma: float
+) -> tuple[th.Tensor, th.Tensor | float]:
+    """Discounted sum of the rewards that a model predicts over a horizon, [E, N], and the discount
+    of what follows: gamma^H, or 0 where an episode has ended, [E, N].
+
+    :param model: that predicts
+    :param latent: z_0, [E, 1, Z]
+    :param actions: [H, E, N, A]
+    :param latents: z_1..z_H under them, [H, E, N, Z]
+    :param gamma: discount a step
+    """
+    horizon = len(actions)
+    # z_0 is shared by all samples and broadcasts; the later steps are one batch.
+    rewards = [model.reward(latent, actions[0])]
+    if horizon > 1:
+        rewards.extend(model.reward(latents[:-1], actions[1:]).unbind(0))
+    total = rewards[0]
+    if model.episodic:
+        ended = model.termination_logit(latents).sigmoid() > TERMINATION_THRESHOLD  # [H, E, N]
+        alive = 1.0 - ended.float().cumsum(0).clamp(max=1.0)
+        for t in range(1, horizon):
+            # The step that enters a terminal latent keeps its reward; later ones lose theirs.
+            total = total + gamma**t * alive[t - 1] * rewards[t]
+        return total, gamma**horizon * alive[-1]
+    for t in range(1, horizon):
+        total = total + gamma**t * rewards[t]
+    return total, gamma**horizon
 
 
 def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
@@ -305,56 +370,6 @@ def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
         th.cat([first.rewards, second.rewards], dim=1),
         th.cat([first.last_latent, second.last_latent], dim=1),
         discount,
-    )
-
-
-def planning_networks(
-    model: WorldModel, simplices: int, config: PlannerConfig = PAPER
-) -> kernels.PlanningNetworks | None:
-    """The model as the CPU kernels plan with it; None if they cannot, by these settings.
-
-    :param model: planned with
-    :param simplices: of how many z_0 consists, see :func:`tdmpc2_sb3.kernels.on_simplices`
-    :param config: settings
-    """
-    if unknown_to_search(model, config):
-        return None
-    dynamics = model.dynamics.as_kernel()
-    if dynamics is None:
-        return None
-    networks = kernels.PlanningNetworks(
-        dynamics,
-        model.reward_net.as_layers(),
-        model.policy_net.as_layers(),
-        model.q_ensemble.as_layers(),
-        None if model.termination_net is None else model.termination_net.as_layers(),
-    ).from_simplices(simplices)
-    return networks if kernels.plans(networks) else None
-
-
-def _search(
-    model: WorldModel, latent: th.Tensor, mean: th.Tensor, noise: PlanNoise, config: PlannerConfig
-) -> Elites:
-    """The last iteration's elites.
-
-    :param mean: of the first Gaussian, [H, E, A]
-    """
-    networks: kernels.PlanningNetworks | None = None
-    if kernels.usable(latent):
-        networks = planning_networks(model, kernels.count_simplices(latent), config)
-    if networks is None:
-        return _Search(model, latent, config, noise.policy).run(mean, noise)
-    return kernels.search(
-        networks,
-        model.bins,
-        latent,
-        mean,
-        kernels.Draws(noise.policy, noise.samples, noise.terminal, noise.heads),
-        num_elites=config.num_elites,
-        gamma=config.gamma,
-        temperature=config.temperature,
-        min_std=config.min_std,
-        max_std=config.max_std,
     )
 
 
@@ -377,7 +392,17 @@ def plan(
     :param config: settings
     :param explore: whether noise of the plan's own spread is added to the action
     """
-    elites = _search(model, latent, initial_mean.transpose(0, 1), noise, config)
+    search = Search(model, latent, config, noise.policy)
+    return choose(search.run(initial_mean.transpose(0, 1), noise), noise, explore)
+
+
+def choose(elites: Elites, noise: PlanNoise, explore: bool) -> Plan:
+    """The plan of one elite, which is drawn by its weight.
+
+    :param elites: of the last iteration
+    :param noise: of the plan
+    :param explore: see :func:`plan`
+    """
     chosen = (elites.weights.log() + noise.gumbel).argmax(1)  # one elite by its weight
     action = elites.actions.take_along_dim(chosen[:, None, None], 1).squeeze(1)  # [E, A]
     if explore:

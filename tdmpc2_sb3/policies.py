@@ -10,18 +10,13 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import maybe_transpose
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
-from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.fast.adam import Adam
-from tdmpc2_sb3.fast.cuda_graphs import Graphed, recorder_for
-from tdmpc2_sb3.fast.module_parts import Parts
-from tdmpc2_sb3.fast.plans import DirectPlanning
-from tdmpc2_sb3.fast.torch_compile import Compiled
-from tdmpc2_sb3.kernels import weights_held
+from tdmpc2_sb3.fast.ways import Ways
+from tdmpc2_sb3.model import integer_actions
 from tdmpc2_sb3.model.world_model import WorldModel, resolve_architecture
 from tdmpc2_sb3.planner import (
     DEFAULT_ITERATIONS,
@@ -29,23 +24,23 @@ from tdmpc2_sb3.planner import (
     MANY_ACTIONS,
     Plan,
     PlannerConfig,
-    PlanNoise,
     check_planner,
-    plan,
     sample_plan_noise,
-    shift_plan,
+    steady_noise,
 )
 from tdmpc2_sb3.replay.observation_entries import (
+    batched,
     check_entries,
-    entries_of,
-    entry_shape,
     is_image,
-    to_device,
 )
-from tdmpc2_sb3.saving.archive import read_archive, write_archive
-from tdmpc2_sb3.saving.attribute_checks import check_policy_arguments
-from tdmpc2_sb3.saving.parameter_checks import check_module, check_world_model
-from tdmpc2_sb3.settings import AUTOMATIC, check_action_space, check_setting, usable_device
+from tdmpc2_sb3.saving import policy_file
+from tdmpc2_sb3.saving.parameter_checks import check_world_model
+from tdmpc2_sb3.settings import (
+    AUTOMATIC,
+    check_action_space,
+    check_setting,
+    refuse_policy_arguments,
+)
 
 # Deterministic predictions draw from a generator made anew at each call, of this seed plus the
 # plan's age in steps: no two steps of an episode share their random numbers. A seed taken from the
@@ -58,8 +53,6 @@ PlanState = tuple[np.ndarray, ...]
 
 SelfTDMPC2Policy = TypeVar("SelfTDMPC2Policy", bound="TDMPC2Policy")
 
-#: Under which name a saved policy's arguments stand in its file.
-ARGUMENTS = "policy_arguments"
 #: Arguments that are sizes of the world model.
 SIZES = (
     "latent_dim",
@@ -118,6 +111,8 @@ class TDMPC2Policy(BasePolicy):
         unless this is False
     :param normalize_images: whether images are uint8 and scaled here. If False every Box of three
         axes, (C, h, w), is an image that the environment has scaled
+    :param unknown: fields that are added to :class:`tdmpc2_sb3.planner.PlannerConfig`; others are
+        refused
     :raises ValueError: naming the argument that is unknown or out of range
     """
 
@@ -156,7 +151,8 @@ class TDMPC2Policy(BasePolicy):
         normalize_images: bool = True,
         **unknown: Any,
     ):
-        _refuse_unknown(unknown)
+        further = {name: unknown.pop(name) for name in PlannerConfig._fields if name in unknown}
+        refuse_policy_arguments(unknown)
         super().__init__(
             observation_space,
             action_space,
@@ -186,6 +182,7 @@ class TDMPC2Policy(BasePolicy):
             min_std=min_std,
             max_std=max_std,
             gamma=gamma,
+            **further,
         )
         dynamics = self.DEFAULT_DYNAMICS if dynamics is None else dynamics
         self._arguments_for_saving = {
@@ -209,11 +206,10 @@ class TDMPC2Policy(BasePolicy):
         self.set_compile(compile)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles look up anew what is only kept to be fast."""
+        """Copies and pickles take the random stream along."""
         generator = self._generator
         stream = None if generator is None else (generator.device, generator.get_state())
-        kept = {"_direct_planning": None, "_graphed": None, "_generator": stream}
-        return {**self.__dict__, **kept}
+        return {**self.__dict__, "_generator": stream}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -235,11 +231,8 @@ class TDMPC2Policy(BasePolicy):
     def set_compile(self, compile: bool | str) -> None:
         """Sets whether planning is compiled or recorded, see the argument of that name."""
         self._arguments_for_saving["compile"] = check_setting("compile", compile)
-        self._plan = Compiled(plan, compile)
-        self._plans_directly = compile is not True
-        self._direct_planning: DirectPlanning | None = None
-        self._records = compile is not False
-        self._graphed: tuple[th.device, Graphed[Plan] | None] | None = None
+        #: Which way plans and gradient steps go.
+        self.ways = Ways(self, compile)
 
     @property
     def enc_lr_scale(self) -> float:
@@ -370,94 +363,8 @@ class TDMPC2Policy(BasePolicy):
         noise = sample_plan_noise(self.world_model, self.planner, num_envs, generator, shared_noise)
         if exploration is not None:
             noise = noise._replace(exploration=exploration)
-        return self._plan_with(observation, previous_mean, episode_start, noise, explore)
-
-    @th.no_grad()
-    @weights_held()  # from the encoder on: a latent is then the same alone and among others
-    def _plan_with(
-        self,
-        observation: PyTorchObs,
-        previous_mean: th.Tensor,
-        episode_start: th.Tensor,
-        noise: PlanNoise,
-        explore: bool,
-    ) -> Plan:
-        direct = self._find_direct_planning()
-        if direct is not None:
-            initial_mean = shift_plan(previous_mean, episode_start)
-            return direct.plan(observation, initial_mean, noise, self.planner, explore)
-        given = (observation, previous_mean, episode_start, noise, self.planner, explore)
-        graphed = self._find_graphed()
-        return self._plan_by_torch(*given) if graphed is None else graphed(*given)
-
-    def _plan_by_torch(
-        self,
-        observation: PyTorchObs,
-        previous_mean: th.Tensor,
-        episode_start: th.Tensor,
-        noise: PlanNoise,
-        config: PlannerConfig,
-        explore: bool,
-    ) -> Plan:
-        model = self.world_model
-        latent = model.encode(observation, noise.offsets)
-        initial_mean = shift_plan(previous_mean, episode_start)
-        return self._plan(model, latent, initial_mean, noise, config, explore)
-
-    def _find_graphed(self) -> Graphed[Plan] | None:
-        """Plans by CUDA graphs, if there are such where the policy is."""
-        if not self._records:
-            return None
-        if self._graphed is None or self._graphed[0] != self.device:
-            recorder = recorder_for(self.device)
-            graphed = None
-            if recorder is not None:
-                # Of the policy: another world model in place of this one is a part replaced.
-                graphed = Graphed(self._plan_by_torch, Parts(self).tensors, recorder)
-            self._graphed = self.device, graphed
-        return self._graphed[1]
-
-    def _find_direct_planning(self) -> DirectPlanning | None:
-        model = self.world_model
-        by_kernels = kernels.usable(model.bins) and not kernels.goes_by_torch()
-        if not self._plans_directly or not by_kernels:
-            return None
-        if self._direct_planning is None or not self._direct_planning.is_of(model):
-            self._direct_planning = DirectPlanning(model)
-        return self._direct_planning if self._direct_planning.takes(self.planner) else None
-
-    def _steady_noise(self, ages: np.ndarray) -> PlanNoise:
-        """The random numbers of deterministic plans: functions of each plan's age alone.
-
-        :param ages: steps since each plan began, [E]
-        """
-        model, config = self.world_model, self.planner
-        different, rows = np.unique(ages, return_inverse=True)
-        draws = []
-        for age in different:
-            generator = th.Generator(self.device).manual_seed(PREDICTION_SEED + int(age))
-            shared_by = len(ages) if len(different) == 1 else 1
-            draws.append(sample_plan_noise(model, config, shared_by, generator, shared=True))
-        # All environments evaluate the same Q heads: the same for every age, so that an action
-        # does not depend on the ages of the plans beside it.
-        generator = th.Generator(self.device).manual_seed(PREDICTION_SEED)
-        heads = model.sample_heads(generator, rows=config.num_iterations)
-        if len(different) == 1:
-            return draws[0]._replace(heads=heads)
-        index = th.as_tensor(rows, device=self.device)
-
-        def gather(parts: list[th.Tensor], axis: int) -> th.Tensor:
-            return th.cat(parts, axis).index_select(axis, index)
-
-        offsets = [draw.offsets for draw in draws if draw.offsets is not None]
-        return PlanNoise(
-            policy=gather([draw.policy for draw in draws], 1),
-            samples=gather([draw.samples for draw in draws], 2),
-            terminal=gather([draw.terminal for draw in draws], 1),
-            heads=heads,
-            gumbel=gather([draw.gumbel for draw in draws], 0),
-            exploration=gather([draw.exploration for draw in draws], 0),
-            offsets=gather(offsets, 1) if offsets else None,
+        return self.ways.plan(
+            observation, previous_mean, episode_start, noise, self.planner, explore
         )
 
     @th.no_grad()
@@ -545,8 +452,10 @@ class TDMPC2Policy(BasePolicy):
     ) -> Plan:
         if not deterministic:
             return self.plan(observation, previous_mean, start, self.generator, explore=True)
-        noise = self._steady_noise(ages)
-        return self._plan_with(observation, previous_mean, start, noise, explore=False)
+        noise = steady_noise(
+            self.world_model, self.planner, ages.tolist(), PREDICTION_SEED, self.device
+        )
+        return self.ways.plan(observation, previous_mean, start, noise, self.planner, False)
 
     def obs_to_tensor(
         self, observation: np.ndarray | dict[str, np.ndarray]
@@ -557,30 +466,7 @@ class TDMPC2Policy(BasePolicy):
         :return: [E, ...] each, and whether there was an axis of environments
         :raises ValueError: if they are none of the observation space
         """
-        entries = entries_of(self.observation_space)
-        is_dict = isinstance(self.observation_space, spaces.Dict)
-        if isinstance(observation, dict) != is_dict:
-            raise ValueError(
-                f"The observation is a {type(observation).__name__}, but the observation space is "
-                f"{self.observation_space}: pass what the environment returns."
-            )
-        given = observation
-        if not isinstance(given, dict):
-            given = dict.fromkeys(entries, given)
-        if set(given) != set(entries):
-            raise ValueError(
-                f"The observation has the keys {sorted(given)}, but the observation space has "
-                f"{sorted(entries)}: pass what the environment returns."
-            )
-        tensors, vectorized = {}, False
-        for key, space in entries.items():
-            values = np.asarray(given[key])
-            if is_image(space):
-                values = maybe_transpose(values, space)
-            vectorized = _has_environments(values, key, space) or vectorized
-            values = values.reshape(-1, *entry_shape(space))
-            tensors[key] = to_device(values, key, space, self.device)
-        return (tensors if is_dict else next(iter(tensors.values()))), vectorized
+        return batched(observation, self.observation_space, self.device)
 
     def unscale(self, scaled: th.Tensor) -> np.ndarray:
         """Actions in [-1, 1], [E, A], as actions within the space's bounds, [E, *shape]."""
@@ -596,19 +482,16 @@ class TDMPC2Policy(BasePolicy):
 
         Of integers every value has an equal share of it, whose centre this is.
         """
-        if not is_of_integers(self.action_space):
-            return super().scale_action(action)
-        low, count = _integer_shares(self.action_space)
-        return (2.0 * (np.asarray(action, np.float64) - low) + 1.0) / count - 1.0
+        if integer_actions.is_of_integers(self.action_space):
+            return integer_actions.centres(action, self.action_space)
+        return super().scale_action(action)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """Actions in [-1, 1] as actions within the space's bounds; of integers the value in whose
         share they lie."""
-        if not is_of_integers(self.action_space):
-            return super().unscale_action(scaled_action)
-        low, count = _integer_shares(self.action_space)
-        share = np.floor(0.5 * (np.asarray(scaled_action, np.float64) + 1.0) * count)
-        return low + np.clip(share, 0.0, count - 1.0)
+        if integer_actions.is_of_integers(self.action_space):
+            return integer_actions.values_at(scaled_action, self.action_space)
+        return super().unscale_action(scaled_action)
 
     def _read_state(
         self, state: PlanState | None, episode_start: np.ndarray | None, num_envs: int
@@ -667,8 +550,7 @@ class TDMPC2Policy(BasePolicy):
         :param path: file (``.zip`` is added if it has no suffix), or a binary stream
         :raises TypeError: naming an argument that cannot be written without pickling
         """
-        data = {ARGUMENTS: self._get_constructor_parameters()}
-        write_archive(path, data, {"policy": self.state_dict()})
+        policy_file.save(self, path)
 
     @classmethod
     def load(  # type: ignore[override]
@@ -683,89 +565,10 @@ class TDMPC2Policy(BasePolicy):
         :raises FileNotFoundError: if there is no such file
         :raises ValueError: if it is damaged or holds no policy alone, or there is no such device
         """
-        device = usable_device(device)
-        data, tensors = read_archive(path, device)
-        if ARGUMENTS not in data:
-            raise ValueError(
-                f"{path!r} holds a whole agent: load it by TDMPC2.load(path) and take its policy."
-            )
-        arguments: Any = data[ARGUMENTS]
-        weights: Any = tensors.get("policy")
-        check_policy_arguments(path, arguments, weights)
-        try:
-            cls.check_weights(
-                arguments["observation_space"], arguments["action_space"], arguments, weights
-            )
-            policy = cls(**arguments)
-        except ValueError:
-            raise
-        except Exception as error:  # whatever wrong arguments lead to
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"{path!r} is damaged, or of another policy than {cls.__name__} "
-                f"({reason[:200]}): use another copy."
-            ) from error
-        check_module(policy, weights, "policy", whole=True)
-        policy.load_state_dict(weights)
-        return policy.to(device)
+        return policy_file.load(cls, path, device)
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic)
-
-
-def is_of_integers(space: spaces.Space) -> bool:
-    """Whether actions are whole numbers."""
-    return isinstance(space, spaces.Box) and space.dtype.kind in "iub"
-
-
-def _integer_shares(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
-    """The least value of every action dimension, and how many there are."""
-    assert isinstance(space, spaces.Box)
-    low = space.low.astype(np.float64)
-    return low, space.high.astype(np.float64) - low + 1.0
-
-
-def _has_environments(values: np.ndarray, key: str, space: spaces.Space) -> bool:
-    """Whether an entry's values have an axis of environments.
-
-    :raises ValueError: if they have another shape than the space's, with or without it
-    """
-    shape = space.shape
-    assert shape is not None
-    if values.shape == shape:
-        return False
-    if values.ndim == len(shape) + 1 and values.shape[1:] == shape:
-        return True
-    batch = f"(n_env, {', '.join(map(str, shape))})" if shape else "(n_env,)"
-    raise ValueError(
-        f"Unexpected observation shape {values.shape} of '{key}', a {type(space).__name__}: pass "
-        f"{shape}, or {batch} for several environments."
-    )
-
-
-#: What SB3's other policies take and this one does not, and what to use instead.
-_INSTEAD = {
-    "optimizer_class": "its gradient steps are Adam's, which kernels and CUDA graphs know; set "
-    "learning_rate and enc_lr_scale",
-    "optimizer_kwargs": "its gradient steps are Adam's with the paper's settings; set "
-    "learning_rate, enc_lr_scale and max_grad_norm",
-    "net_arch": "set mlp_dim, enc_dim and num_enc_layers",
-    "n_critics": "set num_q",
-    "activation_fn": "its layers are the paper's, LayerNorm and Mish",
-    "features_extractor_class": "its encoder is chosen by the observation space",
-    "features_extractor_kwargs": "set latent_dim, enc_dim and num_enc_layers",
-    "share_features_extractor": "all its networks share the encoder",
-    "use_sde": "its plans explore by their own spread; set max_std or action_noise",
-}
-
-
-def _refuse_unknown(arguments: dict[str, Any]) -> None:
-    """
-    :raises ValueError: naming the first argument that the policy does not take
-    """
-    for name in arguments:
-        instead = _INSTEAD.get(name, "see the arguments of tdmpc2_sb3.policies.TDMPC2Policy")
-        raise ValueError(f"policy_kwargs hold {name!r}, which TDMPC2's policy lacks: {instead}.")
 
 
 class MlpPolicy(TDMPC2Policy):

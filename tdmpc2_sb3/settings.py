@@ -1,21 +1,26 @@
 """What each argument of :class:`tdmpc2_sb3.TDMPC2` may be, and which may change later.
 
-One row an argument, in :data:`SETTINGS`. The algorithm reads whatever may change anew with every
-action or gradient step, and refuses to have the others assigned, with the reason and a remedy.
-The automatic ones follow from what :func:`read_facts` finds about the environment.
+One row an argument, in :data:`SETTINGS`; a field of the losses' or the planner's configuration that
+has none there gets one by its default, see :func:`takes_fields_of`. The algorithm reads whatever
+may change anew with every action or gradient step, and refuses to have the others assigned, with
+the reason and a remedy. The automatic ones follow from what :func:`read_facts` finds about the
+environment.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import numbers
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.type_aliases import TrainFreq
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -251,6 +256,101 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+def takes_fields_of(
+    *configs: Any, derived: tuple[str, ...] = ()
+) -> Callable[[Constructor], Constructor]:
+    """Decorates a constructor: fields of configurations that it does not name are arguments, too.
+
+    By keyword, with the field's default. They become attributes of the same names before the
+    constructor runs, and get a row in :data:`SETTINGS` unless they have one.
+
+    :param configs: NamedTuples whose fields have defaults
+    :param derived: fields that follow from other arguments
+    """
+
+    def extended(constructor: Constructor) -> Constructor:
+        signature = inspect.signature(constructor)
+        fields = {
+            name: default
+            for config in configs
+            for name, default in config._field_defaults.items()
+            if name not in signature.parameters and name not in derived
+        }
+        for name, default in fields.items():
+            SETTINGS.setdefault(name, _setting_like(default))
+        if not fields:
+            return constructor
+
+        @functools.wraps(constructor)
+        def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+            vars(self).update({name: kwargs.pop(name, value) for name, value in fields.items()})
+            constructor(self, *args, **kwargs)
+
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+            for name, value in fields.items()
+        ]
+        construct.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*signature.parameters.values(), *added]
+        )
+        return construct  # type: ignore[return-value]
+
+    return extended
+
+
+def _setting_like(default: Any) -> Setting:
+    """A row for values of a default's kind."""
+    if isinstance(default, bool):
+        return Setting(_one_of(True, False))
+    if isinstance(default, int):
+        return Setting(_whole(None))
+    return Setting(_real(-math.inf)) if isinstance(default, float) else Setting()
+
+
+def is_in_use(config: Any, name: str) -> bool:
+    """Whether a field of a configuration has an effect: at its default it has none, but a number
+    does unless it is 0.
+
+    :param config: a NamedTuple whose fields have defaults
+    :param name: of the field
+    """
+    value = getattr(config, name)
+    if name not in config._field_defaults or value != config._field_defaults[name]:
+        return True
+    return isinstance(value, (bool, int, float)) and value != 0
+
+
+#: Arguments that the policy is built from besides further fields of the planner's configuration.
+POLICY_ARGUMENTS = (
+    "gamma",
+    "episodic",
+    "model_size",
+    "latent_dim",
+    "enc_dim",
+    "mlp_dim",
+    "num_enc_layers",
+    "num_q",
+    "simnorm_dim",
+    "num_bins",
+    "dropout",
+    "dynamics",
+    "dynamics_kwargs",
+    "horizon",
+    "num_samples",
+    "num_elites",
+    "num_pi_trajs",
+    "num_iterations",
+    "temperature",
+    "min_std",
+    "max_std",
+    "enc_lr_scale",
+    "compile",
+)
+
+
 class LiveSettings:
     """An object whose settings are checked when they are assigned, once it is set up.
 
@@ -309,6 +409,31 @@ def check_setting(name: str, value: Any) -> Any:
     return value if check is None else check(name, value)
 
 
+#: What SB3's other policies take and this one does not, and what to use instead.
+_POLICY_LACKS = {
+    "optimizer_class": "its gradient steps are Adam's, which kernels and CUDA graphs know; set "
+    "learning_rate and enc_lr_scale",
+    "optimizer_kwargs": "its gradient steps are Adam's with the paper's settings; set "
+    "learning_rate, enc_lr_scale and max_grad_norm",
+    "net_arch": "set mlp_dim, enc_dim and num_enc_layers",
+    "n_critics": "set num_q",
+    "activation_fn": "its layers are the paper's, LayerNorm and Mish",
+    "features_extractor_class": "its encoder is chosen by the observation space",
+    "features_extractor_kwargs": "set latent_dim, enc_dim and num_enc_layers",
+    "share_features_extractor": "all its networks share the encoder",
+    "use_sde": "its plans explore by their own spread; set max_std or action_noise",
+}
+
+
+def refuse_policy_arguments(arguments: dict[str, Any]) -> None:
+    """
+    :raises ValueError: naming the first argument that the policy does not take
+    """
+    for name in arguments:
+        instead = _POLICY_LACKS.get(name, "see the arguments of tdmpc2_sb3.policies.TDMPC2Policy")
+        raise ValueError(f"policy_kwargs hold {name!r}, which TDMPC2's policy lacks: {instead}.")
+
+
 GAMMA_MIN = 0.95
 GAMMA_MAX = 0.995
 GAMMA_MAX_EPISODIC = 0.99
@@ -360,6 +485,81 @@ def automatic_gamma(episode_steps: int | None, episodic: bool) -> float:
 def automatic_learning_starts(episode_steps: int | None) -> int:
     """max(1000, 5 T) agent steps; 1000 without a time limit."""
     return max(WARM_UP_MIN, WARM_UP_EPISODES * (episode_steps or 0))
+
+
+def automatic_settings(
+    names: Sequence[str], facts: EnvironmentFacts, episodic: Any
+) -> dict[str, Any]:
+    """Values of the settings that are "auto".
+
+    :param names: of these settings, some of gamma, learning_starts and episodic
+    :param facts: of the environment
+    :param episodic: as it is given
+    """
+    if "episodic" in names:
+        episodic = facts.terminates
+    values = {
+        "episodic": episodic,
+        "gamma": automatic_gamma(facts.episode_steps, bool(episodic)),
+        "learning_starts": automatic_learning_starts(facts.episode_steps),
+    }
+    return {name: value for name, value in values.items() if name in names}
+
+
+def describe_automatic(values: dict[str, Any], facts: EnvironmentFacts) -> str:
+    """What :func:`automatic_settings` were found, and from what."""
+    limit = "no time limit" if facts.episode_steps is None else f"{facts.episode_steps} steps"
+    listed = ", ".join(f"{name} = {value:g}" for name, value in values.items())
+    lines = [f"Automatic settings for episodes of {limit}: {listed}"]
+    if "episodic" in values:
+        kind = "may terminate" if facts.terminates else "never terminates"
+        lines.append(f"The task {kind}: {facts.reason}. Pass episodic=True or False to overrule.")
+    return "\n".join(lines)
+
+
+def automatic_initial_updates(
+    random_steps: int, gradient_steps: int, train_freq: TrainFreq, n_envs: int, episodes: int
+) -> int:
+    """Gradient steps that the random steps would have been due, had learning begun at once; no
+    more than one a step, as the reference makes.
+
+    :param random_steps: learning_starts
+    :param gradient_steps: an update
+    :param train_freq: how often there is one
+    :param n_envs: that step together
+    :param episodes: finished so far
+    """
+    if gradient_steps < 0:
+        return random_steps
+    if train_freq.unit == TrainFrequencyUnit.EPISODE:
+        due = episodes * gradient_steps // train_freq.frequency
+    else:
+        due = round(random_steps * (gradient_steps / (train_freq.frequency * n_envs)))
+    return min(due, random_steps)
+
+
+def warn_if_nothing_is_learnt(
+    steps: int, random_steps: int, made: int, train_freq: TrainFreq, n_envs: int
+) -> None:
+    """Says so if a call of learn() ends before learning begins.
+
+    :param steps: of the call
+    :param random_steps: learning_starts
+    :param made: how many of these there were before
+    :param train_freq: rollouts are finished
+    :param n_envs: that step together
+    """
+    if train_freq.unit == TrainFrequencyUnit.STEP:
+        rollout = train_freq.frequency * n_envs
+        steps = math.ceil(steps / rollout) * rollout
+    missing = random_steps - made - steps
+    if steps > 0 and missing > 0:
+        warnings.warn(
+            f"This call of learn() makes no gradient step: {random_steps} random steps "
+            f"(learning_starts) come first, of which {missing} are missing at its end. Make "
+            "total_timesteps larger, or pass a smaller learning_starts.",
+            stacklevel=3,
+        )
 
 
 def check_action_space(space: spaces.Space) -> None:

@@ -17,7 +17,7 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import check_for_nested_spaces
@@ -30,7 +30,6 @@ from stable_baselines3.common.type_aliases import (
     TrainFrequencyUnit,
 )
 from stable_baselines3.common.utils import (
-    check_for_correct_spaces,
     get_system_info,
     should_collect_more_steps,
 )
@@ -38,9 +37,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from tdmpc2_sb3.callbacks import last_checkpoint
-from tdmpc2_sb3.fast.doorman import unknown_to_search
-from tdmpc2_sb3.kernels import usable
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
+from tdmpc2_sb3.model.integer_actions import is_of_integers
 from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
 from tdmpc2_sb3.policies import (
@@ -51,30 +49,37 @@ from tdmpc2_sb3.policies import (
     SSMPolicy,
     TDMPC2Policy,
     automatic_iterations,
-    is_of_integers,
 )
 from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
 from tdmpc2_sb3.replay.normalization import NormalizationBelow
 from tdmpc2_sb3.replay.observation_entries import check_entries
-from tdmpc2_sb3.saving import action_noise as noises
-from tdmpc2_sb3.saving import episode_state, interrupts, official_checkpoint, workers
+from tdmpc2_sb3.saving import (
+    agent_file,
+    episode_state,
+    interrupts,
+    official_checkpoint,
+    workers,
+)
 from tdmpc2_sb3.saving import log_files as run_files
-from tdmpc2_sb3.saving.archive import read_archive, write_archive
-from tdmpc2_sb3.saving.attribute_checks import check_attributes, check_parts
+from tdmpc2_sb3.saving.agent_file import unwrapped
+from tdmpc2_sb3.saving.archive import read_archive
 from tdmpc2_sb3.saving.callback_state import environments_of
-from tdmpc2_sb3.saving.parameter_checks import check_parameters, check_streams
-from tdmpc2_sb3.saving.schedules import can_be_written, for_writing, tabulated
+from tdmpc2_sb3.saving.parameter_checks import check_parameters
+from tdmpc2_sb3.saving.schedules import can_be_written, tabulated
 from tdmpc2_sb3.settings import (
     AUTOMATIC,
+    POLICY_ARGUMENTS,
     SETTINGS,
-    EnvironmentFacts,
     FixedSettingError,
     LiveSettings,
-    automatic_gamma,
-    automatic_learning_starts,
+    automatic_initial_updates,
+    automatic_settings,
     check_action_space,
+    describe_automatic,
     read_facts,
+    takes_fields_of,
     usable_device,
+    warn_if_nothing_is_learnt,
     whole_number,
 )
 from tdmpc2_sb3.update import RunningMeans, UpdateStep
@@ -84,32 +89,6 @@ SelfTDMPC2 = TypeVar("SelfTDMPC2", bound="TDMPC2")
 RHO = 0.5
 RHO_EPISODIC = 0.7
 SEED_RANGE = 2**31
-# Arguments that the policy is built from; policy_kwargs override them.
-POLICY_ARGUMENTS = (
-    "gamma",
-    "episodic",
-    "model_size",
-    "latent_dim",
-    "enc_dim",
-    "mlp_dim",
-    "num_enc_layers",
-    "num_q",
-    "simnorm_dim",
-    "num_bins",
-    "dropout",
-    "dynamics",
-    "dynamics_kwargs",
-    "horizon",
-    "num_samples",
-    "num_elites",
-    "num_pi_trajs",
-    "num_iterations",
-    "temperature",
-    "min_std",
-    "max_std",
-    "enc_lr_scale",
-    "compile",
-)
 
 
 class TDMPC2(LiveSettings, OffPolicyAlgorithm):
@@ -123,6 +102,9 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     callbacks. Parameters that are frozen, for example by
     ``model.policy.world_model.encoder.requires_grad_(False)``, are not trained; a saved model keeps
     that.
+
+    Fields that are added to :class:`tdmpc2_sb3.losses.LossConfig` or
+    :class:`tdmpc2_sb3.planner.PlannerConfig` are further arguments, by keyword.
 
     :param policy: "MlpPolicy", "SSMPolicy", "CnnPolicy", "MultiInputPolicy" or a policy class
     :param env: environment with a bounded Box action space (of integers every value gets an equal
@@ -205,8 +187,11 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    #: Arguments that the policy is built from; policy_kwargs override them.
+    POLICY_ARGUMENTS: ClassVar = tuple(dict.fromkeys((*POLICY_ARGUMENTS, *PlannerConfig._fields)))
     policy: TDMPC2Policy
 
+    @takes_fields_of(LossConfig, PlannerConfig, derived=("encoded_terminations",))
     def __init__(
         self,
         policy: str | type[TDMPC2Policy],
@@ -367,7 +352,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             self.replay_buffer = self._make_buffer()
         # Before the weights are drawn, from SB3's global stream.
         BaseAlgorithm.set_random_seed(self, self.seed)
-        arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS}
+        arguments = {name: getattr(self, name) for name in self.POLICY_ARGUMENTS}
         policy = self.policy_class(
             self.observation_space,
             self.action_space,
@@ -442,23 +427,10 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 "pass an environment or numbers."
             )
         facts = read_facts(self.env)
-        if self.episodic == "auto":
-            self.episodic = facts.terminates
-        if self.gamma == "auto":
-            self.gamma = automatic_gamma(facts.episode_steps, bool(self.episodic))
-        if self.learning_starts == "auto":
-            self.learning_starts = automatic_learning_starts(facts.episode_steps)
-        self._announce(automatic, facts)
-
-    def _announce(self, automatic: list[str], facts: EnvironmentFacts) -> None:
-        if self.verbose < 1:
-            return
-        limit = "no time limit" if facts.episode_steps is None else f"{facts.episode_steps} steps"
-        values = ", ".join(f"{name} = {getattr(self, name):g}" for name in automatic)
-        print(f"Automatic settings for episodes of {limit}: {values}")
-        if "episodic" in automatic:
-            kind = "may terminate" if facts.terminates else "never terminates"
-            print(f"The task {kind}: {facts.reason}. Pass episodic=True or False to overrule.")
+        for name, value in automatic_settings(automatic, facts, self.episodic).items():
+            setattr(self, name, value)
+        if self.verbose >= 1:
+            print(describe_automatic({name: getattr(self, name) for name in automatic}, facts))
 
     def _check_settings(self) -> None:
         """
@@ -489,17 +461,10 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
 
     def _loss_settings(self) -> tuple[Any, ...]:
         """What the gradient steps depend on besides the policy."""
-        config = LossConfig(
-            gamma=self.policy.planner.gamma,
-            consistency_coef=self.consistency_coef,
-            reward_coef=self.reward_coef,
-            value_coef=self.value_coef,
-            termination_coef=self.termination_coef,
-            entropy_coef=self.entropy_coef,
-            entropy=self.entropy,
-            encoded_terminations=bool(self.episodic) and not self.reference_terminations,
-            td_lambda=self.td_lambda,
-        )
+        given = {name: getattr(self, name) for name in LossConfig._fields if name in SETTINGS}
+        given["gamma"] = self.policy.planner.gamma
+        given["encoded_terminations"] = bool(self.episodic) and not self.reference_terminations
+        config = LossConfig(**given)
         steps = self.sequence_length
         return config, self.rho, steps, self.tau, self.max_grad_norm, self.compile
 
@@ -510,7 +475,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         if horizon_aware:
             rho = RHO_EPISODIC if self.policy.world_model.episodic else RHO
         step = UpdateStep(
-            _unwrapped(self.policy),
+            unwrapped(self.policy),
             config,
             step_weights(steps, steps, float(rho), horizon_aware),
             step_weights(steps + 1, steps, float(rho), horizon_aware),
@@ -525,7 +490,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         """Makes the gradient steps follow settings and policy, where these have changed."""
         self._follow_planner()
         settings, step = self._made_update_step
-        if settings != self._loss_settings() or not step.is_of(_unwrapped(self.policy)):
+        if settings != self._loss_settings() or not step.is_of(unwrapped(self.policy)):
             self._update_step = self._make_update_step()
             self._say_plain_ways()
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
@@ -536,8 +501,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
 
     def _on_change(self, name: str, previous: Any) -> None:
         if name == "policy":
-            if _unwrapped(self.policy) is not _unwrapped(previous):
-                self._adopt(_unwrapped(self.policy))
+            if unwrapped(self.policy) is not unwrapped(previous):
+                self._adopt(unwrapped(self.policy))
             return
         if name == "initial_gradient_steps" and self._pending_initial_updates is not None:
             raise FixedSettingError(
@@ -590,7 +555,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         policy.to(self.device)
         arguments = policy._get_constructor_parameters()
         self.__dict__.update(
-            {name: arguments[name] for name in arguments.keys() & POLICY_ARGUMENTS}
+            {name: arguments[name] for name in arguments.keys() & self.POLICY_ARGUMENTS}
         )
         kept = {key: value for key, value in self.policy_kwargs.items() if key not in arguments}
         self.__dict__.update(policy_kwargs=kept, policy_class=type(policy))
@@ -611,19 +576,13 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
 
     def _say_plain_ways(self) -> None:
         """Says once what keeps plans or gradient steps from the CPU kernels' faster ways."""
-        model = self.policy.world_model
-        if self.verbose < 1 or self.compile is True or not usable(model.bins):
+        if self.verbose < 1:
             return
-        _, step = self._made_update_step
-        ways = {
-            "Gradient steps": step.unknown,
-            "Plans": unknown_to_search(model, self.policy.planner),
-        }
-        for kind, unknown in ways.items():
-            line = f"{kind} go the plain way, which is slower: {', '.join(unknown)} is not known "
-            if unknown and line not in self._said_plain:
+        config, *_ = self._loss_settings()
+        for line in self.policy.ways.declined(config, self.compile):
+            if line not in self._said_plain:
                 self._said_plain.add(line)
-                print(line + "to the faster one.")
+                print(line)
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)
@@ -661,7 +620,13 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             callback.on_training_start(locals(), globals())
             self._follow_planner()
             self._say_plain_ways()
-            self._warn_if_nothing_is_learnt(total_timesteps)
+            warn_if_nothing_is_learnt(
+                max(total_timesteps - self.num_timesteps, 0),
+                int(self.learning_starts),
+                self._lifetime_steps,
+                self.train_freq,
+                self.n_envs,
+            )
             self._make_interrupted_updates()
             while self.num_timesteps < total_timesteps or self._rollout_is_complete:
                 rollout = self.collect_rollouts(
@@ -756,23 +721,6 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         enough = max(enough, (self.sequence_length + 1) * self.n_envs)
         return not self._warming_up and self.replay_buffer.num_steps >= enough
 
-    def _warn_if_nothing_is_learnt(self, total_timesteps: int) -> None:
-        """Says so if this call of learn() ends before learning begins."""
-        steps = max(total_timesteps - self.num_timesteps, 0)
-        assert isinstance(self.train_freq, TrainFreq)
-        if self.train_freq.unit == TrainFrequencyUnit.STEP:  # rollouts are finished
-            rollout = self.train_freq.frequency * self.n_envs
-            steps = math.ceil(steps / rollout) * rollout
-        random_steps = int(self.learning_starts)
-        missing = random_steps - self._lifetime_steps - steps
-        if steps > 0 and missing > 0:
-            warnings.warn(
-                f"This call of learn() makes no gradient step: {random_steps} random steps "
-                f"(learning_starts) come first, of which {missing} are missing at its end. Make "
-                "total_timesteps larger, or pass a smaller learning_starts.",
-                stacklevel=3,
-            )
-
     def _make_interrupted_updates(self) -> None:
         """The gradient steps that Ctrl-C kept the run from making."""
         if not self._has_enough_steps:
@@ -793,15 +741,13 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         if self.initial_gradient_steps != AUTOMATIC:
             return int(self.initial_gradient_steps)
         assert isinstance(self.train_freq, TrainFreq)
-        random_steps = int(self.learning_starts)
-        if self.gradient_steps < 0:
-            return random_steps
-        if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
-            due = self._episode_num * self.gradient_steps // self.train_freq.frequency
-        else:
-            per_step = self.gradient_steps / (self.train_freq.frequency * self.n_envs)
-            due = round(random_steps * per_step)
-        return min(due, random_steps)  # random steps are worth no more than the reference makes
+        return automatic_initial_updates(
+            int(self.learning_starts),
+            self.gradient_steps,
+            self.train_freq,
+            self.n_envs,
+            self._episode_num,
+        )
 
     def _make_initial_updates(self) -> None:
         """The burst of gradient steps on the random steps, with its progress shown."""
@@ -1064,17 +1010,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         before = self._last_original_obs
         assert before is not None
         original = below.next(new_obs, dones, before)
-        following = copy.deepcopy(original)
-        for index in np.flatnonzero(dones):
-            last = infos[index].get("terminal_observation")
-            if last is None:
-                continue
-            last = below.last(last, before, int(index))
-            if isinstance(following, dict):
-                for key, values in following.items():
-                    values[index] = last[key]
-            else:
-                following[index] = last
+        following = below.with_last(original, dones, infos, before)
         reward = below.normalizer.get_original_reward()
         replay_buffer.add(before, following, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
         self._last_obs, self._last_original_obs = new_obs, original
@@ -1134,44 +1070,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         :raises TypeError: naming an attribute that cannot be written without pickling
         """
         self._follow_planner()
-        excluded = {*self._excluded_save_params(), *(exclude or ())} - set(include or ())
-        data = {name: value for name, value in self.__dict__.items() if name not in excluded}
-        for name in ("learning_rate", "lr_schedule"):
-            if name in data:
-                data[name] = for_writing(data[name], name)
-        data["run_state"] = self._run_state()
-        write_archive(path, data, {**self.get_parameters(), "run_streams": self._run_streams()})
-
-    def _run_state(self) -> dict[str, Any]:
-        episodes = self._saved_episodes
-        known = self._last_obs is not None and not interrupts.broken_off()
-        if episodes is None and self.env is not None and known:
-            episodes = episode_state.capture(self.env)
-        return {
-            "episodes": episodes,
-            "action_space_stream": self.action_space.np_random.bit_generator.state,
-            "noise_stream": None if self.action_noise is None else noises.stream(),
-            "frozen": [name for name, each in self._trainable().items() if not each.requires_grad],
-        }
-
-    def _trainable(self) -> dict[str, th.nn.Parameter]:
-        """Parameters that gradient steps change, by name, unless they are frozen."""
-        return {
-            name: each
-            for name, each in _unwrapped(self.policy).named_parameters()
-            if not name.startswith("world_model.target_q_ensemble.")
-        }
-
-    def _run_streams(self) -> dict[str, th.Tensor]:
-        streams = {
-            "training": self._training_generator.get_state(),
-            "predictions": self.policy.generator.get_state(),
-        }
-        if self._plan_mean is not None:
-            streams["plan_mean"] = self._plan_mean.cpu()
-        if self._pink_noise is not None:
-            streams["pink_noise"] = self._pink_noise.state.cpu()
-        return streams
+        agent_file.save(self, path, exclude or (), include or ())
 
     @classmethod
     def load(
@@ -1204,140 +1103,9 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         if print_system_info:
             get_system_info()
         device = usable_device(device)
-        data, tensors = read_archive(path, device, custom_objects, True, print_system_info)
-        check_parts(path, data, tensors)
-        data.setdefault("entropy", "gaussian")  # files older than the argument
-        run_state, streams = data.pop("run_state"), tensors.pop("run_streams")
-        if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
-            raise ValueError(
-                f"policy_kwargs are {kwargs['policy_kwargs']} but the model was saved with "
-                f"{data['policy_kwargs']}: leave them out."
-            )
-        unknown = kwargs.keys() - data.keys() - SETTINGS.keys()
-        if unknown:
-            raise ValueError(
-                f"{', '.join(sorted(unknown))}: the model has no such attribute to replace; check "
-                "the spelling."
-            )
+        read = read_archive(path, device, custom_objects, True, print_system_info)
         replaced = custom_objects or {}
-        saved = {name: value for name, value in data.items() if name not in replaced}
-        # Where a file says is no place to write: whoever loads it names the folder.
-        data["tensorboard_log"] = replaced.get("tensorboard_log")
-        same_envs = False
-        if env is not None:
-            env = cls._wrap_env(env, data.get("verbose", 0))
-            check_for_correct_spaces(env, data["observation_space"], data["action_space"])
-            same_envs = env.num_envs == data["n_envs"]
-            data["n_envs"] = env.num_envs
-        model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
-        check_attributes(saved, model)
-        model.__dict__.update(data)
-        model.__dict__.update(kwargs)
-        if env is not None and saved.get("tensorboard_log") and model.tensorboard_log is None:
-            model._say_log_is_left("tensorboard_log" in kwargs, saved["tensorboard_log"])
-        model._set_up_saved(tensors["policy"])
-        check_parameters(model, "policy", tensors["policy"], whole=True)
-        enc_lr_scale = model.policy.enc_lr_scale
-        model.set_parameters(tensors, exact_match=True, device=device)
-        model.policy.set_enc_lr_scale(enc_lr_scale)  # the optimiser has that of the file
-        check_streams(model, streams, run_state, int(saved.get("n_envs", model.n_envs)))
-        if "frozen" in run_state:
-            for name, parameter in model._trainable().items():
-                parameter.requires_grad_(name not in run_state["frozen"])
-        if kwargs.get("seed", model.seed) == data.get("seed"):
-            model._restore_streams(streams, run_state)
-        model._restore_run(streams, run_state, same_envs, force_reset)
-        return model
-
-    @staticmethod
-    def _say_log_is_left(chosen: bool, folder: Any) -> None:
-        if not chosen:
-            warnings.warn(
-                f"The model was saved with tensorboard_log={folder!r}, where nothing is written "
-                "unless you say so: pass tensorboard_log to load() to go on with a log.",
-                stacklevel=3,
-            )
-
-    def _set_up_saved(self, weights: dict[str, Any]) -> None:
-        """:meth:`_setup_model` for settings of a file, whose sizes must be its weights'.
-
-        :param weights: the policy's state dict
-        :raises ValueError: if the settings do not fit together, or not the weights
-        """
-        arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS}
-        try:
-            if issubclass(self.policy_class, TDMPC2Policy):
-                self.policy_class.check_weights(
-                    self.observation_space,
-                    self.action_space,
-                    {**arguments, **self.policy_kwargs},
-                    weights,
-                )
-            self._setup_model()
-        except ValueError:
-            raise
-        except Exception as error:  # whatever wrong settings lead to
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"The saved settings do not fit together ({reason[:200]}): use another copy or an "
-                "earlier checkpoint."
-            ) from error
-
-    def _restore_streams(self, streams: dict[str, th.Tensor], run_state: dict[str, Any]) -> None:
-        generators = {"training": self._training_generator, "predictions": self.policy.generator}
-        for name, generator in generators.items():
-            state = streams[name].cpu()
-            if state.shape == generator.get_state().shape:
-                generator.set_state(state)
-            elif self.verbose >= 1:
-                print(
-                    f"The random stream of {name} was that of another kind of device than "
-                    f"{self.device}: it begins anew from the seed."
-                )
-        self.action_space.np_random.bit_generator.state = run_state["action_space_stream"]
-        pink, saved = self._pink_noise, streams.get("pink_noise")
-        if pink is not None and saved is not None and saved.shape == pink.state.shape:
-            pink.state = saved.to(pink.state.device)
-        if run_state.get("noise_stream") is not None:
-            noises.restore_stream(run_state["noise_stream"])
-
-    def _restore_run(
-        self,
-        streams: dict[str, th.Tensor],
-        run_state: dict[str, Any],
-        same_envs: bool,
-        force_reset: bool,
-    ) -> None:
-        """Keeps the episodes in progress for :meth:`learn` if they can be restored or still run."""
-        noise = self.action_noise
-        if isinstance(noise, VectorizedActionNoise) and noise.n_envs != self.n_envs:
-            base = noise.base_noise
-            several = self.n_envs > 1
-            self.action_noise = VectorizedActionNoise(base, self.n_envs) if several else base
-        episodes = run_state["episodes"]
-        if same_envs and self.env is not None:
-            self._why_anew = self._find_obstacle(episodes)
-        restorable = same_envs and episodes is not None and self._why_anew is None
-        if restorable or (same_envs and not force_reset):
-            self._saved_episodes = episodes if restorable else None
-            if "plan_mean" in streams:
-                self._plan_mean = streams["plan_mean"].to(self.device)
-        else:
-            self._last_obs = None
-            self._last_original_obs = None
-
-    def _find_obstacle(self, episodes: episode_state.EpisodeStates | None) -> str | None:
-        """What keeps the saved episodes from going on. Where the environments themselves could,
-        it comes as a surprise, and is a warning."""
-        assert self.env is not None
-        found = episode_state.obstacle(self.env, episodes)
-        if found is not None and episode_state.has_state(self.env):
-            warnings.warn(
-                f"The episode in progress does not go on where it was, but ends as truncated: "
-                f"{found}.",
-                stacklevel=4,
-            )
-        return found
+        return agent_file.load(cls, path, read, env, device, replaced, force_reset, kwargs)
 
     def set_parameters(
         self,
@@ -1431,8 +1199,3 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             self.replay_buffer = self._make_buffer()
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         self.replay_buffer.load(path)
-
-
-def _unwrapped(policy: Any) -> Any:
-    """The policy itself, of which ``torch.compile`` makes a wrapper."""
-    return getattr(policy, "_orig_mod", policy)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch as th
 
 from tdmpc2_sb3.fast.adam import Adam
-from tdmpc2_sb3.fast.cuda_graphs import Graphed, recorder_for
-from tdmpc2_sb3.fast.doorman import unknown_to_gradients
-from tdmpc2_sb3.fast.gradients import DirectGradients, Taken
+from tdmpc2_sb3.fast.cuda_graphs import Graphed
+from tdmpc2_sb3.fast.gradients import DirectGradients, StepGradients
 from tdmpc2_sb3.fast.module_parts import Parts
 from tdmpc2_sb3.fast.torch_compile import Compiled
-from tdmpc2_sb3.kernels import Captured, lerp_, readable, usable, weights_held
+from tdmpc2_sb3.kernels import Captured
 from tdmpc2_sb3.losses import (
+    TERMS,
     LossConfig,
     ModelLosses,
     PolicyLosses,
@@ -25,6 +26,7 @@ from tdmpc2_sb3.losses import (
     model_losses,
     policy_loss,
 )
+from tdmpc2_sb3.model.operations import move_towards_, weights_held
 from tdmpc2_sb3.policies import TDMPC2Policy
 from tdmpc2_sb3.replay.buffer import SequenceBatch
 
@@ -71,16 +73,11 @@ class UpdateStep:
         self._model_losses = Compiled(model_losses, compile, self._model_backward)
         self._policy_loss = Compiled(policy_loss, compile, self._policy_backward)
         self._move_targets = Captured(self._lerp_targets, [*self._target, *self._online])
-        self._direct: DirectGradients | None = None
-        #: Parts and settings that keep the gradients from being taken by hand.
-        self.unknown = unknown_to_gradients(model, config)
-        if compile is not True and not self.unknown:
-            self._direct = DirectGradients(model, config)
+        self._checked = _Checked(max_grad_norm, self._move_targets)
+        self._direct = policy.ways.direct_gradients(config, compile)
         self._parts = Parts(policy)
-        recorder = None if compile is False else recorder_for(policy.device)
-        self._graphed: Graphed[dict[str, th.Tensor]] | None = None
-        if recorder is not None:
-            self._graphed = Graphed(self._without_waiting, self._state, recorder)
+        self._graphed = policy.ways.recorded(self._without_waiting, self._state, compile)
+        if self._graphed is not None:
             num_groups = sum(len(each.param_groups) for each in self._optimizers)
             self._known_rates: list[float] = []
             self._rates = th.zeros(num_groups, device=policy.device, dtype=th.float32)
@@ -95,19 +92,33 @@ class UpdateStep:
         """
         if self._graphed is not None:
             return self._by_graph(self._graphed, batch, noise)
-        policy, model = self.policy, self.policy.world_model
-        direct = self._direct if usable(batch.rewards) and usable(model.bins) else None
-        losses, taken = self._model_gradients(batch, noise, direct)
-        self._step(policy.model_optimizer, taken, losses.total)
-        statistics = self._model_statistics(losses, taken.norm)
+        direct = self._direct if self.policy.ways.by_kernels(batch.rewards) else None
+        return self._apply(batch, noise, direct, self._checked)
+
+    def _apply(
+        self,
+        batch: SequenceBatch,
+        noise: UpdateNoise,
+        direct: DirectGradients | None,
+        changes: _Changes,
+    ) -> dict[str, th.Tensor]:
+        """The step, by a graph or not.
+
+        :param direct: takes the gradients by hand; None leaves them to autograd
+        :param changes: makes the step's changes
+        """
+        policy = self.policy
+        losses, gradients = self._model_gradients(batch, noise, direct)
+        statistics = _model_statistics(losses, gradients.norm)
+        changes.step(policy.model_optimizer, gradients, losses.total, losses.terms)
         if noise.policy is not None:
-            prior, taken = self._policy_gradients(losses.latents, batch, noise.policy, direct)
-            self._step(policy.prior_optimizer, taken, prior.total)
+            prior, gradients = self._policy_gradients(losses.latents, batch, noise.policy, direct)
+            statistics.update(_policy_statistics(prior, gradients.norm))
+            changes.step(policy.prior_optimizer, gradients, prior.total, {})
             with th.no_grad():
-                policy.scale.copy_(prior.scale)
-            statistics.update(_policy_statistics(prior, taken.norm))
+                changes.write(policy.scale, prior.scale)
         with th.no_grad():
-            self._move_targets()
+            changes.move_targets()
         return statistics
 
     def is_of(self, policy: TDMPC2Policy) -> bool:
@@ -126,7 +137,7 @@ class UpdateStep:
 
     def _model_gradients(
         self, batch: SequenceBatch, noise: UpdateNoise, direct: DirectGradients | None
-    ) -> tuple[ModelLosses, Taken]:
+    ) -> tuple[ModelLosses, StepGradients]:
         if direct is not None and self._trained:
             return direct.model_losses(batch, noise, self.model_weights)
         policy = self.policy
@@ -134,7 +145,7 @@ class UpdateStep:
             losses = self._model_losses(
                 policy.world_model, batch, noise, self.config, self.model_weights
             )
-            return losses, _taken(self._trained, losses.total)
+            return losses, _gradients_of(self._trained, losses.total)
 
     def _policy_gradients(
         self,
@@ -142,7 +153,7 @@ class UpdateStep:
         batch: SequenceBatch,
         noise: PolicyNoise,
         direct: DirectGradients | None,
-    ) -> tuple[PolicyLosses, Taken]:
+    ) -> tuple[PolicyLosses, StepGradients]:
         policy = self.policy
         settings = (self.policy_weights, self.tau, alive_states(batch))
         if direct is not None and self._trained_prior:
@@ -151,26 +162,10 @@ class UpdateStep:
             losses = self._policy_loss(
                 policy.world_model, latents, policy.scale, noise, self.config, *settings
             )
-            return losses, _taken(self._trained_prior, losses.total)
+            return losses, _gradients_of(self._trained_prior, losses.total)
 
     def _lerp_targets(self) -> None:
-        if readable(self._target) and readable(self._online):
-            lerp_(self._target, self._online, self.tau)
-        else:
-            th._foreach_lerp_(self._target, self._online, self.tau)
-
-    def _step(self, optimizer: th.optim.Optimizer, taken: Taken, loss: th.Tensor) -> None:
-        # One transfer from the device; most gradients are short enough as they are.
-        loss_value, length = th.stack([loss.detach(), taken.norm]).tolist()
-        try:
-            _check_finite(loss_value, length)
-        except RuntimeError:
-            optimizer.zero_grad()
-            raise
-        if length > self.max_grad_norm and taken.arrays:
-            th._foreach_mul_(taken.arrays, self.max_grad_norm / (length + CLIPPING_EPSILON))
-        optimizer.step()
-        optimizer.zero_grad()
+        move_towards_(self._target, self._online, self.tau)
 
     # -- on CUDA -------------------------------------------------------------------------------
 
@@ -186,11 +181,11 @@ class UpdateStep:
         statistics = graphed(batch, noise)
         values = th.stack(list(statistics.values())).cpu()
         statistics = dict(zip(statistics, values, strict=True))
-        _check_finite(statistics["train/loss"].item(), statistics["train/grad_norm"].item())
+        logged = {name: f"train/{name}_loss" for name in TERMS}
+        terms = {name: statistics[key] for name, key in logged.items() if key in statistics}
+        _check_finite(statistics["train/loss"], statistics["train/grad_norm"], terms)
         if noise.policy is not None:
-            _check_finite(
-                statistics["train/policy_loss"].item(), statistics["train/policy_grad_norm"].item()
-            )
+            _check_finite(statistics["train/policy_loss"], statistics["train/policy_grad_norm"], {})
         return statistics
 
     @property
@@ -210,65 +205,139 @@ class UpdateStep:
     def _without_waiting(self, batch: SequenceBatch, noise: UpdateNoise) -> dict[str, th.Tensor]:
         """The step without a look at what came out: where a loss or gradient is not finite, it
         changes nothing from there on."""
-        policy = self.policy
-        num_rates = len(policy.model_optimizer.param_groups)
-        model_rates, prior_rates = self._rates[:num_rates], self._rates[num_rates:]
+        sizes = [len(each.param_groups) for each in self._optimizers]
+        rates = dict(zip(self._optimizers, self._rates.split(sizes), strict=True))
+        changes = _UnlessFailed(self.max_grad_norm, rates, self._target, self._online, self.tau)
         try:
-            losses, taken = self._model_gradients(batch, noise, None)
-            statistics = self._model_statistics(losses, taken.norm)
-            failed = self._step_unless(
-                policy.model_optimizer, taken, losses.total.isfinite().logical_not(), model_rates
-            )
-            policy.model_optimizer.zero_grad()
-            if noise.policy is not None:
-                prior, taken = self._policy_gradients(losses.latents, batch, noise.policy, None)
-                statistics.update(_policy_statistics(prior, taken.norm))
-                failed = failed.logical_or(prior.total.isfinite().logical_not())
-                failed = self._step_unless(policy.prior_optimizer, taken, failed, prior_rates)
-                with th.no_grad():
-                    policy.scale.copy_(th.where(failed, policy.scale, prior.scale))
-            with th.no_grad():
-                rate = failed.logical_not() * self.tau
-                moves = th._foreach_sub(self._online, self._target)
-                th._foreach_mul_(moves, rate)
-                th._foreach_add_(self._target, moves)
+            return self._apply(batch, noise, None, changes)
         finally:
             for optimizer in self._optimizers:
                 optimizer.zero_grad()
-        return {name: value.detach() for name, value in statistics.items()}
 
-    def _step_unless(
-        self, optimizer: Adam, taken: Taken, failed: th.Tensor, rates: th.Tensor
-    ) -> th.Tensor:
-        """A step unless there is a reason against it; whether there was one.
 
-        :param failed: whether there already is, []
-        :param rates: of the optimiser's groups
+class _Changes(Protocol):
+    """How a step changes parameters, the running scale and the target Q heads."""
+
+    def step(
+        self,
+        optimizer: Adam,
+        gradients: StepGradients,
+        loss: th.Tensor,
+        terms: Mapping[str, th.Tensor],
+    ) -> None:
+        """Clips gradients and applies them; the parameters have none afterwards.
+
+        :param optimizer: of the parameters
+        :param gradients: that the parameters have
+        :param loss: whose they are, []
+        :param terms: that it consists of, by name
         """
-        failed = failed.logical_or(taken.norm.isfinite().logical_not())
-        shrunk = self.max_grad_norm / (taken.norm + CLIPPING_EPSILON)
-        if taken.arrays:
-            too_long = taken.norm > self.max_grad_norm
-            th._foreach_mul_(taken.arrays, th.where(too_long, shrunk, th.ones_like(shrunk)))
-        optimizer.step_unless(failed.float(), rates.unbind())
-        return failed
 
-    def _model_statistics(self, losses: ModelLosses, grad_norm: th.Tensor) -> dict[str, th.Tensor]:
-        statistics = {
-            "train/loss": losses.total,
-            "train/consistency_loss": losses.consistency,
-            "train/reward_loss": losses.reward,
-            "train/value_loss": losses.value,
-            "train/grad_norm": grad_norm.clone(),
-        }
-        if self.policy.world_model.episodic:
-            statistics["train/termination_loss"] = losses.termination
-        return statistics
+    def write(self, tensor: th.Tensor, value: th.Tensor) -> None:
+        """Gives a tensor another value."""
+
+    def move_targets(self) -> None:
+        """Moves the target Q heads towards the Q heads."""
+
+
+class _Checked:
+    """Changes after a look at what came out, for which the device is waited for.
+
+    :param max_grad_norm: gradients are clipped to this norm
+    :param move_targets: moves the target Q heads
+    """
+
+    def __init__(self, max_grad_norm: float, move_targets: Callable[[], None]):
+        self._max_grad_norm = max_grad_norm
+        self.move_targets = move_targets
+
+    def step(
+        self,
+        optimizer: Adam,
+        gradients: StepGradients,
+        loss: th.Tensor,
+        terms: Mapping[str, th.Tensor],
+    ) -> None:
+        # One transfer from the device; most gradients are short enough as they are.
+        loss_value, length = th.stack([loss.detach(), gradients.norm]).tolist()
+        try:
+            _check_finite(loss_value, length, terms)
+        except RuntimeError:
+            optimizer.zero_grad()
+            raise
+        if length > self._max_grad_norm and gradients.arrays:
+            shrunk = self._max_grad_norm / (length + CLIPPING_EPSILON)
+            th._foreach_mul_(gradients.arrays, shrunk)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def write(self, tensor: th.Tensor, value: th.Tensor) -> None:
+        tensor.copy_(value)
+
+
+class _UnlessFailed:
+    """Changes of one step without a wait: none any more once a loss or gradient is not finite.
+
+    :param max_grad_norm: gradients are clipped to this norm
+    :param rates: learning rates of each optimiser's groups
+    :param target: parameters of the target Q heads
+    :param online: those of the Q heads
+    :param tau: rate at which the former move towards the latter
+    """
+
+    def __init__(
+        self,
+        max_grad_norm: float,
+        rates: Mapping[Adam, th.Tensor],
+        target: list[th.Tensor],
+        online: list[th.Tensor],
+        tau: float,
+    ):
+        self._max_grad_norm = max_grad_norm
+        self._rates = rates
+        self._target, self._online, self._tau = target, online, tau
+        self._failed: th.Tensor | None = None  # [], bool
+
+    def step(
+        self,
+        optimizer: Adam,
+        gradients: StepGradients,
+        loss: th.Tensor,
+        terms: Mapping[str, th.Tensor],
+    ) -> None:
+        failed = (loss.isfinite() & gradients.norm.isfinite()).logical_not()
+        self._failed = failed if self._failed is None else self._failed.logical_or(failed)
+        shrunk = self._max_grad_norm / (gradients.norm + CLIPPING_EPSILON)
+        if gradients.arrays:
+            too_long = gradients.norm > self._max_grad_norm
+            factor = th.where(too_long, shrunk, th.ones_like(shrunk))
+            th._foreach_mul_(gradients.arrays, factor)
+        optimizer.step_unless(self._failed.float(), self._rates[optimizer].unbind())
+        optimizer.zero_grad()
+
+    def write(self, tensor: th.Tensor, value: th.Tensor) -> None:
+        assert self._failed is not None
+        tensor.copy_(th.where(self._failed, tensor, value))
+
+    def move_targets(self) -> None:
+        assert self._failed is not None
+        rate = self._failed.logical_not() * self._tau
+        moves = th._foreach_sub(self._online, self._target)
+        th._foreach_mul_(moves, rate)
+        th._foreach_add_(self._target, moves)
+
+
+def _model_statistics(losses: ModelLosses, grad_norm: th.Tensor) -> dict[str, th.Tensor]:
+    return {
+        "train/loss": losses.total.detach(),
+        **{f"train/{name}_loss": value for name, value in losses.terms.items()},
+        "train/grad_norm": grad_norm.clone(),
+    }
 
 
 def _policy_statistics(losses: PolicyLosses, grad_norm: th.Tensor) -> dict[str, th.Tensor]:
     return {
-        "train/policy_loss": losses.total,
+        "train/policy_loss": losses.total.detach(),
         "train/policy_entropy": losses.entropy,
         "train/policy_scaled_entropy": losses.scaled_entropy,
         "train/policy_grad_norm": grad_norm.clone(),
@@ -276,19 +345,28 @@ def _policy_statistics(losses: PolicyLosses, grad_norm: th.Tensor) -> dict[str, 
     }
 
 
-def _check_finite(loss: float, gradient_norm: float) -> None:
+def _check_finite(
+    loss: float | th.Tensor, gradient_norm: float | th.Tensor, terms: Mapping[str, th.Tensor]
+) -> None:
     """
-    :raises RuntimeError: if one of them is not
+    :param terms: that the loss consists of, by name
+    :raises RuntimeError: if the loss or the norm is not finite
     """
-    if not math.isfinite(loss + gradient_norm):
-        raise RuntimeError(
-            f"loss {loss}, gradient norm {gradient_norm}: not finite. Lower the learning "
-            "rate, or check the environment's rewards and observations for huge values."
-        )
+    loss, gradient_norm = float(loss), float(gradient_norm)
+    if math.isfinite(loss + gradient_norm):
+        return
+    numbers = {f"the {name} loss": float(value) for name, value in terms.items()}
+    found = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    of_which = f" ({', '.join(found)})" if found else ""
+    raise RuntimeError(
+        f"loss {loss}, gradient norm {gradient_norm}{of_which}: not finite. Lower the learning "
+        "rate, or check the environment's rewards and observations for huge values."
+    )
 
 
-def _taken(parameters: list[th.nn.Parameter], loss: th.Tensor) -> Taken:
-    return Taken.of([each.grad for each in parameters if each.grad is not None], loss.detach())
+def _gradients_of(parameters: list[th.nn.Parameter], loss: th.Tensor) -> StepGradients:
+    arrays = [each.grad for each in parameters if each.grad is not None]
+    return StepGradients.of(arrays, loss.detach())
 
 
 def _frozen(policy: TDMPC2Policy) -> list[bool]:

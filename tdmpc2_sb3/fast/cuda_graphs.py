@@ -9,11 +9,12 @@ at those addresses.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch as th
 
 from tdmpc2_sb3.fast.torch_compile import warn_of_failure
+from tdmpc2_sb3.kernels.recordings import Recording, Recordings, own_inputs, places_of
 from tdmpc2_sb3.kernels.tensor_trees import with_tensors, without_tensors
 
 Result = TypeVar("Result")
@@ -71,10 +72,18 @@ def recorder_for(device: th.device) -> Recorder | None:
     return Recorder(device) if device.type == "cuda" else None
 
 
-class _Graph(NamedTuple, Generic[Result]):
-    inputs: list[th.Tensor]  # that the kernels read
-    replay: Callable[[], None]
-    result: Result
+class _Graphs(Recordings[Result]):
+    """The graphs of a function."""
+
+    def forget(self, places: list[int]) -> None:
+        super().forget(places)
+        self.called: set[Hashable] = set()  # once, with arguments of these sizes
+
+    def move_to(self, places: list[int]) -> None:
+        """The function itself moved its state, as an optimiser does that makes it."""
+        if places != self.places:
+            self.by_key.clear()
+            self.places = places
 
 
 class Graphed(Generic[Result]):
@@ -102,7 +111,7 @@ class Graphed(Generic[Result]):
         self._state = state
         self._recorder = recorder
         self._failed = False
-        self._forget()
+        self._graphs: _Graphs[Result] = _Graphs(MAX_GRAPHS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"function": self._function, "state": self._state, "recorder": self._recorder}
@@ -110,11 +119,10 @@ class Graphed(Generic[Result]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def _forget(self) -> None:
-        self._places: list[int] = []
-        self._called: set[Hashable] = set()
-        self._graphs: dict[Hashable, _Graph[Result]] = {}
-        self.replays = 0
+    @property
+    def replays(self) -> int:
+        """How many there were since the state moved."""
+        return self._graphs.replays
 
     def __call__(self, *arguments: object) -> Result:
         """What the function makes of the arguments."""
@@ -122,43 +130,32 @@ class Graphed(Generic[Result]):
             return self._function(*arguments)
         tensors: list[th.Tensor] = []
         key = without_tensors(arguments, tensors)
-        places = [each.data_ptr() for each in self._state()]
-        if places != self._places:
-            self._forget()
-            self._places = places
-        graph = self._graphs.get(key)
-        if graph is None and key not in self._called:
+        graphs = self._graphs
+        graphs.follow(self._state())
+        graph = graphs.by_key.get(key)
+        if graph is None and key not in graphs.called:
             result = self._recorder.warm_up(lambda: self._function(*arguments))
-            self._called.add(key)
-            places = [each.data_ptr() for each in self._state()]
-            if places != self._places:  # it made some of the state, as an optimiser does
-                self._graphs.clear()
-                self._places = places
+            graphs.called.add(key)
+            graphs.move_to(places_of(self._state()))
             return result
         if graph is None:
             try:
                 graph = self._record(arguments, tensors)
             except Exception as error:  # a driver may fail in any way
                 self._failed = True
-                self._forget()
+                graphs.forget([])
                 failure = "A CUDA graph could not be recorded"
                 warn_of_failure(failure, error, "without, which is slower")
                 return self._function(*arguments)
-            if len(self._graphs) == MAX_GRAPHS:
-                self._graphs.clear()
-            self._graphs[key] = graph
-        if tensors:
-            th._foreach_copy_(graph.inputs, tensors)
-        graph.replay()
-        self.replays += 1
+            graphs.keep(key, graph)
+        graphs.replays += 1
+        result = graph.replay(tensors)
         results: list[th.Tensor] = []
-        without_tensors(graph.result, results)
+        without_tensors(result, results)
         kept = [each.clone() for each in results]  # the next replay writes to them
-        return with_tensors(graph.result, iter(kept))  # type: ignore[no-any-return]
+        return with_tensors(result, iter(kept))  # type: ignore[no-any-return]
 
-    def _record(self, arguments: tuple[object, ...], tensors: list[th.Tensor]) -> _Graph[Result]:
-        with th.inference_mode(False):  # or they could not be written to outside that mode
-            inputs = [each.clone(memory_format=th.contiguous_format) for each in tensors]
-        rebuilt = with_tensors(arguments, iter(inputs))
-        replay, result = self._recorder.record(lambda: self._function(*rebuilt))
-        return _Graph(inputs, replay, result)
+    def _record(self, arguments: tuple[object, ...], tensors: list[th.Tensor]) -> Recording[Result]:
+        inputs, rebuilt = own_inputs(arguments, tensors)
+        launch, result = self._recorder.record(lambda: self._function(*rebuilt))
+        return Recording(inputs, launch, result)

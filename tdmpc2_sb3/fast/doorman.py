@@ -14,6 +14,7 @@ from torch import nn
 from tdmpc2_sb3.model.encoders import Encoder
 from tdmpc2_sb3.model.layers import MLP, QEnsemble
 from tdmpc2_sb3.model.world_model import WorldModel
+from tdmpc2_sb3.settings import is_in_use
 
 #: Fields of :class:`tdmpc2_sb3.planner.PlannerConfig` that the search of kernels.c knows.
 SEARCH_SETTINGS = frozenset(
@@ -68,15 +69,7 @@ def unknown_to_gradients(model: WorldModel, config: Any) -> list[str]:
 
 
 def _unknown_settings(config: Any, known: frozenset[str]) -> list[str]:
-    """A setting at its default is not in use, but a number is unless it is 0."""
-    return [name for name in config._fields if name not in known and _is_in_use(config, name)]
-
-
-def _is_in_use(config: Any, name: str) -> bool:
-    value = getattr(config, name)
-    if name not in config._field_defaults or value != config._field_defaults[name]:
-        return True
-    return isinstance(value, (bool, int, float)) and value != 0
+    return [name for name in config._fields if name not in known and is_in_use(config, name)]
 
 
 def _unknown_networks(model: WorldModel) -> list[str]:
@@ -86,7 +79,8 @@ def _unknown_networks(model: WorldModel) -> list[str]:
     found = []
     for name in ("reward_net", "policy_net", "termination_net", "q_ensemble", "target_q_ensemble"):
         part = getattr(model, name)
-        if part is not None and not (type(part) in (MLP, QEnsemble) and part.has_kernels()):
+        known = part.as_kernel() if isinstance(part, (MLP, QEnsemble)) else None
+        if part is not None and known is None:
             found.append(name)
     return found
 

@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 import torch as th
 from torch import nn
-from torch.nn.utils import get_total_norm
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.fast.doorman import unknown_to_gradients
 from tdmpc2_sb3.fast.network_gradients import (
     DirectNetwork,
-    Written,
+    GradientArrays,
     are_trained,
     assign,
     parameter_gradients,
@@ -40,8 +39,12 @@ from tdmpc2_sb3.losses import (
 from tdmpc2_sb3.model.dynamics import LatentDynamics
 from tdmpc2_sb3.model.dynamics.mlp import MLPDynamics
 from tdmpc2_sb3.model.layers import MLP, QEnsemble
+from tdmpc2_sb3.model.operations import total_norm
 from tdmpc2_sb3.model.world_model import WorldModel
 from tdmpc2_sb3.replay.buffer import SequenceBatch
+
+#: Those of :data:`tdmpc2_sb3.losses.TERMS` that are known here.
+TERMS = ("consistency", "reward", "value", "termination")
 
 
 def _outputs(
@@ -67,7 +70,7 @@ class _Traced:
             self._result = function(*inputs)
         return self._result.detach().contiguous()
 
-    def backward(self, grad: th.Tensor) -> Written:
+    def backward(self, grad: th.Tensor) -> GradientArrays:
         """Adds to the gradients of whatever the part was made from.
 
         :param grad: by the result
@@ -108,7 +111,7 @@ class _KernelRollout:
         self._rollout.forward(True, latents[1:])
         return latents, self._rollout.inputs
 
-    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
+    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """Gives the parameters their gradients.
 
         :param by_latents: gradients by z_0..z_T as far as they do not come from later latents,
@@ -142,7 +145,7 @@ class _TracedRollout:
     def _predict(self, start: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return self._dynamics.rollout(self._dynamics.initial_state(start), actions)
 
-    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
+    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """See :meth:`_KernelRollout.backward`."""
         written = self._traced.backward(by_latents[1:])
         start, self._start = self._start, None
@@ -170,7 +173,7 @@ class _KernelEncoder:
         latent = self._network.evaluate(first)[0]
         return latent, encoded.view(*following.shape[:-1], -1)
 
-    def backward(self, by_latent: th.Tensor) -> Written:
+    def backward(self, by_latent: th.Tensor) -> GradientArrays:
         """Gives the parameters their gradients.
 
         :param by_latent: by z_0, [B, Z]
@@ -178,22 +181,21 @@ class _KernelEncoder:
         return self._network.backward(by_latent.unsqueeze(0))
 
 
-class Taken(NamedTuple):
-    """Gradients that have been taken."""
+class StepGradients(NamedTuple):
+    """The gradients of one loss, as a gradient step clips and applies them."""
 
-    arrays: Written
+    arrays: GradientArrays
     norm: th.Tensor  # of all, []
 
     @classmethod
-    def of(cls, arrays: Written, like: th.Tensor) -> Taken:
+    def of(cls, arrays: GradientArrays, like: th.Tensor) -> StepGradients:
         """Those in arrays that the kernels read, or others.
 
         :param like: of their device and type; there may be no arrays
         """
         if not arrays:
             return cls(arrays, like.new_zeros(()))
-        readable = kernels.readable(arrays)
-        return cls(arrays, kernels.total_norm(arrays) if readable else get_total_norm(arrays))
+        return cls(arrays, total_norm(arrays))
 
 
 class _ModelInputs(NamedTuple):
@@ -214,11 +216,11 @@ class _ModelInputs(NamedTuple):
 
 
 class _ModelResults(NamedTuple):
-    losses: th.Tensor  # consistency, reward, value and termination, [4]
+    losses: th.Tensor  # of TERMS, [4]
     latents: th.Tensor  # z_0..z_T, [T + 1, B, Z]
     by_first: th.Tensor  # gradients by z_0, [B, Z]
     by_following: th.Tensor | None  # by the next observations' latents, if they have any
-    taken: Taken
+    taken: StepGradients
 
 
 def has_direct_gradients(model: WorldModel, config: LossConfig | None = None) -> bool:
@@ -242,7 +244,9 @@ class DirectGradients:
         simplices = model.latent_simplices()
 
         def of_latents(network: MLP | QEnsemble) -> kernels.KeptLayers:
-            return kernels.on_simplices(network.as_layers(), simplices)
+            layers = network.as_kernel()
+            assert layers is not None, "ask has_direct_gradients first"
+            return kernels.on_simplices(layers, simplices)
 
         self._reward = DirectNetwork(of_latents(model.reward_net))
         self._q = DirectNetwork(of_latents(model.q_ensemble), model.q_ensemble.num_q)
@@ -265,17 +269,11 @@ class DirectGradients:
             self._rollout = _KernelRollout(of_latents(model.dynamics.net))
         self._traced_rollout = _TracedRollout(model.dynamics)
         self._state_space: StateSpaceRollout | None = None
-        if StateSpaceRollout.knows(model.dynamics):
+        if StateSpaceRollout.takes(model.dynamics):
             self._state_space = StateSpaceRollout(model.dynamics, simplices)
         self._num_q = model.q_ensemble.num_q
         self._coefficients = th.tensor(
-            [
-                config.consistency_coef,
-                config.reward_coef,
-                config.value_coef,
-                config.termination_coef,
-            ],
-            dtype=th.float32,
+            [getattr(config, f"{name}_coef") for name in TERMS], dtype=th.float32
         )
         numbers = list(model.parameters())
         self._model_results = kernels.Captured(self._take_model_gradients, numbers)
@@ -284,7 +282,7 @@ class DirectGradients:
     @th.no_grad()
     def model_losses(
         self, batch: SequenceBatch, noise: UpdateNoise, weights: th.Tensor
-    ) -> tuple[ModelLosses, Taken]:
+    ) -> tuple[ModelLosses, StepGradients]:
         """See :func:`tdmpc2_sb3.losses.model_losses`.
 
         :param batch: float32 sub-sequences on a CPU
@@ -316,11 +314,12 @@ class DirectGradients:
             arrays = self._first_encoder.backward(result.by_first)
             if result.by_following is not None:  # one graph: adds to the gradients of the first
                 arrays = self._next_encoder.backward(result.by_following)
-            taken = Taken.of([*taken.arrays, *arrays], result.losses)
+            taken = StepGradients.of([*taken.arrays, *arrays], result.losses)
         losses = result.losses.clone()
-        consistency, reward, value, termination = losses
-        total = losses @ self._coefficients
-        return ModelLosses(total, consistency, reward, value, termination, result.latents), taken
+        terms = dict(zip(TERMS, losses, strict=True))
+        if self._termination is None:
+            del terms["termination"]
+        return ModelLosses(losses @ self._coefficients, terms, result.latents), taken
 
     def _starts(self, batch: SequenceBatch, noise: UpdateNoise) -> tuple[th.Tensor, th.Tensor]:
         """What the kernels start from: rows of observations if they encode these, else z_0,
@@ -356,7 +355,7 @@ class DirectGradients:
         latents, pairs = rollout.evaluate(latent, inputs.actions)  # z_0..z_T
         predicted = latents[1:]
 
-        losses = latent.new_empty(len(self._coefficients))
+        losses = latent.new_empty(len(TERMS))
         kernels.clear_(losses)
         consistency, reward, value, termination = losses
         by_latents = th.empty_like(latents)  # z_0..z_T
@@ -395,7 +394,7 @@ class DirectGradients:
         written += of_dynamics
         if self._encoder is not None:
             written += self._encoder.backward(by_latent)
-        return _ModelResults(losses, latents, by_latent, by_next, Taken.of(written, losses))
+        return _ModelResults(losses, latents, by_latent, by_next, StepGradients.of(written, losses))
 
     def _bootstrap(self, latents: th.Tensor, noise: th.Tensor, inputs: _ModelInputs) -> th.Tensor:
         """The lesser of two target Q heads at the latents and actions of the policy prior.
@@ -429,7 +428,7 @@ class DirectGradients:
         encoded: th.Tensor,
         loss: th.Tensor,
         by_latents: th.Tensor,
-    ) -> tuple[th.Tensor | None, Written]:
+    ) -> tuple[th.Tensor | None, GradientArrays]:
         """Cross-entropy of the termination head on z_1..z_T and, if it learns from those, on the
         encoded next observations.
 
@@ -468,7 +467,7 @@ class DirectGradients:
         weights: th.Tensor,
         tau: float,
         alive: th.Tensor | None = None,
-    ) -> tuple[PolicyLosses, Taken]:
+    ) -> tuple[PolicyLosses, StepGradients]:
         """See :func:`tdmpc2_sb3.losses.policy_loss`.
 
         :param latents: z_0..z_T, [T + 1, B, Z]
@@ -496,7 +495,7 @@ class DirectGradients:
         row_weights: th.Tensor,
         tau: float,
         bins: th.Tensor,
-    ) -> tuple[PolicyLosses, Taken]:
+    ) -> tuple[PolicyLosses, StepGradients]:
         draw = self._draw(latents, noise, self._policy.evaluate(latents)[0])
         q_networks = kernels.evaluation(draw.pairs, self._q.layers, dropped, heads)
         logits = q_networks.forward(keep=True)  # [2, (T + 1) B, K]
@@ -514,7 +513,7 @@ class DirectGradients:
         assert by_actions is not None
         by_moments = draw.backward(by_actions, objective.by_entropy)
         written = self._policy.backward(by_moments.unsqueeze(0))
-        return PolicyLosses(*objective[:4]), Taken.of(written, latents)
+        return PolicyLosses(*objective[:4]), StepGradients.of(written, latents)
 
     def _row_weights(
         self, weights: th.Tensor, num_rows: int, counted: th.Tensor | None, num_heads: int = 1

@@ -13,7 +13,7 @@ import torch as th
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.kernels import Layer
 
-Written: TypeAlias = list[th.Tensor]  # arrays of gradients, each number once
+GradientArrays: TypeAlias = list[th.Tensor]  # of gradients, each number in one array
 Pairs: TypeAlias = list[tuple[th.Tensor, th.Tensor]]  # parameters with their gradients
 
 
@@ -39,7 +39,7 @@ class DirectNetwork:
         self._evaluation = kernels.evaluation(x, self.layers, dropped, self._members)
         return self._evaluation.forward(keep=True)
 
-    def backward(self, grad: th.Tensor, by_latents: th.Tensor | None = None) -> Written:
+    def backward(self, grad: th.Tensor, by_latents: th.Tensor | None = None) -> GradientArrays:
         """Gives the parameters their gradients.
 
         :param grad: by the outputs, contiguous, [Q, B, out]
@@ -94,7 +94,7 @@ def are_trained(gradients: Pairs) -> bool:
     return all(parameter.requires_grad for parameter, _ in gradients)
 
 
-def assign(gradients: Pairs) -> Written:
+def assign(gradients: Pairs) -> GradientArrays:
     """Gives each parameter that is trained its gradient; those gradients."""
     gradients = [each for each in gradients if each[0].requires_grad]
 

@@ -1,4 +1,4 @@
-"""Plans from vectors by the CPU kernels alone, which are captured once and then replayed.
+"""Plans by the CPU kernels: their search alone, or all of a plan, captured and replayed.
 
 See :mod:`tdmpc2_sb3.planner` for the algorithm and :mod:`tdmpc2_sb3.kernels.capture` for why.
 
@@ -11,10 +11,70 @@ from __future__ import annotations
 import torch as th
 
 from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.fast.doorman import unknown_to_search
 from tdmpc2_sb3.fast.module_parts import Parts
+from tdmpc2_sb3.kernels.planning import SearchSettings
 from tdmpc2_sb3.model.encoders import Observation
+from tdmpc2_sb3.model.operations import weights_held
 from tdmpc2_sb3.model.world_model import WorldModel
-from tdmpc2_sb3.planner import Plan, PlannerConfig, PlanNoise, planning_networks
+from tdmpc2_sb3.planner import (
+    PAPER,
+    Elites,
+    Plan,
+    PlannerConfig,
+    PlanNoise,
+    choose,
+)
+from tdmpc2_sb3.planner import plan as plain_plan
+
+
+def planning_networks(
+    model: WorldModel, simplices: int, config: PlannerConfig = PAPER
+) -> kernels.PlanningNetworks | None:
+    """The model as the CPU kernels plan with it; None if they cannot, by these settings.
+
+    :param model: planned with
+    :param simplices: of how many z_0 consists, see :func:`tdmpc2_sb3.kernels.on_simplices`
+    :param config: settings
+    """
+    if unknown_to_search(model, config):
+        return None
+    dynamics, reward = model.dynamics.as_kernel(), model.reward_net.as_kernel()
+    policy, q = model.policy_net.as_kernel(), model.q_ensemble.as_kernel()
+    if dynamics is None or reward is None or policy is None or q is None:
+        return None
+    head = model.termination_net
+    termination = None if head is None else head.as_kernel()
+    networks = kernels.PlanningNetworks(dynamics, reward, policy, q, termination)
+    networks = networks.from_simplices(simplices)
+    return networks if kernels.plans(networks) else None
+
+
+@th.no_grad()
+@weights_held()
+def plan(
+    model: WorldModel,
+    latent: th.Tensor,
+    initial_mean: th.Tensor,
+    noise: PlanNoise,
+    config: PlannerConfig,
+    explore: bool,
+) -> Plan:
+    """:func:`tdmpc2_sb3.planner.plan`, whose search is one call of the kernels where they know
+    every part and setting."""
+    networks: kernels.PlanningNetworks | None = None
+    if kernels.usable(latent):
+        networks = planning_networks(model, kernels.count_simplices(latent), config)
+    if networks is None:
+        return plain_plan(model, latent, initial_mean, noise, config, explore)
+    draws = kernels.Draws(noise.policy, noise.samples, noise.terminal, noise.heads)
+    settings, mean = _search_settings(config), initial_mean.transpose(0, 1)
+    found = kernels.search(networks, model.bins, latent, mean, draws, settings)
+    return choose(Elites(*found), noise, explore)
+
+
+def _search_settings(config: PlannerConfig) -> SearchSettings:
+    return SearchSettings(*(getattr(config, name) for name in SearchSettings._fields))
 
 
 class DirectPlanning:
@@ -100,18 +160,8 @@ class DirectPlanning:
             terminal.expand(-1, num_envs, -1, -1),
             heads,
         )
-        elites = kernels.search(
-            networks,
-            bins,
-            latent,
-            initial_mean,
-            draws,
-            num_elites=config.num_elites,
-            gamma=config.gamma,
-            temperature=config.temperature,
-            min_std=config.min_std,
-            max_std=config.max_std,
-        )
+        settings = _search_settings(config)
+        elites = kernels.search(networks, bins, latent, initial_mean, draws, settings)
         return Plan(*kernels.choose_action(elites, gumbel, exploration))
 
 

@@ -12,14 +12,15 @@ from typing import TypeGuard
 import torch as th
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.fast.network_gradients import DirectNetwork, JoinedProducts, Written, assign
+from tdmpc2_sb3.fast.network_gradients import DirectNetwork, GradientArrays, JoinedProducts, assign
 from tdmpc2_sb3.kernels import Norm
 from tdmpc2_sb3.model.dynamics import LatentDynamics
-from tdmpc2_sb3.model.dynamics.ssm import ALPHA_MIN, SSMDynamics, SSMLayer
+from tdmpc2_sb3.model.dynamics.ssm import ALPHA_MIN, SSMDynamics, SSMLayer, advance
 
 
 class _Layer:
-    """One selective layer in its residual block, over all steps.
+    """One selective layer in its residual block, over all steps; its parts for
+    :func:`tdmpc2_sb3.model.dynamics.ssm.advance` keep what :meth:`backward` needs.
 
     :param layer: whose parameters get gradients
     """
@@ -31,9 +32,9 @@ class _Layer:
         self._products = JoinedProducts(
             [layer.drive.weight, layer.direct.weight, layer.select_in.weight]
         )
-        self._select = DirectNetwork([layer.select_out.as_layer()])
-        self._readout = DirectNetwork([layer.readout.as_layer()])
-        self._mix = DirectNetwork([layer.mix.as_layer()])
+        self._select = DirectNetwork(layer.select_out.as_kernel())
+        self._readout = DirectNetwork(layer.readout.as_kernel())
+        self._mix = DirectNetwork(layer.mix.as_kernel())
 
     def evaluate(self, stream: th.Tensor, start: th.Tensor) -> th.Tensor:
         """
@@ -41,24 +42,40 @@ class _Layer:
         :param start: x_0, contiguous, [B, 2P]
         :return: the stream of this layer, [T, B, D]
         """
-        layer, modes = self._layer, self._modes
-        self._stream, leading = stream, stream.shape[:-1]
-        normed = th.empty_like(stream)
-        self._statistics = stream.new_empty(2, leading.numel())
-        gain, shift = layer.norm.weight, layer.norm.bias
-        kernels.norm_forward(stream, gain, shift, normed, self._statistics, self._norm)
-        products = self._products.evaluate(normed.view(-1, normed.shape[-1]))[0]
+        return advance(self, stream, start)[0]
+
+    def normed(self, stream: th.Tensor) -> th.Tensor:
+        """See :class:`tdmpc2_sb3.model.dynamics.ssm.LayerParts`, as the following."""
+        self._stream = stream
+        self._statistics = stream.new_empty(2, stream.shape[:-1].numel())
+        normed, norm = th.empty_like(stream), self._layer.norm
+        kernels.norm_forward(stream, norm.weight, norm.bias, normed, self._statistics, self._norm)
+        return normed
+
+    def products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        rank, modes, leading = self._layer.rank, self._modes, v.shape[:-1]
+        products = self._products.evaluate(v.view(-1, v.shape[-1]))[0]
         drive = products[:, : 2 * modes].view(*leading, -1)
-        self._direct = products[:, 2 * modes : -layer.rank]
-        selection = self._select.evaluate(products[:, -layer.rank :])[0].view(*leading, -1)
+        self._direct = products[:, 2 * modes : -rank]
+        selection = self._select.evaluate(products[:, -rank:])[0].view(*leading, -1)
+        return drive, self._direct, selection
+
+    def states(self, selection: th.Tensor | None, drive: th.Tensor, x: th.Tensor) -> th.Tensor:
+        assert selection is not None
+        layer = self._layer
         alpha = kernels.exponential(layer.nu, added=ALPHA_MIN)
-        self._scanned = kernels.Scan(selection, drive, start, alpha, layer.omega, layer.beta)
+        self._scanned = kernels.Scan(selection, drive, x, alpha, layer.omega, layer.beta)
         self._states = kernels.selective_scan(*self._scanned)
-        self._read = self._readout.evaluate(self._states.view(-1, 2 * modes))[0]
-        hidden = kernels.gelu_sum(self._read, self._direct)
+        return self._states
+
+    def activated(self, states: th.Tensor, direct: th.Tensor) -> th.Tensor:
+        self._read = self._readout.evaluate(states.view(-1, 2 * self._modes))[0]
+        return kernels.gelu_sum(self._read, direct)
+
+    def mixed(self, stream: th.Tensor, hidden: th.Tensor) -> th.Tensor:
         return kernels.add(stream, self._mix.evaluate(hidden)[0])
 
-    def backward(self, by_stream: th.Tensor) -> tuple[th.Tensor, Written]:
+    def backward(self, by_stream: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """Gives the parameters their gradients.
 
         :param by_stream: by this layer's stream, contiguous, [T B, D]; afterwards by that of the
@@ -129,23 +146,23 @@ class StateSpaceRollout:
     """
 
     def __init__(self, dynamics: SSMDynamics, simplices: int):
-        features = kernels.on_simplices([dynamics.features.as_layer()], simplices)
+        known = dynamics.as_kernel()
+        assert known is not None, "ask takes first"
         self._sizes = dynamics.sizes
-        self._features = DirectNetwork(features)
-        self._context = DirectNetwork([dynamics.features_in.as_layer()])
-        self._starts = DirectNetwork([dynamics.starts.as_layer()])
-        self._action = DirectNetwork([dynamics.action_in.as_layer()])
-        self._out = DirectNetwork([dynamics.out.as_layer()])
+        self._features = DirectNetwork(kernels.on_simplices([known.features], simplices))
+        self._context = DirectNetwork([known.context])
+        self._starts = DirectNetwork([known.starts])
+        self._action = DirectNetwork([known.action])
+        self._out = DirectNetwork([known.out])
         self._layers = [_Layer(layer) for layer in dynamics.stack()]
 
     @staticmethod
-    def knows(dynamics: LatentDynamics) -> TypeGuard[SSMDynamics]:
+    def takes(dynamics: LatentDynamics) -> TypeGuard[SSMDynamics]:
         """Whether every part is known here: a subclass may have changed any."""
         return (
             isinstance(dynamics, SSMDynamics)
             and dynamics.selective
-            and not dynamics.autoregressive
-            and dynamics.has_kernels()
+            and dynamics.as_kernel() is not None
         )
 
     def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -164,7 +181,7 @@ class StateSpaceRollout:
         predicted = self._out.evaluate(stream.view(-1, stream.shape[-1]))
         return with_inputs(latent, predicted.view(*actions.shape[:-1], -1), actions)
 
-    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, Written]:
+    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """Gives the parameters their gradients.
 
         :param by_latents: gradients by z_0..z_T as far as they do not come from later latents,

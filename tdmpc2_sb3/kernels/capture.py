@@ -12,14 +12,15 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tdmpc2_sb3.kernels.library import Call, calls_written_down
+from tdmpc2_sb3.kernels.library import calls_written_down
 from tdmpc2_sb3.kernels.products import goes_by_torch, weights_held, weights_held_anew
-from tdmpc2_sb3.kernels.tensor_trees import with_tensors, without_tensors
+from tdmpc2_sb3.kernels.recordings import Recording, Recordings, own_inputs
+from tdmpc2_sb3.kernels.tensor_trees import without_tensors
 
 Result = TypeVar("Result")
 
@@ -122,27 +123,13 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-class _Capture(NamedTuple, Generic[Result]):
-    inputs: list[th.Tensor]  # that the calls read
-    calls: list[Call]
-    result: Result
-    kept: object  # whatever the calls point to
-    memory: _Memory  # that they write to on their way
-
-
-class _OfThread(threading.local, Generic[Result]):
+class _Captures(threading.local, Recordings[Result]):
     """A thread's captures of a function. They go when the thread ends: another one may take its
     identity, but neither its captures nor the memory that these write to."""
 
-    def __init__(self) -> None:
-        self.forget([])
-
     def forget(self, places: list[int]) -> None:
-        """Begins anew, for parameters whose numbers stand there."""
-        self.places = places
-        self.captures: dict[Hashable, _Capture[Result]] = {}
+        super().forget(places)
         self.failures: Counter[Hashable] = Counter()
-        self.replays = 0
 
 
 class Captured(Generic[Result]):
@@ -163,7 +150,7 @@ class Captured(Generic[Result]):
     def __init__(self, function: Callable[..., Result], parameters: Sequence[th.Tensor]):
         self._function = function
         self._parameters = parameters
-        self._of_thread: _OfThread[Result] = _OfThread()
+        self._captures: _Captures[Result] = _Captures(MAX_CAPTURES)
         self.computed_by_torch: list[str] = []  # in the last attempt at a capture that failed
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,45 +162,40 @@ class Captured(Generic[Result]):
     @property
     def replays(self) -> int:
         """How many there were in this thread since parameters moved."""
-        return self._of_thread.replays
+        return self._captures.replays
 
     def __call__(self, *arguments: object) -> Result:
         """What the function makes of the arguments."""
         tensors: list[th.Tensor] = []
         key = th.get_num_threads(), without_tensors(arguments, tensors)
-        places = list(map(th.Tensor.data_ptr, self._parameters))
-        own = self._of_thread
-        if places != own.places:
-            own.forget(places)
+        own = self._captures
+        own.follow(self._parameters)
         if goes_by_torch() or own.failures[key] == ATTEMPTS:
             with weights_held():
                 return self._function(*arguments)
-        captured = own.captures.get(key)
+        captured = own.by_key.get(key)
         if captured is None:
             return self._capture(key, arguments, tensors)
-        for static, tensor in zip(captured.inputs, tensors, strict=True):
-            static.copy_(tensor)
-        for function, values in captured.calls:
-            function(*values)
         own.replays += 1
-        return captured.result
+        return captured.replay(tensors)
 
     def _capture(
         self, key: Hashable, arguments: tuple[object, ...], tensors: list[th.Tensor]
     ) -> Result:
-        own, memory = self._of_thread, _thread.memory
-        with th.inference_mode(False):  # or they could not be written to outside that mode
-            inputs = [each.clone(memory_format=th.contiguous_format) for each in tensors]
-        rebuilt = with_tensors(arguments, iter(inputs))
+        own, memory = self._captures, _thread.memory
+        inputs, rebuilt = own_inputs(arguments, tensors)
         watch = _Watch(memory)
         with weights_held_anew() as made, calls_written_down() as calls, watch:
             result = self._function(*rebuilt)
-            kept = list(made.values())
+            kept = list(made.values()), memory  # that the calls point to and write to
+
+        def launch() -> None:
+            for function, values in calls:
+                function(*values)
+
         if watch.computed:
             own.failures[key] += 1
             self.computed_by_torch = watch.computed
         else:
-            if len(own.captures) == MAX_CAPTURES:
-                own.captures.clear()
-            own.captures[key] = _Capture(inputs, calls, result, kept, memory)
+            own.keep(key, Recording(inputs, launch, result, kept))
         return result

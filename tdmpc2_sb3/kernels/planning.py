@@ -153,6 +153,16 @@ class Draws(NamedTuple):
     heads: th.Tensor  # Q heads, whose mean counts, [I, 2]
 
 
+class SearchSettings(NamedTuple):
+    """Settings of a search that its random numbers do not show."""
+
+    num_elites: int  # K
+    gamma: float  # discount a step
+    temperature: float  # factor of the values in the exponents of the elites' weights
+    min_std: float  # least standard deviation
+    max_std: float  # greatest, and the first Gaussian's
+
+
 class Elites(NamedTuple):
     """The best action sequences of an iteration, and what they make of the Gaussian."""
 
@@ -290,26 +300,19 @@ def search(
     start: th.Tensor,
     initial_mean: th.Tensor,
     draws: Draws,
-    num_elites: int,
-    gamma: float,
-    temperature: float,
-    min_std: float,
-    max_std: float,
+    settings: SearchSettings,
 ) -> Elites:
     """The last iteration's elites; weights must be held (``weights_held``).
 
     :param networks: that :func:`plans` agrees to
     :param bins: values of the bins of reward and Q
     :param start: z_0, [E, Z]
-    :param initial_mean: of the first Gaussian, whose deviation is ``max_std``, [H, E, A]
+    :param initial_mean: of the first Gaussian, [H, E, A]
     :param draws: random numbers
-    :param num_elites: K
-    :param gamma: discount a step
-    :param temperature: factor of the values in the exponents of the elites' weights
-    :param min_std: least standard deviation
-    :param max_std: greatest
+    :param settings: of the search
     :raises RuntimeError: if sizes do not fit together
     """
+    num_elites = settings.num_elites
     _check(networks, bins, start, initial_mean, draws, num_elites)
     horizon, num_envs, action_dim = initial_mean.shape
     num_iterations, _, num_samples, _ = draws.terminal.shape
@@ -390,10 +393,10 @@ def search(
         first_actions=result.actions.data_ptr(),
         positions=positions.data_ptr(),
         valued=valued.data_ptr(),
-        gamma=gamma,
-        temperature=temperature,
-        min_std=min_std,
-        max_std=max_std,
+        gamma=settings.gamma,
+        temperature=settings.temperature,
+        min_std=settings.min_std,
+        max_std=settings.max_std,
     )
     arguments = (SearchArgument * 1)(argument)
     threads = product_threads(num_envs * num_samples * (horizon * step + value))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch as th
 import torch.nn.functional as F
 
-from tdmpc2_sb3 import kernels
+from tdmpc2_sb3.model.operations import has_kernel
 
 
 def symlog(x: th.Tensor) -> th.Tensor:
@@ -46,10 +46,17 @@ def two_hot(x: th.Tensor, bins: th.Tensor) -> th.Tensor:
     :param bins: evenly spaced bin centres in symlog space, [K]
     :return: weights that sum to 1, [..., K]
     """
-    # A hat function of width one bin around every centre: the same weights as gather-and-scatter,
-    # without an index.
-    steps = th.arange(bins.shape[0], dtype=bins.dtype, device=bins.device)
-    return (1.0 - (_position(x, bins).unsqueeze(-1) - steps).abs()).clamp_min(0.0)  # [..., K]
+    return _hats(_position(x, bins), bins)
+
+
+def _hats(position: th.Tensor, like: th.Tensor) -> th.Tensor:
+    """A hat function of width one bin around every centre, [..., K]: the same weights as
+    gather-and-scatter, without an index.
+
+    :param like: of K numbers along its last axis, of the result's type
+    """
+    steps = th.arange(like.shape[-1], dtype=like.dtype, device=like.device)
+    return (1.0 - (position.unsqueeze(-1) - steps).abs()).clamp_min(0.0)
 
 
 def _position(x: th.Tensor, bins: th.Tensor) -> th.Tensor:
@@ -58,6 +65,7 @@ def _position(x: th.Tensor, bins: th.Tensor) -> th.Tensor:
     return ((symlog(x) - bins[0]) * (last / (bins[-1] - bins[0]))).clamp(0.0, last)
 
 
+@has_kernel("two_hot_inverse")
 def two_hot_inverse(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
     """The scalar that a categorical prediction stands for: symexp of the expected bin.
 
@@ -65,8 +73,6 @@ def two_hot_inverse(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
     :param bins: bin centres in symlog space, [K]
     :return: scalars, [...]
     """
-    if kernels.usable(logits):
-        return kernels.two_hot_inverse(logits, bins)
     return symexp(F.softmax(logits, dim=-1) @ bins)
 
 
@@ -88,6 +94,9 @@ def two_hot_cross_entropy(logits: th.Tensor, x: th.Tensor, bins: th.Tensor) -> t
     :param bins: evenly spaced bin centres in symlog space, [K]
     :return: [...]
     """
-    if kernels.usable(logits):
-        return kernels.two_hot_cross_entropy(logits, _position(x, bins))
-    return soft_cross_entropy(logits, two_hot(x, bins))
+    return _cross_entropy_at(logits, _position(x, bins))
+
+
+@has_kernel("two_hot_cross_entropy")
+def _cross_entropy_at(logits: th.Tensor, position: th.Tensor) -> th.Tensor:
+    return soft_cross_entropy(logits, _hats(position, logits))

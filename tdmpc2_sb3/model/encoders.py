@@ -205,7 +205,7 @@ class Encoder(nn.Module):
         if type(self) is not Encoder or self.image_keys or type(self.state) is not StateEncoder:
             return None
         net = self.state.net
-        return net.as_layers() if type(net) is MLP and net.has_kernels() else None
+        return net.as_kernel() if type(net) is MLP else None
 
     def sample_offsets(self, num_rows: int, generator: th.Generator) -> th.Tensor | None:
         """Random shifts for ``num_rows`` observations, [images, rows, 2]; None without images."""

@@ -1,8 +1,8 @@
 """Building blocks of the world model: Mish, SimNorm, normed linear layers, MLPs and the Q ensemble.
 
 On a CPU the elementwise part of these layers costs as much as their matrix products if it is left
-to the stock kernels. There :mod:`tdmpc2_sb3.kernels` does it in one pass. Where those cannot be
-built it is written here from plain arithmetic with a single transcendental function, with
+to the stock kernels. There :mod:`tdmpc2_sb3.model.operations` has it done in one pass. Where that
+cannot be it is written here from plain arithmetic with a single transcendental function, with
 hand-written gradients in eager mode; a compiler sees the same plain arithmetic.
 
 Shapes: ``...`` any leading axes, B rows, Q ensemble members, V simplex size.
@@ -19,8 +19,9 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.kernels import Activation, Dropped, Layer, Norm
+from tdmpc2_sb3.kernels import Activation, Dropped, Layer, Norm, held_layers
+from tdmpc2_sb3.model import operations
+from tdmpc2_sb3.model.operations import linear
 
 INIT_STD = 0.02
 INIT_CUT = 2.0
@@ -188,9 +189,13 @@ class NormedLinear(nn.Module):
         init_linear(self.weight, self.bias)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        if self.has_kernel() and kernels.usable(x):
-            return kernels.networks(x, None, [self.as_layer()])
-        return self.activation(self.ln(F.linear(x, self.weight, self.bias)))  # type: ignore[no-any-return]
+        return operations.network(self._plain, self.as_kernel, x)
+
+    def _plain(self, x: th.Tensor) -> th.Tensor:
+        return self._finished(F.linear(x, self.weight, self.bias))
+
+    def _finished(self, product: th.Tensor) -> th.Tensor:
+        return self.activation(self.ln(product))  # type: ignore[no-any-return]
 
     def forward_pair(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
         """The layer on the concatenation of two inputs, the first with fewer rows (one latent,
@@ -201,27 +206,22 @@ class NormedLinear(nn.Module):
         :return: [..., out]
         """
         product = broadcast_linear(z, a, self.weight, self.bias)
-        if self.has_kernel() and kernels.usable(product):
-            norm = self.as_layer().norm
-            assert norm is not None
-            return kernels.layer_norm(product, self.ln.weight, self.ln.bias, norm)
-        return self.activation(self.ln(product))  # type: ignore[no-any-return]
+        return operations.normed(self._finished, self._norm(), product, self.ln)
 
-    def has_kernel(self) -> bool:
-        """Whether the CPU kernels have the layer: a subclass may compute something else."""
-        return (
-            type(self) is NormedLinear
-            and type(self.ln) is nn.LayerNorm
-            and type(self.activation) in (Mish, SimNorm)
-        )
+    def _norm(self) -> Norm | None:
+        if type(self) is not NormedLinear or type(self.ln) is not nn.LayerNorm:
+            return None
+        if type(self.activation) is SimNorm:
+            return Norm(Activation.SIMNORM, self.activation.simnorm_dim, self.ln.eps)
+        return Norm(Activation.MISH, eps=self.ln.eps) if type(self.activation) is Mish else None
 
-    def as_layer(self) -> Layer:
-        """The layer as the CPU kernels take it."""
-        ln, activation = self.ln, self.activation
-        norm = Norm(Activation.MISH, eps=ln.eps)
-        if isinstance(activation, SimNorm):
-            norm = Norm(Activation.SIMNORM, activation.simnorm_dim, ln.eps)
-        return Layer(self.weight, self.bias, ln.weight, ln.bias, norm)
+    def as_kernel(self) -> list[Layer] | None:
+        """The layer as the CPU kernels take it; None if it may be another one: a subclass, or a
+        part of another class."""
+        norm = self._norm()
+        if norm is None:
+            return None
+        return [Layer(self.weight, self.bias, self.ln.weight, self.ln.bias, norm)]
 
 
 def broadcast_linear(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
@@ -239,13 +239,6 @@ def broadcast_linear(z: th.Tensor, a: th.Tensor, weight: th.Tensor, bias: th.Ten
     return F.linear(a, weight[:, split:]) + from_latent
 
 
-def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
-    """``F.linear`` by the CPU's faster products."""
-    if kernels.usable(x):
-        return kernels.networks(x, None, [Layer(weight, bias)])
-    return F.linear(x, weight, bias)
-
-
 class FastLinear(nn.Linear):
     """``nn.Linear`` by :func:`linear`, in float32 whatever torch's default is."""
 
@@ -255,9 +248,9 @@ class FastLinear(nn.Linear):
     def forward(self, x: th.Tensor) -> th.Tensor:
         return linear(x, self.weight, self.bias)
 
-    def as_layer(self) -> Layer:
+    def as_kernel(self) -> list[Layer]:
         """The layer as the CPU kernels take it."""
-        return Layer(self.weight, self.bias)
+        return [Layer(self.weight, self.bias)]
 
 
 class Linear(FastLinear):
@@ -295,7 +288,7 @@ class MLP(nn.Sequential):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """[..., in] to [..., out]."""
-        return self._from(0, x, None) if self._can_fuse(x) else super().forward(x)
+        return operations.network(super().forward, self._layers, x)
 
     def forward_pair(self, z: th.Tensor, a: th.Tensor) -> th.Tensor:
         """The network on the concatenation of two inputs whose batch axes may broadcast.
@@ -304,41 +297,36 @@ class MLP(nn.Sequential):
         :param a: [..., A]
         """
         if z.shape[:-1] == a.shape[:-1]:
-            if self._can_fuse(a):
-                return self._from(0, z, a)
-            return super().forward(th.cat([z, a], dim=-1))  # type: ignore[no-any-return]
-        first, *rest = self
-        x = first.forward_pair(z, a)  # type: ignore[operator]
-        if self._can_fuse(x):
-            return self._from(1, x, None)
-        for layer in rest:
-            x = layer(x)
-        return x  # type: ignore[no-any-return]
+            return operations.network(super().forward, self._layers, z, a)
+        first = self[0].forward_pair(z, a)  # type: ignore[operator]
+        return operations.network(self._after_first, self._layers_after_first, first)
 
-    def as_layers(self, start: int = 0) -> Sequence[Layer]:
-        """The layers from that one on as the CPU kernels take them."""
+    def _after_first(self, x: th.Tensor) -> th.Tensor:
+        for layer in itertools.islice(self, 1, None):
+            x = layer(x)
+        return x
+
+    def as_kernel(self) -> Sequence[Layer] | None:
+        """The layers as the CPU kernels take them; None if they may be others: a subclass, or
+        layers of another class."""
+        return self._layers() if type(self) is MLP else None
+
+    def _layers(self, start: int = 0) -> Sequence[Layer] | None:
+        """From that one on."""
+        if not all(
+            type(each) is Linear or (type(each) is NormedLinear and each._norm() is not None)
+            for each in self
+        ):
+            return None
 
         def make() -> list[Layer]:
-            return [
-                each.as_layer()  # type: ignore[operator]
-                for each in itertools.islice(self, start, None)
-            ]
+            found = (each.as_kernel() for each in itertools.islice(self, start, None))  # type: ignore[operator]
+            return [layer for (layer,) in found]
 
-        return kernels.held_layers((self, start), make)
+        return held_layers((self, start), make)
 
-    def has_kernels(self) -> bool:
-        """Whether the CPU kernels have every layer."""
-        return all(
-            type(each) is Linear or (type(each) is NormedLinear and each.has_kernel())
-            for each in self
-        )
-
-    def _can_fuse(self, x: th.Tensor) -> bool:
-        return kernels.usable(x) and self.has_kernels()
-
-    def _from(self, start: int, z: th.Tensor, a: th.Tensor | None) -> th.Tensor:
-        """All layers from that one on, by the CPU kernels."""
-        return kernels.networks(z, a, self.as_layers(start))
+    def _layers_after_first(self) -> Sequence[Layer] | None:
+        return self._layers(1)
 
 
 class EnsembleLayer(nn.Module):
@@ -380,7 +368,7 @@ class EnsembleLayer(nn.Module):
         :param frozen: whether the parameters' own gradients are not wanted
         :return: [Q', B, out]
         """
-        layer = self.as_layer()
+        layer = self.as_kernel()
         layer = layer if members is None else layer.of(members)
         weight, bias, gain, shift, *_ = layer.detached() if frozen else layer
         assert bias is not None
@@ -394,8 +382,8 @@ class EnsembleLayer(nn.Module):
         y = F.layer_norm(y, y.shape[-1:], eps=Norm().eps)
         return mish(th.addcmul(shift.unsqueeze(1), y, gain.unsqueeze(1)))
 
-    def as_layer(self) -> Layer:
-        """The layer as the CPU kernels take it."""
+    def as_kernel(self) -> Layer:
+        """The layer of all members as the CPU kernels take it."""
         if self.ln is None:
             return Layer(self.weight, self.bias)
         gain, shift = self.ln["weight"], self.ln["bias"]
@@ -445,27 +433,30 @@ class QEnsemble(nn.Module):
         :param frozen: whether only the gradients by z and a are wanted
         :return: [Q', ..., K]
         """
-        if kernels.usable(z) and self.has_kernels():
-            chosen = range(self.num_q) if members is None else members.tolist()
-            return kernels.networks(z, a, self.as_layers(), dropped, tuple(chosen), frozen)
-        x = th.cat([z, a], dim=-1)
-        first, second, last = self.layers
-        y = first(x.reshape(-1, x.shape[-1]), members, dropped, frozen)
-        y = second(y, members, frozen=frozen)
-        y = last(y, members, frozen=frozen)  # [Q', B, K]
-        return y.view(y.shape[0], *z.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
-    def has_kernels(self) -> bool:
-        """Whether the CPU kernels have every layer: a subclass may compute something else."""
-        return all(type(each) is EnsembleLayer for each in self.layers)
+        def plain(x: th.Tensor) -> th.Tensor:
+            first, second, last = self.layers
+            y = first(x.reshape(-1, x.shape[-1]), members, dropped, frozen)
+            y = second(y, members, frozen=frozen)
+            y = last(y, members, frozen=frozen)  # [Q', B, K]
+            return y.view(y.shape[0], *x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
-    def as_layers(self) -> Sequence[Layer]:
-        """The layers of all heads as the CPU kernels take them."""
+        chosen = range(self.num_q) if members is None else members
+        return operations.ensemble(plain, self._layers, z, a, chosen, dropped, frozen)
+
+    def as_kernel(self) -> Sequence[Layer] | None:
+        """The layers of all heads as the CPU kernels take them; None if they may be others: a
+        subclass, or layers of another class."""
+        return self._layers() if type(self) is QEnsemble else None
+
+    def _layers(self) -> Sequence[Layer] | None:
+        if not all(type(each) is EnsembleLayer for each in self.layers):
+            return None
 
         def make() -> list[Layer]:
-            return [layer.as_layer() for layer in self.layers]  # type: ignore[operator]
+            return [layer.as_kernel() for layer in self.layers]  # type: ignore[operator]
 
-        return kernels.held_layers(self, make)
+        return held_layers(self, make)
 
     def sample_dropout(
         self, num_members: int, num_rows: int, generator: th.Generator

@@ -175,8 +175,7 @@ class WorldModel(nn.Module):
         :param noise: standard normal, [..., A]
         """
         mean, log_std = self._policy_moments(z)
-        raw = mean + noise * log_std.exp()  # u
-        action = th.tanh(raw)
+        action = _squashed_draw(mean, log_std, noise)
         gaussian = (-0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
         log_prob = gaussian - th.log(th.relu(1.0 - action.square()) + SQUASH_EPSILON).sum(-1)
         return PolicySample(action, th.tanh(mean), log_prob, gaussian)
@@ -184,7 +183,7 @@ class WorldModel(nn.Module):
     def policy_action(self, z: th.Tensor, noise: th.Tensor | None) -> th.Tensor:
         """An action of the policy prior, [..., A]; the squashed mean where noise is None."""
         mean, log_std = self._policy_moments(z)
-        return th.tanh(mean if noise is None else mean + noise * log_std.exp())
+        return th.tanh(mean) if noise is None else _squashed_draw(mean, log_std, noise)
 
     def _policy_moments(self, z: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         mean, s = self.policy_net(z).chunk(2, dim=-1)
@@ -224,6 +223,11 @@ class WorldModel(nn.Module):
             len(self.head_pairs), (rows,), generator=generator, device=generator.device
         )
         return self.head_pairs.index_select(0, number)
+
+
+def _squashed_draw(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> th.Tensor:
+    """a = tanh(u) of the Gaussian draw u, [..., A]; noise is standard normal."""
+    return th.tanh(mean + noise * log_std.exp())
 
 
 def check_architecture(arch: Architecture) -> None:

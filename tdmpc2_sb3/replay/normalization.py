@@ -10,6 +10,7 @@ Shapes: E environments, ``...`` leading axes, n stacked frames.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -171,6 +172,34 @@ class NormalizationBelow:
         return _like(originals, observation)
 
     # -- and back ------------------------------------------------------------------------------
+
+    def with_last(
+        self,
+        observations: ArrayOrDict,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+        previous: ArrayOrDict,
+    ) -> ArrayOrDict:
+        """The observations that followed a step: an episode's last ones, where it ended, in place
+        of the next one's first.
+
+        :param observations: of :meth:`next`
+        :param dones: whether the episodes ended, [E]
+        :param infos: of the step
+        :param previous: observations before the step
+        """
+        following = copy.deepcopy(observations)
+        for index in np.flatnonzero(dones):
+            last = infos[index].get("terminal_observation")
+            if last is None:
+                continue
+            last = self.last(last, previous, int(index))
+            if isinstance(following, dict):
+                for key, values in following.items():
+                    values[index] = last[key]
+            else:
+                following[index] = last
+        return following
 
     def normalize(self, observations: ArrayOrDict, place: np.ndarray) -> ArrayOrDict:
         """What the agent sees.

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.preprocessing import is_image_space, maybe_transpose
 
 #: The name of the only entry of a space that is no Dict.
 SINGLE = "observation"
@@ -126,3 +126,58 @@ def to_device(values: Any, key: str, space: spaces.Space, device: th.device) -> 
     if wrong is not None:
         raise ValueError(wrong)
     return th.as_tensor(np.asarray(values, entry_dtype(space)), device=device)
+
+
+def batched(
+    observation: np.ndarray | dict[str, np.ndarray], space: spaces.Space, device: th.device
+) -> tuple[Any, bool]:
+    """Observations as the encoder takes them.
+
+    :param observation: of one environment or of E
+    :param space: of one observation
+    :param device: where the encoder is
+    :return: [E, ...] each, and whether there was an axis of environments
+    :raises ValueError: if they are none of the space
+    """
+    entries = entries_of(space)
+    is_dict = isinstance(space, spaces.Dict)
+    if isinstance(observation, dict) != is_dict:
+        raise ValueError(
+            f"The observation is a {type(observation).__name__}, but the observation space is "
+            f"{space}: pass what the environment returns."
+        )
+    given = observation
+    if not isinstance(given, dict):
+        given = dict.fromkeys(entries, given)
+    if set(given) != set(entries):
+        raise ValueError(
+            f"The observation has the keys {sorted(given)}, but the observation space has "
+            f"{sorted(entries)}: pass what the environment returns."
+        )
+    tensors, vectorized = {}, False
+    for key, entry in entries.items():
+        values = np.asarray(given[key])
+        if is_image(entry):
+            values = maybe_transpose(values, entry)
+        vectorized = _has_environments(values, key, entry) or vectorized
+        values = values.reshape(-1, *entry_shape(entry))
+        tensors[key] = to_device(values, key, entry, device)
+    return (tensors if is_dict else next(iter(tensors.values()))), vectorized
+
+
+def _has_environments(values: np.ndarray, key: str, space: spaces.Space) -> bool:
+    """Whether an entry's values have an axis of environments.
+
+    :raises ValueError: if they have another shape than the space's, with or without it
+    """
+    shape = space.shape
+    assert shape is not None
+    if values.shape == shape:
+        return False
+    if values.ndim == len(shape) + 1 and values.shape[1:] == shape:
+        return True
+    batch = f"(n_env, {', '.join(map(str, shape))})" if shape else "(n_env,)"
+    raise ValueError(
+        f"Unexpected observation shape {values.shape} of '{key}', a {type(space).__name__}: pass "
+        f"{shape}, or {batch} for several environments."
+    )

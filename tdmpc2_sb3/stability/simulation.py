@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 
-from tdmpc2_sb3.planner import Plan
+from tdmpc2_sb3.planner import Plan, sum_rewards
 from tdmpc2_sb3.stability.agent import PlanningAgent
 
 # Candidates spread over what the planner weighs, not only over the narrow rest of its last
@@ -76,23 +76,14 @@ def predicted_returns(
     model, gamma = planner.model, planner.gamma
     actions = sequences.transpose(0, 1).unsqueeze(1)  # [H, 1, N, A]
     start = latent.unsqueeze(1)  # [1, 1, Z]
-    latents = model.dynamics.rollout(model.dynamics.initial_state(start), actions)[:, 0]
-    before = th.cat([latent.expand_as(latents[:1, 0]).expand_as(latents[0])[None], latents[:-1]])
-    rewards = model.reward(before, actions[:, 0])  # [H, N]
-    discounts = gamma ** th.arange(len(rewards) + 1, device=rewards.device)
-    alive = th.ones_like(rewards)
-    last_alive = alive[-1]
-    if model.episodic:
-        ended = (model.termination_logit(latents) > 0).float().cumsum(0).clamp(max=1.0)
-        alive = th.cat([th.ones_like(ended[:1]), 1.0 - ended[:-1]])
-        last_alive = 1.0 - ended[-1]
-    total = (discounts[:-1, None] * alive * rewards).sum(0)
-    tail = discounts[-1] * last_alive * _state_values(planner, latents[-1])
-    return total.cpu().numpy(), (total + tail).cpu().numpy()
+    latents = model.dynamics.rollout(model.dynamics.initial_state(start), actions)  # [H, 1, N, Z]
+    total, discount = sum_rewards(model, start, actions, latents, gamma)  # [1, N]
+    values = total + discount * _state_values(planner, latents[-1])
+    return total[0].cpu().numpy(), values[0].cpu().numpy()
 
 
 def _state_values(planner: PlanningAgent, latents: th.Tensor) -> th.Tensor:
-    """Mean of all Q heads at the policy prior's mean action, [N]."""
+    """Mean of all Q heads at the policy prior's mean action, [...]."""
     model = planner.model
     return model.q_values(latents, model.policy_action(latents, None)).mean(0)
 

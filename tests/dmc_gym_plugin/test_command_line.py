@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,15 @@ def test_list_needs_no_mujoco() -> None:
     assert sum(line.startswith("DMC/") for line in lines) == 51
     walker = next(line for line in lines if line.startswith("DMC/walker-walk-v0"))
     assert walker.split()[1:] == ["24", "6", "0.025", "1000"]
+
+
+def test_sizes_without_a_row_are_read_from_the_simulator(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(SIZES, "walker-walk_backwards")
+    main(["list", "extended"])
+    (line,) = re.findall(r"^DMC/walker-walk_backwards-v0 (.*)$", capsys.readouterr().out, re.M)
+    assert line.split() == ["24", "6", "0.025", "1000"]
 
 
 def test_unknown_names_end_in_a_sentence(tmp_path: Path) -> None:

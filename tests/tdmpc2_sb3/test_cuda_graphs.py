@@ -19,7 +19,7 @@ from gymnasium import spaces
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tdmpc2_sb3.fast import cuda_graphs
+from tdmpc2_sb3.fast import cuda_graphs, ways
 from tdmpc2_sb3.fast.adam import Adam
 from tdmpc2_sb3.fast.cuda_graphs import Graphed
 from tdmpc2_sb3.kernels import Dropped
@@ -115,8 +115,7 @@ def recorders(monkeypatch, by_torch):
         return made[-1]
 
     def start():
-        for name in ("policies", "update"):
-            monkeypatch.setattr(sys.modules[f"tdmpc2_sb3.{name}"], "recorder_for", make)
+        monkeypatch.setattr(ways, "recorder_for", make)
         return made
 
     return start
@@ -186,7 +185,7 @@ def test_many_sizes_are_forgotten(monkeypatch):
         before = counter.total.clone()
         counter.graphed({"x": th.ones(3)}, factor)
         assert th.equal(counter.total, before + factor)
-    assert len(counter.graphed._graphs) <= 2
+    assert len(counter.graphed._graphs.by_key) <= 2
 
 
 def test_what_cannot_be_recorded_goes_on_with_one_warning(monkeypatch):
@@ -564,6 +563,24 @@ def test_plans_and_gradient_steps_ask_no_device_for_numbers(space, episodic, dyn
     )
     prior.total.backward()
     assert all(each.grad.is_meta for each in model.policy_net.parameters())
+
+
+@pytest.mark.parametrize("episodic", [False, True], ids=["endless", "episodic"])
+def test_compilers_see_the_losses_as_one_graph(episodic, by_torch):
+    th._dynamo.reset()
+    model = WorldModel(SPACES["vector"], 2, Architecture(16, 32, 32, 2, 3), "mlp", None, episodic)
+    generator = th.Generator().manual_seed(0)
+    observations = th.randn(4, 6, 5, generator=generator)
+    actions, rewards = (th.randn(3, 6, n, generator=generator) for n in (2, 1))
+    ended = th.zeros(3, 6)
+    batch = SequenceBatch(observations, actions, rewards.squeeze(-1), ended, None)
+    noise = sample_update_noise(model, 3, 6, generator)
+    given = (model, batch, noise, LossConfig(), step_weights(3, 3, 0.5, True))
+    plain = model_losses(*given)
+    compiled = th.compile(model_losses, backend="eager", fullgraph=True)(*given)
+    assert compiled.terms.keys() == plain.terms.keys()
+    assert ("termination" in compiled.terms) is episodic
+    th.testing.assert_close(compiled.total, plain.total)
 
 
 @pytest.mark.parametrize("part", ["encoder", "policy_net", ""])

@@ -11,7 +11,7 @@ import torch as th
 from gymnasium import spaces
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tdmpc2_sb3.fast.plans import DirectPlanning
+from tdmpc2_sb3.fast.plans import DirectPlanning, plan, planning_networks
 from tdmpc2_sb3.kernels import capture
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
 from tdmpc2_sb3.model.layers import MLP
@@ -20,8 +20,6 @@ from tdmpc2_sb3.planner import (
     Plan,
     PlannerConfig,
     PlanNoise,
-    plan,
-    planning_networks,
     sample_plan_noise,
 )
 

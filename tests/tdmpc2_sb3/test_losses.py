@@ -6,7 +6,7 @@ Dropout masks, chosen heads and normal draws are handed to both; everything else
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,13 +15,17 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule
 
+from tdmpc2_sb3 import losses as losses_module
+from tdmpc2_sb3.fast.doorman import unknown_to_gradients
 from tdmpc2_sb3.losses import (
+    TERMS,
     LossConfig,
     model_losses,
     policy_loss,
     sample_update_noise,
     step_weights,
     td_targets,
+    term,
     updated_scale,
 )
 from tdmpc2_sb3.policies import MlpPolicy
@@ -402,6 +406,126 @@ def test_the_policys_loss_leaves_the_model_alone_and_the_targets_take_no_gradien
     policy_losses.total.backward(inputs=policy.prior_parameters)
     assert all(p.grad is None for p in policy.model_parameters)
     assert all(map(th.equal, before, policy.model_parameters))
+
+
+# -- terms by name ---------------------------------------------------------------------------------
+
+
+class Extended(NamedTuple):
+    """A configuration with a coefficient that the package lacks."""
+
+    gamma: float = GAMMA
+    consistency_coef: float = 20.0
+    reward_coef: float = 0.1
+    value_coef: float = 0.1
+    termination_coef: float = 1.0
+    entropy_coef: float = 1e-4
+    entropy: str = "gaussian"
+    encoded_terminations: bool = False
+    td_lambda: float = 0.0
+    change_coef: float = 0.0
+
+
+@pytest.fixture
+def change_term(monkeypatch):
+    """How much a prediction changes from step to step, as a term."""
+    monkeypatch.setattr(losses_module, "LossConfig", Extended)
+    known = dict(losses_module._terms)
+    calls = []
+
+    @term
+    def change_loss(prediction):
+        calls.append(prediction)
+        return (prediction.predicted - prediction.states).square().mean()
+
+    yield calls
+    losses_module._terms.clear()
+    losses_module._terms.update(known)
+
+
+def test_the_sum_of_the_terms_is_the_loss(roughen):
+    policy = make_policy(roughen, episodic=True)
+    weights = step_weights(3, 3, 0.5, False)
+    for episodic in (True, False):
+        policy = make_policy(roughen, episodic)
+        losses = model_losses(
+            policy.world_model, make_batch(3), make_noise(policy, 3), CONFIG, weights
+        )
+        names = [name for name in TERMS if episodic or name != "termination"]
+        assert list(losses.terms) == names
+        by_hand = {"consistency": 20.0, "reward": 0.1, "value": 0.1, "termination": 1.0}
+        expected = sum(by_hand[name] * float(losses.terms[name]) for name in names)
+        assert losses.total.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_term_of_ones_own(change_term, roughen):
+    """It is added by its coefficient, has its gradient and is logged; without one it is not
+    computed."""
+    policy = make_policy(roughen)
+    model, batch, noise = policy.world_model, make_batch(3), make_noise(policy, 3)
+    weights = step_weights(3, 3, 0.5, False)
+    parameter = next(iter(model.dynamics.parameters()))
+
+    def evaluate(config):
+        found = model_losses(model, batch, noise, config, weights)
+        (gradient,) = th.autograd.grad(found.total, [parameter])
+        return found, gradient
+
+    without, before = evaluate(Extended())
+    assert "change" not in without.terms
+    assert not change_term
+    found, after = evaluate(Extended(change_coef=3.0))
+    assert len(change_term) == 1
+    z = [model.encode(batch.observations[0])]
+    for action in batch.actions:
+        z.append(model.dynamics.rollout(model.dynamics.initial_state(z[-1]), action[None])[0])
+    change = sum((z[t + 1] - z[t]).square().mean() for t in range(3)) / 3
+    assert float(found.terms["change"]) == pytest.approx(float(change.detach()), rel=1e-4)
+    assert found.total.item() == pytest.approx(
+        without.total.item() + 3.0 * float(change.detach()), rel=1e-5
+    )
+    (wanted,) = th.autograd.grad(change, [parameter])
+    th.testing.assert_close(after - before, 3.0 * wanted, rtol=1e-2, atol=1e-5)
+
+    update = make_update(policy, 3, config=Extended(change_coef=3.0))
+    assert update._direct is None
+    assert unknown_to_gradients(model, Extended(change_coef=3.0)) == ["change_coef"]
+    logged = update(batch, noise)
+    assert float(logged["train/change_loss"]) == pytest.approx(float(change.detach()), rel=1e-4)
+    assert "train/change_loss" not in make_update(policy, 3, config=Extended())(batch, noise)
+
+
+def test_a_term_that_is_not_finite_is_named_and_changes_nothing(change_term, roughen):
+    policy = make_policy(roughen)
+    update = make_update(policy, 3, config=Extended(change_coef=math.inf))
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"loss inf, gradient norm \S+: not finite"):
+        update(make_batch(3), make_noise(policy, 3))
+    assert all(th.equal(value, before[name]) for name, value in policy.state_dict().items())
+    rewards = make_batch(3).rewards.clone()
+    rewards[0, 0] = math.nan
+    with pytest.raises(RuntimeError, match=r"\(the reward loss nan, the value loss nan\): not fin"):
+        make_update(policy, 3)(make_batch(3)._replace(rewards=rewards), make_noise(policy, 3))
+
+
+def test_terms_without_a_coefficient_of_their_own_are_refused():
+    def lost_loss(prediction):
+        return prediction.predicted.sum()
+
+    def reward_loss(prediction):
+        return prediction.predicted.sum()
+
+    def entropy_loss(prediction):
+        return prediction.predicted.sum()
+
+    with pytest.raises(TypeError, match="lost_loss has no coefficient: give LossConfig a lost_coe"):
+        term(lost_loss)
+    for function in (reward_loss, entropy_loss):  # the hand-written gradients would ignore it
+        with pytest.raises(
+            TypeError, match=r"_coef is another loss's, .* give .*_loss another nam"
+        ):
+            term(function)
+    assert list(TERMS) == ["consistency", "reward", "value", "termination"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 10, 37, 256])

@@ -9,6 +9,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
+from tdmpc2_sb3.fast.plans import plan, planning_networks
 from tdmpc2_sb3.kernels import count_simplices
 from tdmpc2_sb3.kernels.arguments import SIMPLEX
 from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
@@ -18,8 +19,6 @@ from tdmpc2_sb3.planner import (
     PlannerConfig,
     PlanNoise,
     check_planner,
-    plan,
-    planning_networks,
     sample_plan_noise,
     shift_plan,
 )

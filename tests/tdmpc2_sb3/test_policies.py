@@ -10,7 +10,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule
 
-from tdmpc2_sb3.planner import plan, sample_plan_noise, shift_plan
+from tdmpc2_sb3.fast.plans import plan
+from tdmpc2_sb3.planner import sample_plan_noise, shift_plan
 from tdmpc2_sb3.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SSMPolicy
 
 SIZES = {

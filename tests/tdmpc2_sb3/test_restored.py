@@ -16,6 +16,7 @@ from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNo
 import dmc_gym_plugin  # noqa: F401
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.planner import fitted_plan
+from tdmpc2_sb3.saving import agent_file
 
 OBSERVATION = np.array([0.1, 0.2, 0.3], np.float32)
 
@@ -69,9 +70,9 @@ def test_random_streams_of_another_kind_of_device(make_agent, capsys):
     """That of CUDA's generators is of 16 bytes."""
     agent = make_agent(verbose=1)
     before = agent._training_generator.get_state()
-    state = agent._run_state()
+    state = agent_file.run_state(agent)
     streams = {"training": th.zeros(16, dtype=th.uint8), "predictions": before}
-    agent._restore_streams(streams, state)
+    agent_file.restore_streams(agent, streams, state)
     assert th.equal(agent._training_generator.get_state(), before)
     assert "random stream of training was that of another kind" in capsys.readouterr().out
 

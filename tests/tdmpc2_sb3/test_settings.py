@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
 
-from tdmpc2_sb3 import TDMPC2, MlpPolicy
+from tdmpc2_sb3 import TDMPC2, MlpPolicy, settings
 from tdmpc2_sb3.settings import SETTINGS, FixedSettingError, real_number, whole_number
 
 ARGUMENTS = set(inspect.signature(TDMPC2.__init__).parameters) - {"self", "_init_setup_model"}
@@ -90,7 +92,7 @@ def test_other_live_settings(make_agent, point_env, tmp_path, capsys):
     agent = make_agent()
     agent.learn(25)
     agent.compile = "auto"
-    assert agent.policy._records
+    assert agent.policy.ways._compile == "auto"
     agent.tensorboard_log = str(tmp_path / "log")
     agent.learn(2)
     assert list((tmp_path / "log").rglob("events*"))
@@ -284,3 +286,71 @@ def test_numbers():
     for wrong in (True, "3", None, float("nan"), float("inf"), th.ones(2)):
         with pytest.raises(ValueError, match=r"^x is .*: it must be a finite number"):
             real_number("x", wrong)
+
+
+class Options(NamedTuple):
+    """A configuration: two fields are arguments already, one follows from others."""
+
+    gamma: float = 0.99
+    derived: bool = False
+    share: float = 0.25
+    count: int = 3
+    either: bool = False
+    kind: str = "one"
+
+
+def test_fields_of_a_configuration_are_arguments(monkeypatch):
+    monkeypatch.setattr(settings, "SETTINGS", dict(SETTINGS))
+
+    class Agent(settings.LiveSettings):
+        @settings.takes_fields_of(Options, derived=("derived",))
+        def __init__(self, policy, gamma=0.9):
+            assert self.count == 3 or policy == "counted"  # before the constructor runs
+            self.gamma = gamma
+            self._is_set_up = True
+
+        def _on_change(self, name, previous):
+            pass
+
+    agent = Agent("p", share=0.5)
+    found = {name: getattr(agent, name) for name in ("gamma", "share", "count", "either", "kind")}
+    assert found == {"gamma": 0.9, "share": 0.5, "count": 3, "either": False, "kind": "one"}
+    assert not hasattr(agent, "derived")
+    assert Agent("counted", count=4).count == 4
+    names = ["self", "policy", "gamma", "share", "count", "either", "kind"]
+    assert list(inspect.signature(Agent.__init__).parameters) == names
+    with pytest.raises(TypeError, match="shade"):
+        Agent("p", shade=0.5)
+    for name, value, message in [
+        ("share", "much", "share is 'much': it must be a finite number"),
+        ("share", math.nan, "share is nan: it must be a finite number"),
+        ("count", 1.5, "count is 1.5: it must be a whole number"),
+        ("either", 1, "either is 1: use True or False"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            setattr(agent, name, value)
+    agent.count = np.int64(7)
+    assert type(agent.count) is int
+
+
+def test_configurations_whose_fields_are_all_named_leave_a_constructor_as_it_is():
+    assert not hasattr(TDMPC2.__init__, "__wrapped__")
+
+    def construct(self, gamma=0.9, share=0.1, count=1, either=False, kind="one"):
+        pass
+
+    assert settings.takes_fields_of(Options, derived=("derived",))(construct) is construct
+
+
+def test_a_field_is_in_use_where_it_has_an_effect():
+    in_use = {name: settings.is_in_use(Options(), name) for name in Options._fields}
+    assert in_use == {
+        "gamma": True,  # a number that is not 0
+        "derived": False,
+        "share": True,
+        "count": True,
+        "either": False,
+        "kind": False,  # a word at its default
+    }
+    assert settings.is_in_use(Options(share=0.0), "share")  # 0 in the place of a default
+    assert settings.is_in_use(Options(kind="other"), "kind")

@@ -174,7 +174,7 @@ def test_every_input_gives_a_contracting_state(scale: float, shift: float, seed:
         layer.omega.normal_(0.0, 10.0)
         layer.beta.normal_(shift, 5.0)
         layer.select_out.weight.normal_(0.0, scale)
-        dt = layer.step_sizes(layer._products(scale * th.randn(64, 12))[2])
+        dt = layer.step_sizes(layer.products(scale * th.randn(64, 12))[2])
         system = layer.discretise(dt)
     assert ((dt >= DT_MIN) & (dt <= DT_MAX)).all()
     modulus = th.hypot(system.decay_real.double(), system.decay_imag.double())
@@ -268,7 +268,7 @@ def test_initial_eigenvalues_lie_on_the_ring() -> None:
     dynamics = SSMDynamics(512, 6, 512)
     radii = []
     for layer in dynamics.layers:
-        dt = layer.step_sizes(layer._products(th.randn(10, dynamics.sizes.width))[2])
+        dt = layer.step_sizes(layer.products(th.randn(10, dynamics.sizes.width))[2])
         th.testing.assert_close(dt, th.ones_like(dt))  # one agent step, whatever the input
         system = layer.discretise(dt[0])
         radii.append(th.hypot(system.decay_real, system.decay_imag))

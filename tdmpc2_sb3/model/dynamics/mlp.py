@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch as th
 
-from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.kernels import Layer
+from tdmpc2_sb3.model import operations
 from tdmpc2_sb3.model.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.model.layers import MLP, SimNorm
 
@@ -38,13 +38,13 @@ class MLPDynamics(LatentDynamics):
 
     def rollout(self, state: DynamicsState, actions: th.Tensor) -> th.Tensor:
         """See :meth:`LatentDynamics.rollout`."""
-        (latent,) = state
-        layers = self.as_kernel() if kernels.usable(latent) else None
-        if layers is not None and kernels.rolls_out(latent, actions, layers):
-            return kernels.rollout(latent, actions, layers)
-        return super().rollout(state, actions)
+
+        def plain() -> th.Tensor:
+            return super(MLPDynamics, self).rollout(state, actions)
+
+        return operations.rollout(plain, self.as_kernel, state[0], actions)
 
     def as_kernel(self) -> Sequence[Layer] | None:
         """See :meth:`LatentDynamics.as_kernel`; a subclass may compute something else."""
-        is_known = type(self) is MLPDynamics and type(self.net) is MLP and self.net.has_kernels()
-        return self.net.as_layers() if is_known else None
+        is_known = type(self) is MLPDynamics and type(self.net) is MLP
+        return self.net.as_kernel() if is_known else None

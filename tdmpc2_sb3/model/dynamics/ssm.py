@@ -26,14 +26,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.kernels import Layer, Norm
+from tdmpc2_sb3.kernels import Layer, Norm, StateSpace, StateSpaceLayer, join
+from tdmpc2_sb3.model import operations
 from tdmpc2_sb3.model.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.model.dynamics.parameter_matching import (
     HIDDEN_FACTOR,
@@ -41,7 +41,8 @@ from tdmpc2_sb3.model.dynamics.parameter_matching import (
     SSMSizes,
     match_sizes,
 )
-from tdmpc2_sb3.model.layers import FastLinear, Mish, NormedLinear, SimNorm, linear
+from tdmpc2_sb3.model.layers import FastLinear, Mish, NormedLinear, SimNorm
+from tdmpc2_sb3.model.operations import has_kernel, linear
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
 DT_MIN, DT_MAX = 1e-3, 5.0  # step size, in agent steps; kernels.c has them too
@@ -85,14 +86,45 @@ def discretise(alpha: th.Tensor, omega: th.Tensor, dt: th.Tensor) -> Discretisat
     )
 
 
+@has_kernel("gelu_sum")
 def gelu_sum(a: th.Tensor, b: th.Tensor) -> th.Tensor:
     """GELU(a + b) in its tanh approximation: one kernel, or one exponential where compiled."""
-    if kernels.usable(a):
-        return kernels.gelu_sum(a, b)
     x = a + b
     if th.compiler.is_compiling():
         return x * th.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
     return F.gelu(x, approximate="tanh")
+
+
+class LayerParts(Protocol):
+    """What :func:`advance` asks of a layer; H steps at once."""
+
+    def normed(self, stream: th.Tensor) -> th.Tensor:
+        """v = LN(u), [H, ..., D]."""
+
+    def products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """B v [H, ..., 2P], V v [H, ..., 2D], and W_2 W_1 v, [H, ..., P] if selective."""
+
+    def states(self, selection: th.Tensor | None, drive: th.Tensor, x: th.Tensor) -> th.Tensor:
+        """x_1..x_H, [H, ..., 2P]."""
+
+    def activated(self, states: th.Tensor, direct: th.Tensor) -> th.Tensor:
+        """GELU(C x + V v), [H, ..., 2D]."""
+
+    def mixed(self, stream: th.Tensor, hidden: th.Tensor) -> th.Tensor:
+        """u + W h, [H, ..., D]."""
+
+
+def advance(layer: LayerParts, stream: th.Tensor, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """A layer over a horizon, whether autograd or :mod:`tdmpc2_sb3.fast.state_space_gradients`
+    takes the gradients of its parts.
+
+    :param stream: u_0..u_{H-1} of the layer below, [H, ..., D]
+    :param x: x_0, [..., 2P]
+    :return: the stream of this layer, [H, ..., D]; x_1..x_H, [H, ..., 2P]
+    """
+    drive, direct, selection = layer.products(layer.normed(stream))
+    states = layer.states(selection, drive, x)
+    return layer.mixed(stream, layer.activated(states, direct)), states
 
 
 class SSMLayer(nn.Module):
@@ -146,7 +178,7 @@ class SSMLayer(nn.Module):
         :param x: state, [..., 2P]
         :return: u^l [..., D], next state [..., 2P]
         """
-        out, states = self._advance(stream.unsqueeze(0), x)
+        out, states = advance(self, stream.unsqueeze(0), x)
         return out.squeeze(0), states[0]
 
     def rollout(self, stream: th.Tensor, x: th.Tensor) -> th.Tensor:
@@ -156,21 +188,15 @@ class SSMLayer(nn.Module):
         :param x: initial state, [..., 2P]
         :return: the same of this layer, [H, ..., D]
         """
-        return self._advance(stream, x)[0]
+        return advance(self, stream, x)[0]
 
-    def _advance(self, stream: th.Tensor, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        drive, direct, selection = self._products(self._normed(stream))
-        states = self._states(selection, drive, x)  # [H, ..., 2P]
-        return stream + self.mix(gelu_sum(self.readout(states), direct)), states
+    def normed(self, stream: th.Tensor) -> th.Tensor:
+        """See :class:`LayerParts`."""
+        norm = Norm(eps=self.norm.eps) if type(self.norm) is nn.LayerNorm else None
+        return operations.normed(self.norm, norm, stream, self.norm)
 
-    def _normed(self, stream: th.Tensor) -> th.Tensor:
-        if kernels.usable(stream):
-            norm = self.norm
-            return kernels.layer_norm(stream, norm.weight, norm.bias, Norm(eps=norm.eps))
-        return self.norm(stream)  # type: ignore[no-any-return]
-
-    def _products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """B v [..., 2P], V v [..., 2D], and W_2 W_1 v, [..., P] if selective."""
+    def products(self, v: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """See :class:`LayerParts`."""
         weights = self._joined_weights()
         sizes = [len(weight) for weight in weights]
         drive, direct, *selection = linear(v, th.cat(weights)).split(sizes, dim=-1)
@@ -181,35 +207,39 @@ class SSMLayer(nn.Module):
         weights: list[th.Tensor] = [self.drive.weight, self.direct.weight]
         return [*weights, self.select_in.weight] if self.rank else weights
 
-    def as_kernel(self) -> kernels.StateSpaceLayer:
+    def as_kernel(self) -> StateSpaceLayer:
         """The layer as the CPU kernels take it."""
-        alpha: th.Tensor
-        if kernels.usable(self.nu):  # torch's operation could not be replayed
-            alpha = kernels.exponential(self.nu, added=ALPHA_MIN)
-        else:
-            alpha = self._alpha()
-        return kernels.StateSpaceLayer(
+        return StateSpaceLayer(
             self.norm.weight,
             self.norm.bias,
             self.norm.eps,
-            products=Layer(kernels.join(self._joined_weights(), dim=0), None),
-            selection=self.select_out.as_layer() if self.rank else None,
-            readout=self.readout.as_layer(),
-            mix=self.mix.as_layer(),
-            alpha=alpha,
+            products=Layer(join(self._joined_weights(), dim=0), None),
+            selection=self.select_out.as_kernel()[0] if self.rank else None,
+            readout=self.readout.as_kernel()[0],
+            mix=self.mix.as_kernel()[0],
+            alpha=operations.exponential(self.nu, ALPHA_MIN),
             omega=self.omega,
             beta=self.beta,
         )
 
-    def _states(self, selection: th.Tensor | None, drive: th.Tensor, x: th.Tensor) -> th.Tensor:
-        if selection is not None and kernels.usable(drive):
-            return kernels.selective_scan(selection, drive, x, self._alpha(), self.omega, self.beta)
-        return scan(self.discretise(self.step_sizes(selection)), drive, x)
+    def states(self, selection: th.Tensor | None, drive: th.Tensor, x: th.Tensor) -> th.Tensor:
+        """See :class:`LayerParts`."""
+        alpha, omega, beta = self._alpha(), self.omega, self.beta
+        if selection is None:
+            return scan(discretise(alpha, omega, step_sizes(beta)), drive, x)
+        return selective_scan(selection, drive, x, alpha, omega, beta)
+
+    def activated(self, states: th.Tensor, direct: th.Tensor) -> th.Tensor:
+        """See :class:`LayerParts`."""
+        return gelu_sum(self.readout(states), direct)
+
+    def mixed(self, stream: th.Tensor, hidden: th.Tensor) -> th.Tensor:
+        """See :class:`LayerParts`."""
+        return stream + self.mix(hidden)  # type: ignore[no-any-return]
 
     def step_sizes(self, selection: th.Tensor | None) -> th.Tensor:
         """dt for W_2 W_1 v, [..., P], or of a time-invariant layer, [P]."""
-        raw = self.beta if selection is None else self.beta + selection
-        return F.softplus(raw).clamp(DT_MIN, DT_MAX)
+        return step_sizes(self.beta if selection is None else self.beta + selection)
 
     def _alpha(self) -> th.Tensor:
         return ALPHA_MIN + self.nu.exp()
@@ -217,6 +247,32 @@ class SSMLayer(nn.Module):
     def discretise(self, dt: th.Tensor) -> Discretisation:
         """Abar and G of this layer's modes for step sizes dt, [..., P]."""
         return discretise(self._alpha(), self.omega, dt)
+
+
+def step_sizes(raw: th.Tensor) -> th.Tensor:
+    """dt of beta + W_2 W_1 v, elementwise."""
+    return F.softplus(raw).clamp(DT_MIN, DT_MAX)
+
+
+@has_kernel("selective_scan")
+def selective_scan(
+    selection: th.Tensor,
+    drive: th.Tensor,
+    x: th.Tensor,
+    alpha: th.Tensor,
+    omega: th.Tensor,
+    beta: th.Tensor,
+) -> th.Tensor:
+    """:func:`scan` with step sizes that depend on the input.
+
+    :param selection: W_2 W_1 v, [H, ..., P]
+    :param drive: see :func:`scan`
+    :param x: see :func:`scan`
+    :param alpha: decay rates > 0, [P]
+    :param omega: angular frequencies, [P]
+    :param beta: step sizes without input, before softplus, [P]
+    """
+    return scan(discretise(alpha, omega, step_sizes(beta + selection)), drive, x)
 
 
 def scan(system: Discretisation, drive: th.Tensor, x: th.Tensor) -> th.Tensor:
@@ -355,20 +411,18 @@ class SSMDynamics(LatentDynamics):
             stream = layer.rollout(stream, x)
         return self.out(stream)  # [H, ..., Z]
 
-    def has_kernels(self) -> bool:
-        """Whether the CPU kernels have every part: a subclass may compute something else."""
-        return all(type(each) in _KNOWN_PARTS for each in self.modules())
-
-    def as_kernel(self) -> kernels.StateSpace | None:
-        """See :meth:`LatentDynamics.as_kernel`."""
-        if self.autoregressive or not self.has_kernels():
+    def as_kernel(self) -> StateSpace | None:
+        """See :meth:`LatentDynamics.as_kernel`; a subclass or part may compute something else."""
+        features, out = self.features.as_kernel(), self.out.as_kernel()
+        is_known = all(type(each) in _KNOWN_PARTS for each in self.modules())
+        if self.autoregressive or not is_known or features is None or out is None:
             return None
-        return kernels.StateSpace(
-            features=self.features.as_layer(),
-            context=self.features_in.as_layer(),
-            starts=self.starts.as_layer(),
-            action=self.action_in.as_layer(),
-            out=self.out.as_layer(),
+        return StateSpace(
+            features=features[0],
+            context=self.features_in.as_kernel()[0],
+            starts=self.starts.as_kernel()[0],
+            action=self.action_in.as_kernel()[0],
+            out=out[0],
             stack=[layer.as_kernel() for layer in self.stack()],
         )
 

@@ -226,7 +226,7 @@ class _Trajectories(NamedTuple):
     discount: th.Tensor | float  # of the terminal value; 0 where terminated, [E, N]
 
 
-class Search:
+class _Search:
     """Evaluates action sequences of one plan, by any model on any device.
 
     :param model: planned with
@@ -392,7 +392,7 @@ def plan(
     :param config: settings
     :param explore: whether noise of the plan's own spread is added to the action
     """
-    search = Search(model, latent, config, noise.policy)
+    search = _Search(model, latent, config, noise.policy)
     return choose(search.run(initial_mean.transpose(0, 1), noise), noise, explore)
 
 

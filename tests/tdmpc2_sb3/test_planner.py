@@ -21,6 +21,7 @@ from tdmpc2_sb3.planner import (
     check_planner,
     sample_plan_noise,
     shift_plan,
+    sum_rewards,
 )
 
 OBS_DIM, ACTION_DIM = 5, 2
@@ -336,6 +337,21 @@ def plan_by_hand(model, config=None, seed=0, initial=None, explore=False):
     noise = sample_plan_noise(model, config, 1, generator(seed))
     mean = th.zeros(1, config.horizon, ACTION_DIM) if initial is None else initial
     return plan(model, th.zeros(1, 16), mean, noise, config, explore)
+
+
+@pytest.mark.parametrize(
+    ("ended", "total", "discount"),
+    [(None, 1.0 + 0.5 * 2.0 + 0.25 * 4.0, 0.125), (1, 1.0, 0.0), (2, 2.0, 0.0), (3, 3.0, 0.0)],
+)
+def test_rewards_are_summed_until_the_end(ended, total, discount):
+    """Rewards are the actions, 1, 2 and 4; latents count the steps; that to the end counts."""
+    rule = None if ended is None else lambda z: z[..., 0] >= ended
+    model = HandMade(lambda z, a: a[..., 0], ended=rule)
+    actions = th.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1).expand(3, 1, 5, ACTION_DIM)
+    latents = th.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(3, 1, 5, 16)
+    found, rest = sum_rewards(model, th.zeros(1, 1, 16), actions, latents, 0.5)
+    assert found.tolist() == [[total] * 5]
+    assert th.as_tensor(rest).expand(1, 5).tolist() == [[discount] * 5]
 
 
 def test_the_best_action_is_found():

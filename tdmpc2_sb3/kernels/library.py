@@ -27,7 +27,7 @@ import torch as th
 from tdmpc2_sb3.kernels.cache import VARIABLE, CacheError, cache_directory, find, keep, told
 
 SWITCH = "TDMPC2_SB3_KERNELS"  # 0 in the environment switches the kernels off
-SOURCE = Path(__file__).with_name("kernels.c")
+FOLDER = Path(__file__).parent  # of the sources; kernels.c includes all others
 COMPILERS = ("cc", "gcc", "clang")
 BUILD_SECONDS = 120
 # The arithmetic may not be reordered but where the source says so; errno and traps are not used.
@@ -372,9 +372,9 @@ def attempts() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
 
 
 def fingerprint(compiler: str, options: tuple[str, ...]) -> str:
-    """A name for what would be built: it changes with source, compiler, options and processor."""
+    """A name for what would be built: it changes with sources, compiler, options and processor."""
     parts = [
-        SOURCE.read_text("utf-8"),
+        *(path.read_text("utf-8") for path in sorted(FOLDER.glob("*.[ch]"))),
         compiler,
         *FLAGS,
         *options,
@@ -399,7 +399,9 @@ def _compile(
         work = tempfile.TemporaryDirectory(dir=folder)
     with work:
         objects, library = f"{work.name}/kernels.o", f"{work.name}/kernels.so"
-        _run([compiler, *FLAGS, *options, "-c", str(SOURCE), "-o", objects], work.name)
+        _run(
+            [compiler, *FLAGS, *options, "-c", str(FOLDER / "kernels.c"), "-o", objects], work.name
+        )
         _run([compiler, "-shared", objects, *runtime, "-lm", "-o", library], work.name)
         return keep(Path(library), folder, name)
 

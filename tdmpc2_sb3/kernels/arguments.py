@@ -20,10 +20,10 @@ import torch as th
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tdmpc2_sb3.kernels.functions import Activation, Norm
-from tdmpc2_sb3.kernels.library import LayerArgument, call, check_array
+from tdmpc2_sb3.kernels.interface import SIMPLEX, LayerArgument, Structure
+from tdmpc2_sb3.kernels.library import call, check_array
 from tdmpc2_sb3.kernels.products import held, hold, multiplies, panels
 
-SIMPLEX = 8  # numbers of the simplices that kernels.c knows, the paper's
 _VECTORS = ("bias", "gain", "shift")
 LAY_OUT_PARALLEL_FROM = 2**15  # numbers; waking a second thread costs more than fewer would save
 
@@ -182,7 +182,7 @@ class NetworkArguments:
         self._sizes: dict[tuple[object, ...], int] = {}
         self._packed = first.new_empty(self.num_networks * (sum(forward) + sum(back)))
         self._all = (LayerArgument * (self.num_networks * self.num_layers))()
-        self._chosen: dict[tuple[int, ...], ctypes.Array[LayerArgument]] = {
+        self._chosen: dict[tuple[int, ...], ctypes.Array[Structure]] = {
             tuple(range(self.num_networks)): self._all
         }
         # While which weights were laid out last, and from which column on those of first layers
@@ -194,19 +194,21 @@ class NetworkArguments:
                 packed, packed_back = address, address + 4 * forward[position]
                 address = packed_back + 4 * back[position]
                 cols, depth = sizes[position]
-                activation, simplex, eps = (0, 1, 0.0) if layer.norm is None else layer.norm
+                norm = layer.norm or Norm(eps=0.0)
                 self._all[network * self.num_layers + position] = LayerArgument(
-                    _address(layer.weight, network, 3),
-                    packed,
-                    packed_back,
-                    *(_address(each, network, 2) for each in (layer.bias, layer.gain, layer.shift)),
-                    layer.weight.stride(-2),
-                    depth,
-                    cols,
-                    activation,
-                    simplex,
-                    layer.simplices,
-                    eps,
+                    weight=_address(layer.weight, network, 3),
+                    packed=packed,
+                    packed_back=packed_back,
+                    bias=_address(layer.bias, network, 2),
+                    gain=_address(layer.gain, network, 2),
+                    shift=_address(layer.shift, network, 2),
+                    weight_row=layer.weight.stride(-2),
+                    depth=depth,
+                    cols=cols,
+                    activation=norm.activation,
+                    simplex=norm.simnorm_dim,
+                    simplices=layer.simplices,
+                    eps=norm.eps,
                 )
 
     def check_input(self, size: int) -> None:
@@ -242,7 +244,7 @@ class NetworkArguments:
         """Whether they still are those of layers that they were of, and this thread's own."""
         return self._thread is _thread.itself and self._places == _places(layers.parameters)
 
-    def forward(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
+    def forward(self, members: tuple[int, ...]) -> ctypes.Array[Structure]:
         """Layers of the Q' networks, one network after the other, laid out to be evaluated."""
         lay_out((self, members))
         return self.of(members)
@@ -255,9 +257,7 @@ class NetworkArguments:
             self._forward_at[member] = now
         return stale
 
-    def backward(
-        self, members: tuple[int, ...], input_from: int | None
-    ) -> ctypes.Array[LayerArgument]:
+    def backward(self, members: tuple[int, ...], input_from: int | None) -> ctypes.Array[Structure]:
         """The same, laid out for gradients by their inputs.
 
         :param input_from: the input's column from which on its gradient is wanted, not amid
@@ -273,7 +273,7 @@ class NetworkArguments:
             call("lay_out_back", chosen, self.num_layers, len(stale), mark[1], threads)
         return self.of(members)
 
-    def of(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
+    def of(self, members: tuple[int, ...]) -> ctypes.Array[Structure]:
         """Layers of the Q' networks as they stand."""
         if members not in self._chosen:
             layers = [
@@ -287,7 +287,7 @@ class NetworkArguments:
 
 def lay_out(*networks: tuple[NetworkArguments, tuple[int, ...]]) -> None:
     """Lays members of networks out to be evaluated, in one call, which wakes threads once."""
-    layers: list[LayerArgument] = []
+    layers: list[Structure] = []
     numbers = 0
     for network, members in networks:
         stale = network.take_stale(members)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch as th
 
+from tdmpc2_sb3.kernels.interface import ACTIVATION_MISH, ACTIVATION_NONE, ACTIVATION_SIMNORM
 from tdmpc2_sb3.kernels.library import call, library
 
 PARALLEL_FROM = 32768  # elements; waking a second thread costs more than fewer would save
@@ -23,11 +24,11 @@ _COST_OF_SQUASHING = 32  # elements' worth: two tanh, an exponential and a logar
 
 
 class Activation(enum.IntEnum):
-    """What follows a layer norm; the numbers are those of kernels.c."""
+    """What follows a layer norm."""
 
-    NONE = 0
-    MISH = 1
-    SIMNORM = 2
+    NONE = ACTIVATION_NONE
+    MISH = ACTIVATION_MISH
+    SIMNORM = ACTIVATION_SIMNORM
 
 
 class Norm(NamedTuple):

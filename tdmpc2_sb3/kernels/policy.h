@@ -1,5 +1,6 @@
 /* Draws of the policy prior, and its loss. */
 
+#define LOG_STD_RANGE (LOG_STD_MAX - LOG_STD_MIN)
 #define LOG_SQRT_2_PI 0.91893853f
 
 /* Draws of the policy prior from its outputs, [rows, 2 A], and standard normal noise, [rows, A]:
@@ -110,7 +111,8 @@ void policy_objective(const float *values, const float *log_prob, const float *e
         if (i < starts) ordered[i] = by_entropy[i];
     }
     qsort(ordered, (size_t)starts, sizeof(float), compare_floats);
-    float range = percentile(ordered, starts, 0.95) - percentile(ordered, starts, 0.05);
+    float range = percentile(ordered, starts, SCALE_HIGH) -
+                  percentile(ordered, starts, SCALE_LOW);
     out[3] = between(*scale, range < 1.0f ? 1.0f : range, tau);
     for (int64_t i = 0; i < rows; i++) {
         loss -= weights[i] * (entropy_coef * entropy[i] + by_entropy[i] / out[3]);

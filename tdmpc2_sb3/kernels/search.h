@@ -98,7 +98,7 @@ static void sum_rewards(const search *s, block b, const float *latents, float *o
         if (s->termination.count) {
             logits = network_rows(s->termination, z, z_dim, 0, 0, b.count, 0, own, s->widest);
             for (int64_t i = 0; i < b.count; i++)
-                if (logits[i] > 0.0f) alive[i] = 0.0f;
+                if (logits[i] > TERMINATION_LOGIT) alive[i] = 0.0f;
         }
     }
     for (int64_t i = 0; i < b.count; i++) alive[i] *= (float)discount;

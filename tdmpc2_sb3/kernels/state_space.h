@@ -10,19 +10,19 @@ static inline void gelu_sum_row(const float *a, const float *b, float *y, int64_
     }
 }
 
-/* Rows of b lie b_stride apart. */
+/* Rows of b lie b_row apart. */
 void gelu_sum_forward(const float *a, const float *b, float *y, int64_t rows, int64_t cols,
-                      int64_t b_stride, int64_t threads) {
+                      int64_t b_row, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < rows; i++)
-        gelu_sum_row(a + i * cols, b + i * b_stride, y + i * cols, cols);
+        gelu_sum_row(a + i * cols, b + i * b_row, y + i * cols, cols);
 }
 
 void gelu_sum_backward(const float *grad, const float *a, const float *b, float *grad_x,
-                       int64_t rows, int64_t cols, int64_t b_stride, int64_t threads) {
+                       int64_t rows, int64_t cols, int64_t b_row, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
-        const float *ai = a + i * cols, *bi = b + i * b_stride, *di = grad + i * cols;
+        const float *ai = a + i * cols, *bi = b + i * b_row, *di = grad + i * cols;
         float *out = grad_x + i * cols;
 #pragma omp simd
         for (int64_t j = 0; j < cols; j++) {
@@ -101,18 +101,18 @@ static inline void scan_row(const float *selection, const float *b, const float 
 }
 
 /* The recurrence of scan_row for all rows. selection: [steps, rows, modes]; drive, x and states
- * hold real, then imaginary parts: drive rows of 2 modes, drive_stride apart, [steps, rows]; start
+ * hold real, then imaginary parts: drive rows of 2 modes, drive_row apart, [steps, rows]; start
  * [rows, 2 modes]; states [steps, rows, 2 modes]. */
 void selective_scan_forward(const float *selection, const float *drive, const float *start,
                             const float *alpha, const float *omega, const float *beta,
                             float *states, int64_t steps, int64_t rows, int64_t modes,
-                            int64_t drive_stride, int64_t threads) {
+                            int64_t drive_row, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
         const float *x = start + i * 2 * modes;
         for (int64_t k = 0; k < steps; k++) {
             float *out = states + (k * rows + i) * 2 * modes;
-            scan_row(selection + (k * rows + i) * modes, drive + (k * rows + i) * drive_stride, x,
+            scan_row(selection + (k * rows + i) * modes, drive + (k * rows + i) * drive_row, x,
                      alpha, omega, beta, out, modes);
             x = out;
         }
@@ -128,7 +128,7 @@ void selective_scan_backward(const float *grad, const float *selection, const fl
                              const float *beta, const float *states, float *grad_selection,
                              float *grad_drive, float *grad_start, float *grad_parameters,
                              float *carry, float *sums, int64_t steps, int64_t rows,
-                             int64_t modes, int64_t drive_stride, int64_t threads) {
+                             int64_t modes, int64_t drive_row, int64_t threads) {
     memset(sums, 0, sizeof(float) * (size_t)(threads * 3 * modes));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t thread = 0; thread < threads; thread++) {
@@ -139,7 +139,7 @@ void selective_scan_backward(const float *grad, const float *selection, const fl
             memset(back, 0, sizeof(float) * (size_t)(2 * modes));
             for (int64_t k = steps - 1; k >= 0; k--) {
                 int64_t at = k * rows + i;
-                const float *sel = selection + at * modes, *b = drive + at * drive_stride;
+                const float *sel = selection + at * modes, *b = drive + at * drive_row;
                 const float *x = k ? states + (at - rows) * 2 * modes : start + i * 2 * modes;
                 const float *g = grad + at * 2 * modes;
                 float *out_sel = grad_selection + at * modes;

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.kernels import Layer, Norm
+from tdmpc2_sb3.kernels.interface import DT_MAX, DT_MIN
 from tdmpc2_sb3.model.dynamics.base import DynamicsState, LatentDynamics
 from tdmpc2_sb3.model.dynamics.parameter_matching import (
     HIDDEN_FACTOR,
@@ -44,7 +45,6 @@ from tdmpc2_sb3.model.dynamics.parameter_matching import (
 from tdmpc2_sb3.model.layers import FastLinear, Mish, NormedLinear, SimNorm, linear
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
-DT_MIN, DT_MAX = 1e-3, 5.0  # step size, in agent steps; kernels.c has them too
 RING_INNER, RING_OUTER = 0.7, 0.99  # |Abar| at the start
 
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch as th
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tdmpc2_sb3.kernels.functions import Activation, Norm
 from tdmpc2_sb3.kernels.interface import SIMPLEX, LayerArgument, Structure
 from tdmpc2_sb3.kernels.library import call, check_array
+from tdmpc2_sb3.kernels.norms import Activation, Norm
 from tdmpc2_sb3.kernels.products import held, hold, multiplies, panels
 
 _VECTORS = ("bias", "gain", "shift")

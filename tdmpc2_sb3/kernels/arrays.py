@@ -13,7 +13,7 @@ from typing import Any
 
 import torch as th
 
-from tdmpc2_sb3.kernels.functions import usable
+from tdmpc2_sb3.kernels.conditions import usable
 from tdmpc2_sb3.kernels.library import addresses, call, check_array
 
 PARALLEL_FROM = 2**17  # numbers, of which a thread takes some tens of microseconds

@@ -22,8 +22,9 @@ from tdmpc2_sb3.kernels.arguments import (
     arguments_of,
     multiplied_here,
 )
-from tdmpc2_sb3.kernels.functions import norm_backward, norm_forward, records_gradients
+from tdmpc2_sb3.kernels.conditions import records_gradients
 from tdmpc2_sb3.kernels.library import addresses, call
+from tdmpc2_sb3.kernels.norms import norm_backward, norm_forward
 from tdmpc2_sb3.kernels.products import product_threads
 
 

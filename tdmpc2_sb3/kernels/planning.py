@@ -25,7 +25,7 @@ from tdmpc2_sb3.kernels.arguments import (
     on_simplices,
     widest,
 )
-from tdmpc2_sb3.kernels.functions import copy_, join
+from tdmpc2_sb3.kernels.elementwise import copy_, join
 from tdmpc2_sb3.kernels.interface import (
     SIMPLEX,
     DynamicsArgument,

@@ -19,7 +19,7 @@ from tdmpc2_sb3.kernels.arguments import (
     arguments_of,
     multiplied_here,
 )
-from tdmpc2_sb3.kernels.functions import records_gradients
+from tdmpc2_sb3.kernels.conditions import records_gradients
 from tdmpc2_sb3.kernels.library import call, check_array
 from tdmpc2_sb3.kernels.networks import GradientRoom, by_parameter
 from tdmpc2_sb3.kernels.products import product_threads

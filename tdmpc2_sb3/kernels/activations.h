@@ -1,4 +1,5 @@
-/* Mish, in one pass with the layer norm in front of it, and SimNorm: of a row, and their gradients. */
+/* Mish, in one pass with the layer norm in front of it, and SimNorm: of a row, and their
+ * gradients. */
 
 #define MISH_CLAMP 20.0f /* from here on mish(x) = x in float32, and squares stay finite */
 
@@ -39,9 +40,9 @@ static inline float mish_slope_f(float h) {
 
 typedef uint32_t whole_vector __attribute__((vector_size(4 * LANES)));
 
-/* Columns of a row that Mish takes at a time, step after step: what one step leaves for the next is
- * in the first cache. If a vector went through all steps at once, it would mostly wait for itself, and
- * no processor looks far enough ahead to have enough others under way. */
+/* Columns of a row that Mish takes at a time, step after step: what one step leaves for the next
+ * is in the first cache. If a vector went through all steps at once, it would mostly wait for
+ * itself, and no processor looks far enough ahead to have enough others under way. */
 #define MISH_COLS 256
 #define EACH(J) _Pragma("GCC unroll 4") for (int64_t J = 0; J < cols; J += LANES)
 
@@ -71,8 +72,8 @@ static inline void norm_exp(const float *x, float mean, float rstd, const float 
     }
 }
 
-/* y = mish((x - mean) * rstd * gain + shift), as norm_exp takes them; y may be x. With u = e^h and w
- * = u (u + 2): tanh(softplus(h)) = w / (w + 2). */
+/* y = mish((x - mean) * rstd * gain + shift), as norm_exp takes them; y may be x. With u = e^h and
+ * w = u (u + 2): tanh(softplus(h)) = w / (w + 2). */
 static inline void norm_mish(const float *x, float mean, float rstd, const float *gain,
                              const float *shift, float *y, int64_t cols) {
     float h[MISH_COLS], u[MISH_COLS];
@@ -84,11 +85,11 @@ static inline void norm_mish(const float *x, float mean, float rstd, const float
 }
 
 /* Gradients of norm_forward with Mish, grad those by its output, as norm_exp takes them: added to
- * dgain and dshift; into out those by hat, the normed x, whose sums are added to s1 and those of their
- * products with hat to s2. */
+ * grad_gain and grad_shift; into out those by hat, the normed x, whose sums are added to s1 and
+ * those of their products with hat to s2. */
 static inline void norm_mish_back(const float *grad, const float *x, float mean, float rstd,
-                                  const float *gain, const float *shift, float *dgain,
-                                  float *dshift, float *out, vector *s1, vector *s2,
+                                  const float *gain, const float *shift, float *grad_gain,
+                                  float *grad_shift, float *out, vector *s1, vector *s2,
                                   int64_t cols) {
     float h[MISH_COLS], u[MISH_COLS], less = -mean * rstd;
     norm_exp(x, mean, rstd, gain, shift, h, u, cols);
@@ -97,8 +98,8 @@ static inline void norm_mish_back(const float *grad, const float *x, float mean,
         vector e = AT(u, j), w = e * e + (e + e), inverse = 1.0f / (w + 2.0f);
         vector slope = (AT(h, j) * 4.0f * (e * e + e) * inverse + w) * inverse;
         vector hat = AT(x, j) * rstd + less, d = AT(grad, j) * slope;
-        TO(dgain, j) += d * hat;
-        TO(dshift, j) += d;
+        TO(grad_gain, j) += d * hat;
+        TO(grad_shift, j) += d;
         d *= AT(gain, j);
         TO(out, j) = d;
         sum1 += d;
@@ -165,10 +166,10 @@ static void simnorm_eights(float *y, int64_t cols) {
 
 static void simnorm_grad_eights(const float *grad, const float *y, float *out, int64_t cols) {
     for (int64_t j = 0; j < cols; j += 8) {
-        __m256 by_group = _mm256_loadu_ps(grad + j), group = _mm256_loadu_ps(y + j);
-        __m256 dot = by_group * group;
+        __m256 grad_group = _mm256_loadu_ps(grad + j), group = _mm256_loadu_ps(y + j);
+        __m256 dot = grad_group * group;
         ACROSS(_mm256_add_ps, dot);
-        _mm256_storeu_ps(out + j, group * (by_group - dot));
+        _mm256_storeu_ps(out + j, group * (grad_group - dot));
     }
 }
 #else

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tdmpc2_sb3.kernels.interface import SIMPLEX, LayerArgument, Structure
 from tdmpc2_sb3.kernels.library import call, check_array
 from tdmpc2_sb3.kernels.norms import Activation, Norm
-from tdmpc2_sb3.kernels.products import held, hold, multiplies, panels
+from tdmpc2_sb3.kernels.products import made_once, multiplies, panels, period
 
 _VECTORS = ("bias", "gain", "shift")
 LAY_OUT_PARALLEL_FROM = 2**15  # numbers; waking a second thread costs more than fewer would save
@@ -103,13 +103,13 @@ class KeptLayers(list[Layer]):
 
     def look_up(self) -> NetworkArguments:
         """Their arguments."""
-        now = hold()
+        now = period()
         looked_up = self._looked_up  # once: another thread may look them up meanwhile
         if now is None or looked_up is None or looked_up[0] is not now:
             known = None if looked_up is None else looked_up[1]
             if known is None or not known.stand_still(self):
                 known = _find(self)
-            looked_up = self._looked_up = now, _while_held(known, self)
+            looked_up = self._looked_up = now, _kept_for_period(known, self)
         return looked_up[1]
 
 
@@ -134,19 +134,19 @@ def held_layers(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]
     :param key: that tells the network from all others
     :param make: makes them
     """
-    return make() if hold() is None else held(key, lambda: KeptLayers(make()))
+    return make() if period() is None else made_once(key, lambda: KeptLayers(make()))
 
 
-def multiplied_here(rows: int, layers: Sequence[Layer]) -> bool:
+def usable_layers(rows: int, layers: Sequence[Layer]) -> bool:
     """Whether ``kernels.c`` is to take that many rows through the layers, rather than torch."""
     if not multiplies(rows, widest(layers)):
         return False
     if isinstance(layers, KeptLayers):
-        return layers.look_up().can_be_read
-    return _can_be_read(layers)
+        return layers.look_up().usable
+    return _usable(layers)
 
 
-def _can_be_read(layers: Sequence[Layer]) -> bool:
+def _usable(layers: Sequence[Layer]) -> bool:
     """Whether they are float32 on a CPU, and the numbers of a row stand side by side."""
     return all(
         each is None or (each.dtype is th.float32 and each.is_cpu and each.stride(-1) == 1)
@@ -166,8 +166,8 @@ class NetworkArguments:
         self._shapes = _shapes(layers)
         self._places = _places(_parameters(layers))
         self._thread = _thread.itself
-        self.can_be_read = _can_be_read(layers)
-        if self.can_be_read:
+        self.usable = _usable(layers)
+        if self.usable:
             for number, layer in enumerate(layers):
                 _check(number, layer, first.shape[:-2])
         self.num_layers = len(layers)
@@ -251,7 +251,7 @@ class NetworkArguments:
 
     def take_stale(self, members: tuple[int, ...]) -> tuple[int, ...]:
         """Which of the networks the caller has to lay out to be evaluated."""
-        now = hold()
+        now = period()
         stale = _once(m for m in members if now is None or self._forward_at[m] is not now)
         for member in stale:
             self._forward_at[member] = now
@@ -263,7 +263,7 @@ class NetworkArguments:
         :param input_from: the input's column from which on its gradient is wanted, not amid
             simplices; None for none
         """
-        now = hold()
+        now = period()
         mark = (now, self.input_dim if input_from is None else input_from)
         stale = _once(m for m in members if now is None or self._back_at[m] != mark)
         if stale:
@@ -351,12 +351,12 @@ def arguments_of(layers: Sequence[Layer]) -> NetworkArguments:
     """The arguments of a network's layers, made unless they are there."""
     if isinstance(layers, KeptLayers):
         return layers.look_up()
-    return _while_held(_find(layers), layers)
+    return _kept_for_period(_find(layers), layers)
 
 
-def _while_held(arguments: NetworkArguments, layers: Sequence[Layer]) -> NetworkArguments:
+def _kept_for_period(arguments: NetworkArguments, layers: Sequence[Layer]) -> NetworkArguments:
     """Nothing else may take a weight's address while it counts as laid out."""
-    held((NetworkArguments, id(arguments)), lambda: (arguments, layers))
+    made_once((NetworkArguments, id(arguments)), lambda: (arguments, layers))
     return arguments
 
 

@@ -1,5 +1,5 @@
-/* Operations on all parameters of a model, count arrays of these sizes: each thread takes its part of
- * every one, so that threads wait for each other once and not once an array. */
+/* Operations on all parameters of a model, count arrays of these sizes: each thread takes its part
+ * of every one, so that threads wait for each other once and not once an array. */
 
 #define FOR_EACH_ARRAY                                                                            \
     _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")            \

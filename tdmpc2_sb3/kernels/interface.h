@@ -1,8 +1,9 @@
 /* All that Python and C share: constants, structures and functions.
  *
- * Python reads this file (interface.py) and understands no more of C than what is used here. It takes
- * an array whose name with _row behind it is another parameter, as x and x_row are, to be one whose
- * rows lie that many numbers apart; others are contiguous. What functions do is told where they are. */
+ * Python reads this file (interface.py) and understands no more of C than what is used here. It
+ * takes an array whose name with _row behind it is another parameter, as x and x_row are, to be
+ * one whose rows lie that many numbers apart; others are contiguous. What functions do is told
+ * where they are. */
 #pragma once
 
 #include <stdint.h>
@@ -15,7 +16,8 @@ enum { ACTIVATION_NONE = 0, ACTIVATION_MISH = 1, ACTIVATION_SIMNORM = 2 };
 #define DT_MIN 1e-3f
 #define DT_MAX 5.0f
 
-/* The policy prior: the logarithm of its deviation, and what keeps logarithms and quotients finite. */
+/* The policy prior: the logarithm of its deviation, and what keeps logarithms and quotients
+ * finite. */
 #define LOG_STD_MIN (-10.0f)
 #define LOG_STD_MAX 2.0f
 #define SQUASH_EPSILON 1e-6f
@@ -44,7 +46,7 @@ typedef struct {
     int64_t count;
 } network;
 
-/* A layer of the state-space dynamics (tdmpc2_sb3/model/dynamics/ssm.py tells what they compute). */
+/* A layer of the state-space dynamics (tdmpc2_sb3/model/dynamics/ssm.py tells what they do). */
 typedef struct {
     const float *gain, *shift;          /* of the LayerNorm in front, [width] */
     layer products;                     /* B, V and W_1 side by side */
@@ -63,8 +65,8 @@ typedef struct {
     int64_t depth;
 } dynamics;
 
-/* What a search reads and where it writes. D environments have noise of their own: E, or 1 where all
- * share it. */
+/* What a search reads and where it writes. D environments have noise of their own: E, or 1 where
+ * all share it. */
 typedef struct {
     int64_t iterations, horizon, envs, samples, prior, elites, noise_envs, latent_dim, action_dim;
     int64_t simplices; /* of a latent, if all rows of latents are reduced; else 0 */
@@ -127,11 +129,11 @@ int64_t scratch_size(const layer *layers, int64_t count, int64_t rows, int64_t t
 void networks_backward(const layer *layers, int64_t count, int64_t networks, const float *x,
                        int64_t x_row, const int64_t *dropped, int64_t count_dropped, float share,
                        float *const *workspaces, float *result, const float *grad,
-                       float *by_input, int64_t input_from, int64_t input_cols, int64_t adds,
-                       float *const *by_parameters, float *const *scratches, int64_t rows,
+                       float *grad_input, int64_t input_from, int64_t input_cols, int64_t adds,
+                       float *const *grad_parameters, float *const *scratches, int64_t rows,
                        int64_t threads);
 void rollout_backward(const layer *layers, int64_t count, const float *inputs, float *workspace,
-                      float *latents, float *by_latents, float *const *by_parameters,
+                      float *latents, float *grad_latents, float *const *grad_parameters,
                       float *scratch, int64_t steps, int64_t rows, int64_t threads);
 
 /* losses.h */
@@ -198,12 +200,12 @@ void policy_sample_forward(const float *moments, const float *noise, const float
                            int64_t rows, int64_t latent_dim, int64_t action_dim,
                            int64_t squashed_entropy, int64_t threads);
 void policy_sample_backward(const float *noise, const float *log_prob, const float *kept,
-                            const float *by_actions, const float *by_entropy, float *by_moments,
-                            int64_t rows, int64_t action_dim, int64_t squashed_entropy,
-                            int64_t threads);
+                            const float *grad_actions, const float *grad_entropy,
+                            float *grad_moments, int64_t rows, int64_t action_dim,
+                            int64_t squashed_entropy, int64_t threads);
 void policy_objective(const float *values, const float *log_prob, const float *entropy,
                       const float *weights, const float *scale, float tau, float entropy_coef,
-                      float *by_values, float *by_entropy, float *out, float *ordered,
+                      float *grad_values, float *grad_entropy, float *out, float *ordered,
                       int64_t heads, int64_t rows, int64_t starts);
 
 /* search.h */

@@ -2,12 +2,12 @@
 
 static inline int64_t panels_of(int64_t cols) { return (cols + PANEL - 1) / PANEL; }
 
-/* A latent consists of simplices, SIMPLEX numbers each that sum to 1. The last of them is 1 less the
- * others and is left out of products: with w their weights and c the last one's,
+/* A latent consists of simplices, SIMPLEX numbers each that sum to 1. The last of them is 1 less
+ * the others and is left out of products: with w their weights and c the last one's,
  *     w z + c (1 - sum z) = c + (w - c) z,
- * so the others' weights are laid out less the last one's, which is added to the bias. Rows without
- * those numbers are called reduced. A gradient by a reduced row is one by the whole row up to the
- * same number for all of a simplex, which SimNorm's own gradient takes out again. */
+ * so the others' weights are laid out less the last one's, which is added to the bias. Rows
+ * without those numbers are called reduced. A gradient by a reduced row is one by the whole row up
+ * to the same number for all of a simplex, which SimNorm's own gradient takes out again. */
 
 static inline int64_t reduced_depth(const layer *it) { return it->depth - it->simplices; }
 
@@ -24,7 +24,7 @@ static void reduce_rows(const float *x, int64_t x_row, float *y, int64_t y_row, 
         float *out = y + i * y_row, numbers[SIMPLEX];
         for (int64_t g = 0; g < simplices; g++, in += SIMPLEX, out += SIMPLEX - 1) {
             memcpy(numbers, in, sizeof numbers);
-            if (g < simplices - 1) memcpy(out, numbers, sizeof numbers); /* a number is overwritten */
+            if (g < simplices - 1) memcpy(out, numbers, sizeof numbers); /* and one too many */
             else memcpy(out, numbers, sizeof(float) * (SIMPLEX - 1));
         }
         for (int64_t j = 0; j < rest; j++) out[j] = in[j];

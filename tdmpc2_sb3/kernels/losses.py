@@ -208,10 +208,10 @@ def termination_loss(
     :param loss: where the mean is written, []
     :return: [...]
     """
-    by_logits = th.empty_like(logits)
-    arrays = logits, terminations, valid, loss, by_logits
+    grad_logits = th.empty_like(logits)
+    arrays = logits, terminations, valid, loss, grad_logits
     call("termination_loss", *arrays, logits.numel(), terminations.numel(), scale)
-    return by_logits
+    return grad_logits
 
 
 def lambda_returns(

@@ -2,8 +2,8 @@
 
 static inline int64_t whole_lines(int64_t numbers) { return (numbers + LINE - 1) / LINE * LINE; }
 
-/* Numbers from one row to the next of what a network keeps within: an odd number of cache lines, lest
- * the same columns of many rows meet in a few sets of the caches. */
+/* Numbers from one row to the next of what a network keeps within: an odd number of cache lines,
+ * lest the same columns of many rows meet in a few sets of the caches. */
 static inline int64_t row_of(int64_t cols) { return ((cols + LINE - 1) / LINE | 1) * LINE; }
 
 /* Dropout behind the first products of networks: some numbers are 0, the others divided by the
@@ -38,8 +38,8 @@ static void drop(dropout d, float *x, int64_t row, int64_t begin, int64_t end, f
     }
 }
 
-/* Rows that go through networks together: few enough for their activations to stay near, and many, lest
- * the weights have to come from afar too often. */
+/* Rows that go through networks together: few enough for their activations to stay near, and many,
+ * lest the weights have to come from afar too often. */
 #define BLOCK_ROWS 256
 
 /* Rows of the next block, if all that are left are to have nearly the same size. */
@@ -98,8 +98,8 @@ int64_t workspace_size(const layer *layers, int64_t count, int64_t keep, int64_t
 
 /* Product and norm of rows begin..end of all rows. Their input, reduced if the layer's is, is the
  * first x_dim numbers of rows of x, x_row apart, and behind those the rows of a, if the layer is
- * deeper. shared: the part of the product that is x's, one row for all, in which case x is not read;
- * else null. */
+ * deeper. shared: the part of the product that is x's, one row for all, in which case x is not
+ * read; else null. */
 static void layer_forward(const layer *it, const place *to, const float *x, int64_t x_row,
                           int64_t x_dim, const float *shared, const float *a, int64_t begin,
                           int64_t end, int64_t rows) {
@@ -114,7 +114,8 @@ static void layer_forward(const layer *it, const place *to, const float *x, int6
     if (!it->gain) return;
     drop(to->dropped, to->product, to->row, begin, end, 0, cols);
     norm_rows(to->product, to->row, it->gain, it->shift, to->output, to->statistics, begin, end,
-              rows, cols, it->eps * to->dropped.keep * to->dropped.keep, it->activation, it->simplex);
+              rows, cols, it->eps * to->dropped.keep * to->dropped.keep, it->activation,
+              it->simplex);
 }
 
 /* A network's layers in turn on rows begin..end of x. */
@@ -157,9 +158,9 @@ void networks_forward(const layer *layers, int64_t count, int64_t networks, cons
     }
 }
 
-/* Dynamics of count layers applied step after step: z_1..z_steps, [steps, rows, Z], from z_0, [rows,
- * Z], under actions [steps, rows, A]. inputs: the layers' inputs (z, a), kept for rollout_backward
- * like the workspace. Every thread takes its rows through all steps. */
+/* Dynamics of count layers applied step after step: z_1..z_steps, [steps, rows, Z], from z_0,
+ * [rows, Z], under actions [steps, rows, A]. inputs: the layers' inputs (z, a), kept for
+ * rollout_backward like the workspace. Every thread takes its rows through all steps. */
 void rollout_forward(const layer *layers, int64_t count, const float *start, const float *actions,
                      float *inputs, float *workspace, int64_t keep, float *latents, int64_t steps,
                      int64_t rows, int64_t threads) {
@@ -171,7 +172,8 @@ void rollout_forward(const layer *layers, int64_t count, const float *start, con
         place to[count];
         find_places(layers, count, keep, steps * rows, nothing_dropped, workspace, latents, to);
         for (int64_t h = 0; h < steps; h++) {
-            int64_t begin = h * rows + rows * t / threads, end = h * rows + rows * (t + 1) / threads;
+            int64_t begin = h * rows + rows * t / threads;
+            int64_t end = h * rows + rows * (t + 1) / threads;
             for (int64_t i = begin; i < end; i++) {
                 memcpy(inputs + i * depth, h ? latents + (i - rows) * z_dim : start + i * z_dim,
                        sizeof(float) * (size_t)z_dim);

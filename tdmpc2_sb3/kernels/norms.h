@@ -31,7 +31,8 @@ static inline void activate_row(const float *x, moments of, const float *gain, c
     else if (activation == ACTIVATION_SIMNORM) simnorm_groups(y, cols, simplex);
 }
 
-/* Rows that are normed together: the moments of one need not wait for the activations of another. */
+/* Rows that are normed together: the moments of one need not wait for the activations of another.
+ */
 #define NORM_ROWS 16
 
 /* Rows begin..end of norm_forward, of x and y row floats apart. */
@@ -64,13 +65,14 @@ void norm_forward(const float *x, const float *gain, const float *shift, float *
                   rows * (t + 1) / threads, rows, cols, eps, activation, simplex);
 }
 
-/* Gradients of rows begin..end of norm_forward, those of x and y row floats apart, by its input into
- * grad_x, which may be grad; added to sums, [3, cols], those by gain, by shift and by a bias in front. */
+/* Gradients of rows begin..end of norm_forward, those of x and y row floats apart, by its input
+ * into grad_x, which may be grad; added to sums, [3, cols], those by gain, by shift and by a bias
+ * in front. */
 static void norm_backward_rows(const float *grad, const float *x, const float *y, int64_t row,
                                const float *gain, const float *shift, const float *statistics,
                                float *grad_x, float *sums, int64_t begin, int64_t end,
                                int64_t rows, int64_t cols, int64_t activation, int64_t simplex) {
-    float *dgain = sums, *dshift = sums + cols, *dbias = sums + 2 * cols;
+    float *grad_gain = sums, *grad_shift = sums + cols, *grad_bias = sums + 2 * cols;
     for (int64_t i = begin; i < end; i++) {
         const float *xi = x + i * row, *di = grad + i * cols;
         float *out = grad_x + i * cols;
@@ -87,8 +89,8 @@ static void norm_backward_rows(const float *grad, const float *x, const float *y
         float h = hat * gain[j] + shift[j];                                                       \
         (void)h;                                                                                  \
         float d = di[j] * (SLOPE);                                                                \
-        dgain[j] += d * hat;                                                                      \
-        dshift[j] += d;                                                                           \
+        grad_gain[j] += d * hat;                                                                  \
+        grad_shift[j] += d;                                                                       \
         d *= gain[j];                                                                             \
         s1 += d;                                                                                  \
         s2 += d * hat;                                                                            \
@@ -99,7 +101,7 @@ static void norm_backward_rows(const float *grad, const float *x, const float *y
             vector sum1 = {0}, sum2 = {0};
             for (int64_t next; (next = next_mish_cols(done, cols)); done += next)
                 norm_mish_back(di + done, xi + done, mean, rstd, gain + done, shift + done,
-                               dgain + done, dshift + done, out + done, &sum1, &sum2, next);
+                               grad_gain + done, grad_shift + done, out + done, &sum1, &sum2, next);
             s1 = lanes_added_up(sum1);
             s2 = lanes_added_up(sum2);
 #endif
@@ -113,7 +115,7 @@ static void norm_backward_rows(const float *grad, const float *x, const float *y
 #pragma omp simd
         for (int64_t j = 0; j < cols; j++) {
             out[j] = rstd * out[j] + (by_distance * (xi[j] - mean) + by_all);
-            dbias[j] += out[j];
+            grad_bias[j] += out[j];
         }
     }
 }

@@ -73,8 +73,8 @@ static void state_space_step(const dynamics *d, const state_space_memory *m, con
         const state_space_layer *it = d->stack + l;
         int64_t modes = it->modes, all = it->products.cols, hidden = it->readout.cols;
         float *states = m->states + l * BLOCK_ROWS * 2 * modes;
-        norm_rows(m->stream, width, it->gain, it->shift, m->normed, 0, 0, count, count, width, it->eps,
-                  ACTIVATION_NONE, 1);
+        norm_rows(m->stream, width, it->gain, it->shift, m->normed, 0, 0, count, count, width,
+                  it->eps, ACTIVATION_NONE, 1);
         layer_rows(&it->products, m->normed, width, 0, 0, count, m->products);
         if (it->selection.cols) {
             int64_t rank = it->selection.depth; /* W_1 v are the last columns */

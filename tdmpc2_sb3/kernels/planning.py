@@ -21,8 +21,8 @@ from tdmpc2_sb3.kernels.arguments import (
     NetworkArguments,
     arguments_of,
     lay_out,
-    multiplied_here,
     on_simplices,
+    usable_layers,
     widest,
 )
 from tdmpc2_sb3.kernels.elementwise import copy_, join
@@ -36,7 +36,7 @@ from tdmpc2_sb3.kernels.interface import (
     Structure,
 )
 from tdmpc2_sb3.kernels.library import call, check_array, check_strides
-from tdmpc2_sb3.kernels.products import MIN_ROWS, held, product_threads
+from tdmpc2_sb3.kernels.products import MIN_ROWS, made_once, product_threads
 
 SINGLE = ("features", "context", "starts", "action", "out")  # layers outside the stack
 SIMPLEX_TOLERANCE = 1e-5  # of the sum of a simplex
@@ -140,7 +140,7 @@ def count_simplices(latent: th.Tensor) -> int:
 
 def plans(networks: PlanningNetworks) -> bool:
     """Whether ``kernels.c`` multiplies networks of these sizes."""
-    return all(multiplied_here(MIN_ROWS, each) for each in networks.parts())
+    return all(usable_layers(MIN_ROWS, each) for each in networks.parts())
 
 
 class Draws(NamedTuple):
@@ -332,7 +332,7 @@ def search(
     every_head = tuple(range(q.num_networks))  # each is drawn in one iteration or another
     lay_out(*((each, (0,)) for each in (dynamics, reward, policy, *termination)), (q, every_head))
     stack = _stack_argument(networks.dynamics, dynamics)
-    held((search, id(stack)), lambda: (stack, networks))  # to which the call points
+    made_once((search, id(stack)), lambda: (stack, networks))  # to which the call points
     step = sum(each.multiply_adds for each in (dynamics, reward, *termination))
     value = policy.multiply_adds + 2 * q.multiply_adds
 

@@ -19,7 +19,8 @@ void policy_sample_forward(const float *moments, const float *noise, const float
         float gaussian = 0.0f, squashed = 0.0f;
         for (int64_t j = 0; j < action_dim; j++) {
             int64_t at = i * action_dim + j;
-            float tanh_s = tanhf(s[j]), log_std = LOG_STD_MIN + 0.5f * LOG_STD_RANGE * (tanh_s + 1.0f);
+            float tanh_s = tanhf(s[j]);
+            float log_std = LOG_STD_MIN + 0.5f * LOG_STD_RANGE * (tanh_s + 1.0f);
             float std = expf(log_std), action = tanhf(mean[j] + noise[at] * std);
             float room = 1.0f - action * action;
             gaussian -= 0.5f * noise[at] * noise[at] + log_std + LOG_SQRT_2_PI;
@@ -40,31 +41,31 @@ void policy_sample_forward(const float *moments, const float *noise, const float
 /* Gradients of policy_sample_forward by moments, from those by the actions, [rows, A], and by the
  * entropies, [rows]; log_prob and kept are what it wrote. */
 void policy_sample_backward(const float *noise, const float *log_prob, const float *kept,
-                            const float *by_actions, const float *by_entropy, float *by_moments,
-                            int64_t rows, int64_t action_dim, int64_t squashed_entropy,
-                            int64_t threads) {
+                            const float *grad_actions, const float *grad_entropy,
+                            float *grad_moments, int64_t rows, int64_t action_dim,
+                            int64_t squashed_entropy, int64_t threads) {
     int64_t all = rows * action_dim;
     FOR_EACH_SHARE {
-        float *by_mean = by_moments + 2 * i * action_dim, *by_s = by_mean + action_dim;
+        float *grad_mean = grad_moments + 2 * i * action_dim, *grad_s = grad_mean + action_dim;
         float p = log_prob[i], gaussian = 0.0f;
         for (int64_t j = i * action_dim; j < (i + 1) * action_dim; j++)
             gaussian -= 0.5f * noise[j] * noise[j] + LOG_SQRT_2_PI + LOG_STD_MIN +
                         0.5f * LOG_STD_RANGE * (kept[j] + 1.0f);
         /* by p = g - what squashing takes, and by g in all: of -(p + (A - 1) g) */
-        float by_p = -by_entropy[i], by_gaussian = -(float)action_dim * by_entropy[i];
+        float grad_p = -grad_entropy[i], grad_gaussian = -(float)action_dim * grad_entropy[i];
         if (!squashed_entropy) { /* of -A p g / (p + epsilon) */
-            float scale = -(float)action_dim * by_entropy[i] / (p + ENTROPY_EPSILON);
-            by_p = scale * gaussian * ENTROPY_EPSILON / (p + ENTROPY_EPSILON);
-            by_gaussian = scale * p + by_p;
+            float scale = -(float)action_dim * grad_entropy[i] / (p + ENTROPY_EPSILON);
+            grad_p = scale * gaussian * ENTROPY_EPSILON / (p + ENTROPY_EPSILON);
+            grad_gaussian = scale * p + grad_p;
         }
         for (int64_t j = 0; j < action_dim; j++) {
             int64_t at = i * action_dim + j;
             float tanh_s = kept[at], std = kept[all + at], action = kept[2 * all + at];
             float room = 1.0f - action * action;
-            float by_action = by_actions[at];
-            if (room > 0.0f) by_action += by_p * 2.0f * action / (room + SQUASH_EPSILON);
-            by_mean[j] = by_action * room;
-            by_s[j] = (by_mean[j] * noise[at] * std - by_gaussian) * 0.5f * LOG_STD_RANGE *
+            float grad_action = grad_actions[at];
+            if (room > 0.0f) grad_action += grad_p * 2.0f * action / (room + SQUASH_EPSILON);
+            grad_mean[j] = grad_action * room;
+            grad_s[j] = (grad_mean[j] * noise[at] * std - grad_gaussian) * 0.5f * LOG_STD_RANGE *
                       (1.0f - tanh_s * tanh_s);
         }
     }
@@ -101,26 +102,26 @@ static float percentile(const float *ordered, int64_t count, double share) {
  * ordered: scratch, [starts]. */
 void policy_objective(const float *values, const float *log_prob, const float *entropy,
                       const float *weights, const float *scale, float tau, float entropy_coef,
-                      float *by_values, float *by_entropy, float *out, float *ordered,
+                      float *grad_values, float *grad_entropy, float *out, float *ordered,
                       int64_t heads, int64_t rows, int64_t starts) {
     double loss = 0.0, log_probs = 0.0, entropies = 0.0;
     for (int64_t i = 0; i < rows; i++) {
         float mean = 0.0f;
         for (int64_t n = 0; n < heads; n++) mean += values[n * rows + i];
-        by_entropy[i] = mean / (float)heads;
-        if (i < starts) ordered[i] = by_entropy[i];
+        grad_entropy[i] = mean / (float)heads;
+        if (i < starts) ordered[i] = grad_entropy[i];
     }
     qsort(ordered, (size_t)starts, sizeof(float), compare_floats);
     float range = percentile(ordered, starts, SCALE_HIGH) -
                   percentile(ordered, starts, SCALE_LOW);
     out[3] = between(*scale, range < 1.0f ? 1.0f : range, tau);
     for (int64_t i = 0; i < rows; i++) {
-        loss -= weights[i] * (entropy_coef * entropy[i] + by_entropy[i] / out[3]);
+        loss -= weights[i] * (entropy_coef * entropy[i] + grad_entropy[i] / out[3]);
         log_probs += log_prob[i];
         entropies += entropy[i];
-        by_entropy[i] = -entropy_coef * weights[i];
+        grad_entropy[i] = -entropy_coef * weights[i];
         for (int64_t n = 0; n < heads; n++)
-            by_values[n * rows + i] = -weights[i] / ((float)heads * out[3]);
+            grad_values[n * rows + i] = -weights[i] / ((float)heads * out[3]);
     }
     out[0] = (float)loss;
     out[1] = (float)(-log_probs / (double)rows);

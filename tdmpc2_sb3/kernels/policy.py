@@ -54,28 +54,28 @@ class PolicyDraw:
             threads_for(_COST_OF_SQUASHING * noise.numel()),
         )
 
-    def backward(self, by_actions: th.Tensor, by_entropy: th.Tensor) -> th.Tensor:
+    def backward(self, grad_actions: th.Tensor, grad_entropy: th.Tensor) -> th.Tensor:
         """Gradients by the moments, [B, 2 A].
 
-        :param by_actions: contiguous, [B, A]
-        :param by_entropy: by the scaled entropy, contiguous, [B]
+        :param grad_actions: contiguous, [B, A]
+        :param grad_entropy: by the scaled entropy, contiguous, [B]
         """
         rows, action_dim = self._sizes
-        by_moments = by_actions.new_empty(rows, 2 * action_dim)
+        grad_moments = grad_actions.new_empty(rows, 2 * action_dim)
         call(
             "policy_sample_backward",
             self._noise,
             self.log_prob,
             self._kept,
-            by_actions,
-            by_entropy,
-            by_moments,
+            grad_actions,
+            grad_entropy,
+            grad_moments,
             rows,
             action_dim,
             self._squashed,
-            threads_for(by_actions.numel()),
+            threads_for(grad_actions.numel()),
         )
-        return by_moments
+        return grad_moments
 
 
 class PolicyObjective(NamedTuple):
@@ -108,7 +108,7 @@ def policy_objective(
     :param entropy_coef: coefficient of the scaled entropy
     :param starts: how many of the first rows S is moved by
     """
-    by_values, by_entropy = th.empty_like(values), th.empty_like(weights)
+    grad_values, grad_entropy = th.empty_like(values), th.empty_like(weights)
     out = values.new_empty(4)
     call(
         "policy_objective",
@@ -119,12 +119,12 @@ def policy_objective(
         scale,
         tau,
         entropy_coef,
-        by_values,
-        by_entropy,
+        grad_values,
+        grad_entropy,
         out,
         values.new_empty(starts),
         *values.shape,
         starts,
     )
     total, entropy, scaled_entropy, new_scale = out
-    return PolicyObjective(total, entropy, scaled_entropy, new_scale, by_values, by_entropy)
+    return PolicyObjective(total, entropy, scaled_entropy, new_scale, grad_values, grad_entropy)

@@ -49,7 +49,8 @@ static void pack_columns(const float *restrict b, int64_t b_row, int64_t depth, 
         int64_t cols = end - begin < PANEL ? end - begin : PANEL;
         if (cols < PANEL) memset(panel, 0, sizeof(float) * (size_t)(depth * PANEL));
         for (int64_t k = 0; k < depth; k++)
-            if (cols == PANEL) memcpy(panel + k * PANEL, b + k * b_row + begin, sizeof(float) * PANEL);
+            if (cols == PANEL)
+                memcpy(panel + k * PANEL, b + k * b_row + begin, sizeof(float) * PANEL);
             else copy_few(panel + k * PANEL, b + k * b_row + begin, cols);
     }
 }
@@ -104,8 +105,8 @@ typedef struct {
 
 static const columns no_columns = {0, 0, 0};
 
-/* sum += a times a panel, gathered columns having their rows side by side. Of whole tiles four columns
- * are taken between two looks at whether there are more. */
+/* sum += a times a panel, gathered columns having their rows side by side. Of whole tiles four
+ * columns are taken between two looks at whether there are more. */
 static inline __attribute__((always_inline)) void add_product(const int64_t rows,
                                                               const int64_t vectors,
                                                               const int gathered, columns a,
@@ -154,8 +155,8 @@ static inline __attribute__((always_inline)) void tile_of(
     }
 }
 
-/* cols: of c from here on; of more than a panel's only those of it are meant. Fewer go by an edge that
- * is as wide as a panel, in place of c. */
+/* cols: of c from here on; of more than a panel's only those of it are meant. Fewer go by an edge
+ * that is as wide as a panel, in place of c. */
 static inline __attribute__((always_inline)) void tile(int64_t rows, const int gathered,
                                                        columns a, columns more,
                                                        const float *panel, int64_t panel_row,
@@ -199,11 +200,12 @@ static inline int64_t tile_rows(int64_t rows, int64_t tiles, int64_t t) {
     return rows / tiles + (t < rows % tiles);
 }
 
-/* From this many tiles of rows on they take a panel in turn; then none has less than TILE_ROWS - 1. */
+/* From this many tiles of rows on they take a panel in turn; then none has less than TILE_ROWS -
+ * 1. */
 #define MANY_TILES 16
 
-/* A matrix on the right: all of it in panels, or its first columns, as many as there are whole panels,
- * where they are, and the others in a panel of their own. */
+/* A matrix on the right: all of it in panels, or its first columns, as many as there are whole
+ * panels, where they are, and the others in a panel of their own. */
 typedef struct {
     const float *at;
     int64_t depth;
@@ -220,10 +222,11 @@ static inline int64_t panel_row(right_matrix b, int64_t p, int64_t cols) {
     return b.rest && p + PANEL <= cols ? b.row : PANEL;
 }
 
-/* Rows of the product of a, and more behind it, with b, into c, whose rows are c_row apart. Where there
- * are many, each panel of b goes through all their tiles while it is in the first cache, and meanwhile
- * the next one is fetched, and what will be written: all of b may be too large for the second cache. A
- * few leave that to the processor. Gathered rows of a are tile after tile, [depth, rows]. */
+/* Rows of the product of a, and more behind it, with b, into c, whose rows are c_row apart. Where
+ * there are many, each panel of b goes through all their tiles while it is in the first cache, and
+ * meanwhile the next one is fetched, and what will be written: all of b may be too large for the
+ * second cache. A few leave that to the processor. Gathered rows of a are tile after tile, [depth,
+ * rows]. */
 static inline __attribute__((always_inline)) void product(const int gathered, columns a,
                                                           columns more, right_matrix b,
                                                           const float *start, int64_t start_row,
@@ -274,10 +277,10 @@ static inline __attribute__((always_inline)) void product(const int gathered, co
 #define ONE_COPY __attribute__((noinline, noclone))
 #endif
 
-/* Rows begin..end of the product of a, and more behind it, with b, into c, whose rows are c_row floats
- * apart. The panels of b are panel_depth deep; fewer columns than that take as many rows of them from
- * packed on. start: what the product is added to, rows start_row floats apart: a bias where that is 0,
- * what is in c already where it is c; null for nothing. */
+/* Rows begin..end of the product of a, and more behind it, with b, into c, whose rows are c_row
+ * floats apart. The panels of b are panel_depth deep; fewer columns than that take as many rows of
+ * them from packed on. start: what the product is added to, rows start_row floats apart: a bias
+ * where that is 0, what is in c already where it is c; null for nothing. */
 static ONE_COPY void product_rows(columns a, columns more, const float *packed,
                                   int64_t panel_depth, const float *start, int64_t start_row,
                                   float *c, int64_t c_row, int64_t begin, int64_t end,

@@ -1,8 +1,8 @@
 /* Planning by sampled action sequences, in one call that takes each sequence through all networks.
  *
- * E environments have N sequences each, of which the first P are the policy prior's and the others,
- * S of them, are drawn from a Gaussian that I iterations improve. Steps come before environments, as
- * in the planner. */
+ * E environments have N sequences each, of which the first P are the policy prior's and the
+ * others, S of them, are drawn from a Gaussian that I iterations improve. Steps come before
+ * environments, as in the planner. */
 
 static inline int64_t networks_scratch(int64_t widest, int64_t memory) {
     return (2 * BLOCK_ROWS + 1) * widest + (BLOCK_ROWS + 1) * memory;
@@ -160,7 +160,8 @@ static void evaluate(const search *s, int64_t iteration, block b, float *own) {
 }
 
 /* Where the thread begins among all sequences, so that all have the same work: a sequence's steps,
- * for one of the policy only in the first iteration and then with the policy itself, and its value. */
+ * for one of the policy only in the first iteration and then with the policy itself, and its
+ * value. */
 static int64_t first_of_thread(const search *s, int64_t iteration, int64_t thread,
                                int64_t threads) {
     int64_t prior = s->value_work + (iteration ? 0 : s->prior_work);
@@ -202,7 +203,8 @@ static void choose_elites(const search *s, int64_t env) {
     }
 }
 
-/* The next Gaussian of an environment: mean and deviation of its elites, weighted by their values. */
+/* The next Gaussian of an environment: mean and deviation of its elites, weighted by their values.
+ */
 static void refit(const search *s, int64_t iteration, int64_t env) {
     int64_t a_dim = s->action_dim, elites = s->elites;
     const float *value = s->elite_values + env * elites;
@@ -219,7 +221,8 @@ static void refit(const search *s, int64_t iteration, int64_t env) {
         const float *actions = s->actions + row_at(s, h, (block){env, 0, 0}) * a_dim;
         for (int64_t j = 0; j < a_dim; j++) m[j] = d[j] = 0.0f;
         for (int64_t k = 0; k < elites; k++)
-            for (int64_t j = 0; j < a_dim; j++) m[j] += weight[k] * actions[positions[k] * a_dim + j];
+            for (int64_t j = 0; j < a_dim; j++)
+                m[j] += weight[k] * actions[positions[k] * a_dim + j];
         for (int64_t k = 0; k < elites; k++)
             for (int64_t j = 0; j < a_dim; j++) {
                 float distance = actions[positions[k] * a_dim + j] - m[j];

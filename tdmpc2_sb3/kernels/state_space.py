@@ -105,8 +105,8 @@ class _SelectiveScan(th.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
         *inputs, states = ctx.saved_tensors
-        by_inputs = selective_scan_backward(grads[0], Scan(*inputs), states)
-        return *by_inputs[:3], *by_inputs[3]
+        grad_inputs = selective_scan_backward(grads[0], Scan(*inputs), states)
+        return *grad_inputs[:3], *grad_inputs[3]
 
 
 class ScanGradients(NamedTuple):

@@ -17,13 +17,18 @@ import torch.nn.functional as F
 
 from tdmpc2_sb3.model.discrete_regression import two_hot_cross_entropy, two_hot_inverse
 from tdmpc2_sb3.model.encoders import Observation
-from tdmpc2_sb3.model.operations import Dropped, has_kernel
+from tdmpc2_sb3.model.operations import (
+    ENTROPY_EPSILON,
+    SCALE_HIGH,
+    SCALE_LOW,
+    Dropped,
+    has_kernel,
+)
 from tdmpc2_sb3.model.world_model import PolicySample, WorldModel
 from tdmpc2_sb3.replay.buffer import SequenceBatch
 from tdmpc2_sb3.settings import is_in_use
 
 REFERENCE_HORIZON = 3
-ENTROPY_EPSILON = 1e-8  # the reference's
 
 
 class LossConfig(NamedTuple):
@@ -364,7 +369,7 @@ def updated_scale(scale: th.Tensor, q: th.Tensor, tau: float) -> th.Tensor:
         low = int(position)
         return th.lerp(ordered[low], ordered[min(low + 1, last)], position - low)
 
-    return th.lerp(scale, (percentile(0.95) - percentile(0.05)).clamp_min(1.0), tau)
+    return th.lerp(scale, (percentile(SCALE_HIGH) - percentile(SCALE_LOW)).clamp_min(1.0), tau)
 
 
 def alive_states(batch: SequenceBatch) -> th.Tensor | None:

@@ -9,19 +9,20 @@ Gaussian samples, A action, Z latent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch as th
 
-from tdmpc2_sb3.model.operations import weights_held
+from tdmpc2_sb3.model.operations import TERMINATION_LOGIT, weights_held
 from tdmpc2_sb3.model.world_model import WorldModel
 from tdmpc2_sb3.settings import SETTINGS, check_setting
 
 DEFAULT_ITERATIONS = 6
 EXTRA_ITERATIONS = 2  # where the action has at least
 MANY_ACTIONS = 20  # dimensions
-TERMINATION_THRESHOLD = 0.5  # kernels.c has it as a logit of 0
+TERMINATION_THRESHOLD = 1.0 / (1.0 + math.exp(-TERMINATION_LOGIT))  # a probability
 
 
 class PlannerConfig(NamedTuple):

@@ -14,36 +14,18 @@ precision take too.
 from tdmpc2_sb3.kernels.arguments import Dropped, KeptLayers, Layer, held_layers, on_simplices
 from tdmpc2_sb3.kernels.arrays import AdamArrays, adam_step, lerp_, readable, total_norm
 from tdmpc2_sb3.kernels.capture import Captured
-from tdmpc2_sb3.kernels.functions import (
-    Activation,
-    Norm,
-    PolicyDraw,
-    Scan,
-    add,
-    clear_,
-    copy_,
-    exponential,
-    gelu_sum,
-    gelu_sum_backward,
-    join,
+from tdmpc2_sb3.kernels.conditions import usable
+from tdmpc2_sb3.kernels.elementwise import add, clear_, copy_, exponential, join, least, zeros
+from tdmpc2_sb3.kernels.library import SWITCH, library, with_calls
+from tdmpc2_sb3.kernels.losses import (
     lambda_returns,
-    layer_norm,
-    least,
-    norm_backward,
-    norm_forward,
-    policy_objective,
-    selective_scan,
-    selective_scan_backward,
     squared_loss,
     termination_loss,
     two_hot_cross_entropy,
     two_hot_inverse,
     two_hot_inverse_backward,
     two_hot_loss,
-    usable,
-    zeros,
 )
-from tdmpc2_sb3.kernels.library import SWITCH, library, with_calls
 from tdmpc2_sb3.kernels.networks import (
     Evaluation,
     GradientRoom,
@@ -52,6 +34,7 @@ from tdmpc2_sb3.kernels.networks import (
     evaluation,
     networks,
 )
+from tdmpc2_sb3.kernels.norms import Activation, Norm, layer_norm, norm_backward, norm_forward
 from tdmpc2_sb3.kernels.planning import (
     Draws,
     Elites,
@@ -64,8 +47,16 @@ from tdmpc2_sb3.kernels.planning import (
     predicted_simplices,
     search,
 )
+from tdmpc2_sb3.kernels.policy import PolicyDraw, policy_objective
 from tdmpc2_sb3.kernels.products import goes_by_torch, weights_held
 from tdmpc2_sb3.kernels.rollouts import Rollout, rollout, rolls_out
+from tdmpc2_sb3.kernels.state_space import (
+    Scan,
+    gelu_sum,
+    gelu_sum_backward,
+    selective_scan,
+    selective_scan_backward,
+)
 
 __all__ = [
     "SWITCH",

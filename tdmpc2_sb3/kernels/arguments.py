@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch as th
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tdmpc2_sb3.kernels.functions import Activation, Norm
-from tdmpc2_sb3.kernels.library import LayerArgument, call, check_array
-from tdmpc2_sb3.kernels.products import held, hold, multiplies, panels
+from tdmpc2_sb3.kernels.interface import SIMPLEX, LayerArgument, Structure
+from tdmpc2_sb3.kernels.library import call, check_array
+from tdmpc2_sb3.kernels.norms import Activation, Norm
+from tdmpc2_sb3.kernels.products import made_once, multiplies, panels, period
 
-SIMPLEX = 8  # numbers of the simplices that kernels.c knows, the paper's
 _VECTORS = ("bias", "gain", "shift")
 LAY_OUT_PARALLEL_FROM = 2**15  # numbers; waking a second thread costs more than fewer would save
 
@@ -103,13 +103,13 @@ class KeptLayers(list[Layer]):
 
     def look_up(self) -> NetworkArguments:
         """Their arguments."""
-        now = hold()
+        now = period()
         looked_up = self._looked_up  # once: another thread may look them up meanwhile
         if now is None or looked_up is None or looked_up[0] is not now:
             known = None if looked_up is None else looked_up[1]
             if known is None or not known.stand_still(self):
                 known = _find(self)
-            looked_up = self._looked_up = now, _while_held(known, self)
+            looked_up = self._looked_up = now, _kept_for_period(known, self)
         return looked_up[1]
 
 
@@ -134,19 +134,19 @@ def held_layers(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]
     :param key: that tells the network from all others
     :param make: makes them
     """
-    return make() if hold() is None else held(key, lambda: KeptLayers(make()))
+    return make() if period() is None else made_once(key, lambda: KeptLayers(make()))
 
 
-def multiplied_here(rows: int, layers: Sequence[Layer]) -> bool:
+def usable_layers(rows: int, layers: Sequence[Layer]) -> bool:
     """Whether ``kernels.c`` is to take that many rows through the layers, rather than torch."""
     if not multiplies(rows, widest(layers)):
         return False
     if isinstance(layers, KeptLayers):
-        return layers.look_up().can_be_read
-    return _can_be_read(layers)
+        return layers.look_up().usable
+    return _usable(layers)
 
 
-def _can_be_read(layers: Sequence[Layer]) -> bool:
+def _usable(layers: Sequence[Layer]) -> bool:
     """Whether they are float32 on a CPU, and the numbers of a row stand side by side."""
     return all(
         each is None or (each.dtype is th.float32 and each.is_cpu and each.stride(-1) == 1)
@@ -166,8 +166,8 @@ class NetworkArguments:
         self._shapes = _shapes(layers)
         self._places = _places(_parameters(layers))
         self._thread = _thread.itself
-        self.can_be_read = _can_be_read(layers)
-        if self.can_be_read:
+        self.usable = _usable(layers)
+        if self.usable:
             for number, layer in enumerate(layers):
                 _check(number, layer, first.shape[:-2])
         self.num_layers = len(layers)
@@ -182,7 +182,7 @@ class NetworkArguments:
         self._sizes: dict[tuple[object, ...], int] = {}
         self._packed = first.new_empty(self.num_networks * (sum(forward) + sum(back)))
         self._all = (LayerArgument * (self.num_networks * self.num_layers))()
-        self._chosen: dict[tuple[int, ...], ctypes.Array[LayerArgument]] = {
+        self._chosen: dict[tuple[int, ...], ctypes.Array[Structure]] = {
             tuple(range(self.num_networks)): self._all
         }
         # While which weights were laid out last, and from which column on those of first layers
@@ -194,19 +194,21 @@ class NetworkArguments:
                 packed, packed_back = address, address + 4 * forward[position]
                 address = packed_back + 4 * back[position]
                 cols, depth = sizes[position]
-                activation, simplex, eps = (0, 1, 0.0) if layer.norm is None else layer.norm
+                norm = layer.norm or Norm(eps=0.0)
                 self._all[network * self.num_layers + position] = LayerArgument(
-                    _address(layer.weight, network, 3),
-                    packed,
-                    packed_back,
-                    *(_address(each, network, 2) for each in (layer.bias, layer.gain, layer.shift)),
-                    layer.weight.stride(-2),
-                    depth,
-                    cols,
-                    activation,
-                    simplex,
-                    layer.simplices,
-                    eps,
+                    weight=_address(layer.weight, network, 3),
+                    packed=packed,
+                    packed_back=packed_back,
+                    bias=_address(layer.bias, network, 2),
+                    gain=_address(layer.gain, network, 2),
+                    shift=_address(layer.shift, network, 2),
+                    weight_row=layer.weight.stride(-2),
+                    depth=depth,
+                    cols=cols,
+                    activation=norm.activation,
+                    simplex=norm.simnorm_dim,
+                    simplices=layer.simplices,
+                    eps=norm.eps,
                 )
 
     def check_input(self, size: int) -> None:
@@ -242,28 +244,26 @@ class NetworkArguments:
         """Whether they still are those of layers that they were of, and this thread's own."""
         return self._thread is _thread.itself and self._places == _places(layers.parameters)
 
-    def forward(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
+    def forward(self, members: tuple[int, ...]) -> ctypes.Array[Structure]:
         """Layers of the Q' networks, one network after the other, laid out to be evaluated."""
         lay_out((self, members))
         return self.of(members)
 
     def take_stale(self, members: tuple[int, ...]) -> tuple[int, ...]:
         """Which of the networks the caller has to lay out to be evaluated."""
-        now = hold()
+        now = period()
         stale = _once(m for m in members if now is None or self._forward_at[m] is not now)
         for member in stale:
             self._forward_at[member] = now
         return stale
 
-    def backward(
-        self, members: tuple[int, ...], input_from: int | None
-    ) -> ctypes.Array[LayerArgument]:
+    def backward(self, members: tuple[int, ...], input_from: int | None) -> ctypes.Array[Structure]:
         """The same, laid out for gradients by their inputs.
 
         :param input_from: the input's column from which on its gradient is wanted, not amid
             simplices; None for none
         """
-        now = hold()
+        now = period()
         mark = (now, self.input_dim if input_from is None else input_from)
         stale = _once(m for m in members if now is None or self._back_at[m] != mark)
         if stale:
@@ -273,7 +273,7 @@ class NetworkArguments:
             call("lay_out_back", chosen, self.num_layers, len(stale), mark[1], threads)
         return self.of(members)
 
-    def of(self, members: tuple[int, ...]) -> ctypes.Array[LayerArgument]:
+    def of(self, members: tuple[int, ...]) -> ctypes.Array[Structure]:
         """Layers of the Q' networks as they stand."""
         if members not in self._chosen:
             layers = [
@@ -287,7 +287,7 @@ class NetworkArguments:
 
 def lay_out(*networks: tuple[NetworkArguments, tuple[int, ...]]) -> None:
     """Lays members of networks out to be evaluated, in one call, which wakes threads once."""
-    layers: list[LayerArgument] = []
+    layers: list[Structure] = []
     numbers = 0
     for network, members in networks:
         stale = network.take_stale(members)
@@ -351,12 +351,12 @@ def arguments_of(layers: Sequence[Layer]) -> NetworkArguments:
     """The arguments of a network's layers, made unless they are there."""
     if isinstance(layers, KeptLayers):
         return layers.look_up()
-    return _while_held(_find(layers), layers)
+    return _kept_for_period(_find(layers), layers)
 
 
-def _while_held(arguments: NetworkArguments, layers: Sequence[Layer]) -> NetworkArguments:
+def _kept_for_period(arguments: NetworkArguments, layers: Sequence[Layer]) -> NetworkArguments:
     """Nothing else may take a weight's address while it counts as laid out."""
-    held((NetworkArguments, id(arguments)), lambda: (arguments, layers))
+    made_once((NetworkArguments, id(arguments)), lambda: (arguments, layers))
     return arguments
 
 

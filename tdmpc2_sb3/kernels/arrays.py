@@ -13,8 +13,8 @@ from typing import Any
 
 import torch as th
 
-from tdmpc2_sb3.kernels.functions import usable
-from tdmpc2_sb3.kernels.library import INTEGER, REAL, addresses, call, check_array
+from tdmpc2_sb3.kernels.conditions import usable
+from tdmpc2_sb3.kernels.library import addresses, call, check_array
 
 PARALLEL_FROM = 2**17  # numbers, of which a thread takes some tens of microseconds
 
@@ -29,7 +29,7 @@ def readable(arrays: Sequence[th.Tensor]) -> bool:
 def _sizes(arrays: Sequence[th.Tensor]) -> tuple[ctypes.Array[Any], int]:
     """Of each array, and of all together."""
     sizes = [each.numel() for each in arrays]
-    return (INTEGER * len(sizes))(*sizes), sum(sizes)
+    return (ctypes.c_int64 * len(sizes))(*sizes), sum(sizes)
 
 
 def _threads(numbers: int) -> int:
@@ -104,7 +104,7 @@ def adam_step(
         "adam_step",
         *arrays.addresses,
         arrays.sizes,
-        (REAL * len(rates))(*rates),
+        (ctypes.c_float * len(rates))(*rates),
         *betas,
         eps,
         len(rates),

@@ -1,7 +1,8 @@
 """Builds ``kernels.c`` with the machine's C compiler, keeps the result and loads it.
 
-Nothing here ever stops a run: without a compiler, or if anything fails, one warning says so and
-the plain torch path goes on.
+No machine stops a run here: without a compiler, or if anything fails, one warning says so and the
+plain torch path goes on. Only sources that contradict each other are an error
+(:class:`tdmpc2_sb3.kernels.interface.InterfaceError`).
 """
 
 from __future__ import annotations
@@ -25,158 +26,46 @@ from typing import Any, NamedTuple
 import torch as th
 
 from tdmpc2_sb3.kernels.cache import VARIABLE, CacheError, cache_directory, find, keep, told
+from tdmpc2_sb3.kernels.interface import (
+    HEADER,
+    INTERFACE,
+    Interface,
+    InterfaceError,
+    layout_checks,
+    read,
+)
 
 SWITCH = "TDMPC2_SB3_KERNELS"  # 0 in the environment switches the kernels off
-SOURCE = Path(__file__).with_name("kernels.c")
+FOLDER = Path(__file__).parent  # of the sources; kernels.c includes all others
 COMPILERS = ("cc", "gcc", "clang")
 BUILD_SECONDS = 120
 # The arithmetic may not be reordered but where the source says so; errno and traps are not used.
 # The loops of products are so short that it costs some hundredths if they begin amid a cache line.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-falign-loops=64")
 
-POINTER, INTEGER, REAL, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
-
-
-class LayerArgument(ctypes.Structure):
-    """``layer`` of kernels.c."""
-
-    _fields_ = (
-        *((name, POINTER) for name in ("weight", "packed", "packed_back")),
-        *((name, POINTER) for name in ("bias", "gain", "shift")),
-        *((name, INTEGER) for name in ("weight_row", "depth", "cols", "activation", "simplex")),
-        ("simplices", INTEGER),
-        ("eps", REAL),
-    )
-
-
-class NetworkArgument(ctypes.Structure):
-    """``network`` of kernels.c."""
-
-    _fields_ = (("layers", POINTER), ("count", INTEGER))
-
-
-class StateSpaceLayerArgument(ctypes.Structure):
-    """``state_space_layer`` of kernels.c."""
-
-    _fields_ = (
-        *((name, POINTER) for name in ("gain", "shift")),
-        *((name, LayerArgument) for name in ("products", "selection", "readout", "mix")),
-        *((name, POINTER) for name in ("alpha", "omega", "beta")),
-        ("modes", INTEGER),
-        ("eps", REAL),
-    )
-
-
-class DynamicsArgument(ctypes.Structure):
-    """``dynamics`` of kernels.c."""
-
-    _fields_ = (
-        ("net", NetworkArgument),
-        *((name, LayerArgument) for name in ("features", "context", "starts", "action", "out")),
-        ("stack", POINTER),
-        ("depth", INTEGER),
-    )
-
-
-class SearchArgument(ctypes.Structure):
-    """``search`` of kernels.c."""
-
-    _fields_ = (
-        *((name, INTEGER) for name in ("iterations", "horizon", "envs", "samples", "prior")),
-        *((name, INTEGER) for name in ("elites", "noise_envs", "latent_dim", "action_dim")),
-        ("simplices", INTEGER),
-        *((name, INTEGER) for name in ("widest", "memory")),
-        *((name, INTEGER) for name in ("steps_work", "prior_work", "value_work")),
-        ("dynamics", DynamicsArgument),
-        *((name, NetworkArgument) for name in ("reward", "policy", "termination", "q")),
-        *((name, POINTER) for name in ("bins", "start")),
-        *((name, POINTER) for name in ("policy_noise", "sample_noise", "terminal_noise", "heads")),
-        *((name, POINTER) for name in ("actions", "prior_latents")),
-        *((name, POINTER) for name in ("rewards", "discounts", "values", "means", "stds")),
-        *((name, POINTER) for name in ("elite_values", "weights", "first_actions", "positions")),
-        *((name, POINTER) for name in ("valued", "scratch")),
-        ("gamma", DOUBLE),
-        *((name, REAL) for name in ("temperature", "min_std", "max_std")),
-    )
-
-
-SIGNATURES: dict[str, tuple[type, ...]] = {
-    "lay_out": (POINTER, *(INTEGER,) * 2),
-    "lay_out_back": (POINTER, *(INTEGER,) * 4),
-    "workspace_size": (POINTER, *(INTEGER,) * 3),
-    "scratch_size": (POINTER, *(INTEGER,) * 3),
-    "networks_forward": (
-        *(POINTER, INTEGER, INTEGER, POINTER, INTEGER),
-        *(POINTER, INTEGER, REAL),
-        *(POINTER, INTEGER, POINTER, INTEGER, INTEGER),
-    ),
-    "networks_backward": (
-        *(POINTER, INTEGER, INTEGER, POINTER, INTEGER),
-        *(POINTER, INTEGER, REAL),
-        *(POINTER,) * 4,
-        *(INTEGER,) * 3,
-        *(POINTER, POINTER, INTEGER, INTEGER),
-    ),
-    "rollout_forward": (
-        *(POINTER, INTEGER),
-        *(POINTER,) * 4,
-        *(INTEGER, POINTER, INTEGER, INTEGER, INTEGER),
-    ),
-    "rollout_backward": (*(POINTER, INTEGER), *(POINTER,) * 6, *(INTEGER,) * 3),
-    "norm_forward": (*(POINTER,) * 5, *(INTEGER,) * 2, REAL, *(INTEGER,) * 3),
-    "norm_backward": (*(POINTER,) * 9, *(INTEGER,) * 5),
-    "two_hot_inverse_forward": (*(POINTER,) * 3, *(INTEGER,) * 3),
-    "two_hot_inverse_backward": (*(POINTER,) * 4, *(INTEGER,) * 3),
-    "two_hot_cross_entropy_forward": (*(POINTER,) * 4, *(INTEGER,) * 4),
-    "two_hot_cross_entropy_backward": (*(POINTER,) * 5, *(INTEGER,) * 4),
-    "two_hot_loss": (*(POINTER,) * 6, *(INTEGER,) * 3, REAL, INTEGER),
-    "squared_loss": (*(POINTER,) * 5, *(INTEGER,) * 2, REAL, INTEGER),
-    "termination_loss": (*(POINTER,) * 5, *(INTEGER,) * 2, REAL),
-    "clear_array": (POINTER, INTEGER),
-    "copy_rows": (POINTER, INTEGER, POINTER, *(INTEGER,) * 4),
-    "add_rows": (*(POINTER,) * 3, *(INTEGER,) * 4),
-    "exponential": (POINTER, POINTER, REAL, POINTER, INTEGER),
-    "least_values": (POINTER, POINTER, INTEGER, INTEGER),
-    "lambda_returns": (*(POINTER,) * 3, REAL, REAL, POINTER, INTEGER, INTEGER),
-    "policy_objective": (*(POINTER,) * 5, REAL, REAL, *(POINTER,) * 4, *(INTEGER,) * 3),
-    "policy_sample_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),
-    "policy_sample_backward": (*(POINTER,) * 6, *(INTEGER,) * 4),
-    "total_norm": (*(POINTER,) * 3, *(INTEGER,) * 2),
-    "lerp_arrays": (*(POINTER,) * 3, REAL, *(INTEGER,) * 2),
-    "adam_step": (*(POINTER,) * 7, *(DOUBLE,) * 2, REAL, *(INTEGER,) * 2),
-    "gelu_sum_forward": (*(POINTER,) * 3, *(INTEGER,) * 4),
-    "gelu_sum_backward": (*(POINTER,) * 4, *(INTEGER,) * 4),
-    "selective_scan_forward": (*(POINTER,) * 7, *(INTEGER,) * 5),
-    "selective_scan_backward": (*(POINTER,) * 14, *(INTEGER,) * 5),
-    "plan_search": (POINTER, INTEGER),
-    "planning_scratch": (POINTER,),
-    "choose_action": (*(POINTER,) * 15, *(INTEGER,) * 4),
-    "panel_width": (),
-}
-# Positions of arrays whose rows may lie apart, and of arrays of int64; all others are contiguous
-# arrays of float32.
-ROWS_APART = {
-    "networks_forward": {3},
-    "networks_backward": {3},
-    "copy_rows": {0, 2},
-    "gelu_sum_forward": {1},
-    "gelu_sum_backward": {2},
-    "selective_scan_forward": {1},
-    "selective_scan_backward": {2},
-}
-WHOLE_NUMBERS = {"networks_forward": {5}, "networks_backward": {5}}
-SIZES = ("workspace_size", "scratch_size", "planning_scratch", "panel_width")  # what they return
+# What a compiler says if the sources do not fit interface.h, or Python does not.
+MISMATCHES = (
+    "conflicting types for",
+    "static assertion failed",
+    "static_assert failed",
+    "no member named",
+)
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded kernels; None if they are switched off or could not be built, said once."""
+    """The loaded kernels; None if they are switched off or could not be built, said once.
+
+    :raises InterfaceError: if the sources contradict each other
+    """
     if os.environ.get(SWITCH, "") == "0":
         return None
     try:
         loaded = _load_kept_or_new()
         keep_freed_memory()
         return loaded
+    except InterfaceError:
+        raise
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = (
@@ -265,22 +154,30 @@ def _checked_address(name: str, position: int, x: th.Tensor) -> int:
     """Where the numbers of an array begin that a function takes."""
     if x.dtype is not th.float32 or not x.is_cpu or not x.is_contiguous():
         what = f"Array {position} of {name}"
-        whole = position in WHOLE_NUMBERS.get(name, ())
-        check_array(what, x, None, th.int64 if whole else th.float32)
-        check_strides(what, x, position in ROWS_APART.get(name, ()))
+        parameter = INTERFACE.functions[name].parameters[position]
+        check_array(what, x, None, parameter.dtype or th.float32)
+        check_strides(what, x, parameter.rows_apart)
     return x.data_ptr()
 
 
 def call(name: str, *arguments: th.Tensor | ctypes.Array[Any] | float | None) -> Any:
-    """Calls a function of kernels.c; a tensor is handed over as the address of its numbers."""
+    """Calls a function of kernels.c; a tensor is handed over as the address of its numbers.
+
+    :raises InterfaceError: if the function takes another number of arguments
+    """
     loaded = library()
     assert loaded is not None, "ask whether there is a library first"
-    function = getattr(loaded, name)
+    function, declared = getattr(loaded, name), INTERFACE.functions[name]
+    if len(arguments) != len(declared.parameters):
+        raise InterfaceError(
+            f"{name} of {HEADER.name} takes {len(declared.parameters)} arguments, and is called "
+            f"with {len(arguments)}"
+        )
     values = [
         _checked_address(name, position, each) if isinstance(each, th.Tensor) else each
         for position, each in enumerate(arguments)
     ]
-    if _thread.written_down is not None and name not in SIZES:
+    if _thread.written_down is not None and declared.result is None:
         _thread.written_down.append(Call(function, tuple(values)))
     return function(*values)
 
@@ -298,7 +195,7 @@ def addresses(arrays: Sequence[th.Tensor]) -> ctypes.Array[Any]:
         if each.dtype is not th.float32 or not each.is_cpu or not each.is_contiguous():
             check_array("An array", each)
             check_strides("An array", each)
-    return (POINTER * len(arrays))(*[each.data_ptr() for each in arrays])
+    return (ctypes.c_void_p * len(arrays))(*[each.data_ptr() for each in arrays])
 
 
 def keep_freed_memory() -> bool:
@@ -323,15 +220,18 @@ def build(folder: Path) -> ctypes.CDLL:
     :raises RuntimeError: if there is no compiler or every way to build fails
     :raises CacheError: if it has to be built and the folder cannot be written to
     :raises OSError: if what was built cannot be loaded
+    :raises InterfaceError: if the sources contradict each other
     """
-    compiler = find_compiler()
+    compiler, interface = find_compiler(), read(FOLDER / HEADER.name)
     failure: Exception = RuntimeError("no attempt")
     for options, runtime in attempts():
         name = f"kernels-{fingerprint(compiler, (*options, *runtime))}"
         try:
-            path = find(folder, name) or _compile(compiler, options, runtime, folder, name)
-            return _load(path)
-        except CacheError:
+            path = find(folder, name) or _compile(
+                compiler, options, runtime, folder, name, interface
+            )
+            return _load(path, interface)
+        except (CacheError, InterfaceError):
             raise
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             failure = error
@@ -372,9 +272,10 @@ def attempts() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
 
 
 def fingerprint(compiler: str, options: tuple[str, ...]) -> str:
-    """A name for what would be built: it changes with source, compiler, options and processor."""
+    """A name for what would be built: it changes with sources, compiler, options and processor."""
     parts = [
-        SOURCE.read_text("utf-8"),
+        *(path.read_text("utf-8") for path in sorted(FOLDER.glob("*.[ch]"))),
+        layout_checks(read(FOLDER / HEADER.name)),
         compiler,
         *FLAGS,
         *options,
@@ -392,14 +293,23 @@ def fingerprint(compiler: str, options: tuple[str, ...]) -> str:
 
 
 def _compile(
-    compiler: str, options: tuple[str, ...], runtime: tuple[str, ...], folder: Path, name: str
+    compiler: str,
+    options: tuple[str, ...],
+    runtime: tuple[str, ...],
+    folder: Path,
+    name: str,
+    interface: Interface,
 ) -> Path:
     # Linked apart, so that the compiler does not add an OpenMP runtime of its own.
     with told(folder):
         work = tempfile.TemporaryDirectory(dir=folder)
     with work:
         objects, library = f"{work.name}/kernels.o", f"{work.name}/kernels.so"
-        _run([compiler, *FLAGS, *options, "-c", str(SOURCE), "-o", objects], work.name)
+        checks = Path(work.name) / "checks.h"
+        with told(folder):
+            checks.write_text(layout_checks(interface), "utf-8")
+        source = ["-I", str(FOLDER), "-include", str(checks), "-c", str(FOLDER / "kernels.c")]
+        _run([compiler, *FLAGS, *options, *source, "-o", objects], work.name)
         _run([compiler, "-shared", objects, *runtime, "-lm", "-o", library], work.name)
         return keep(Path(library), folder, name)
 
@@ -422,13 +332,19 @@ def _run(command: list[str], folder: str) -> None:
             if reason in done.stderr:
                 raise CacheError(f"{Path(folder).parent} cannot be written to ({reason})")
         lines = done.stderr.strip().splitlines() or ["no message"]
+        for line in lines:
+            if any(each in line for each in MISMATCHES):
+                reason = line.rpartition("error: ")[2]
+                raise InterfaceError(f"The kernels contradict {HEADER.name}: {reason}")
         raise RuntimeError(f"{Path(command[0]).name}: {lines[0]}")
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _load(path: Path, interface: Interface) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))  # resolves every symbol, so a missing runtime shows here
-    for name, arguments in SIGNATURES.items():
+    for name, (parameters, result) in interface.functions.items():
+        if not hasattr(loaded, name):
+            raise InterfaceError(f"The kernels lack {name}, which {HEADER.name} declares")
         function = getattr(loaded, name)
-        function.argtypes = list(arguments)
-        function.restype = INTEGER if name in SIZES else None
+        function.argtypes = [parameter.type for parameter in parameters]
+        function.restype = result
     return loaded

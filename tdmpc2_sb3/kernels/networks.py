@@ -20,10 +20,11 @@ from tdmpc2_sb3.kernels.arguments import (
     Layer,
     NetworkArguments,
     arguments_of,
-    multiplied_here,
+    usable_layers,
 )
-from tdmpc2_sb3.kernels.functions import norm_backward, norm_forward, records_gradients
+from tdmpc2_sb3.kernels.conditions import records_gradients
 from tdmpc2_sb3.kernels.library import addresses, call
+from tdmpc2_sb3.kernels.norms import norm_backward, norm_forward
 from tdmpc2_sb3.kernels.products import product_threads
 
 
@@ -192,13 +193,13 @@ class _ByTorch(Evaluation):
             for i, network in enumerate(self._networks())
         ]
         parts = [part for part, _ in results if part is not None]
-        by_input = _stacked(parts).sum(0) if parts else None
-        if added_to is not None and by_input is not None:
-            by_input = added_to.add_(by_input)
-        by_layer = zip(*(gradients for _, gradients in results), strict=True)
-        return by_input, [
+        grad_input = _stacked(parts).sum(0) if parts else None
+        if added_to is not None and grad_input is not None:
+            grad_input = added_to.add_(grad_input)
+        of_layers = zip(*(gradients for _, gradients in results), strict=True)
+        return grad_input, [
             same[0] if self.members is None else Gradients(*map(_stacked, zip(*same, strict=True)))
-            for same in by_layer
+            for same in of_layers
         ]
 
     def _backward_one(
@@ -226,8 +227,8 @@ class _ByTorch(Evaluation):
             elif needs_parameters:
                 vectors[2] = grad.sum(0)
             if needs_parameters:
-                by_gain, by_shift, by_bias = vectors
-                gradients.append(Gradients(grad.t() @ x, by_bias, by_gain, by_shift))
+                grad_gain, grad_shift, grad_bias = vectors
+                gradients.append(Gradients(grad.t() @ x, grad_bias, grad_gain, grad_shift))
             if position:
                 grad = grad @ weight
             elif columns is not None:
@@ -290,9 +291,9 @@ class _ByKernels(Evaluation):
         layers = self._arguments.backward(self._chosen, None if columns is None else begin)
         size = self._arguments.scratch_size(rows, self._threads)
         scratches = [x.new_empty(size) for _ in range(self.count)]
-        by_input = added_to
-        if by_input is None and columns is not None:
-            by_input = x.new_empty(rows, end - begin)
+        grad_input = added_to
+        if grad_input is None and columns is not None:
+            grad_input = x.new_empty(rows, end - begin)
         if needs_parameters and room is None:
             room = GradientRoom(self.layers, self.count, self.members is None)
         call(
@@ -306,7 +307,7 @@ class _ByKernels(Evaluation):
             addresses(self._workspaces),
             self._result,
             grad,
-            by_input,
+            grad_input,
             begin,
             end - begin,
             added_to is not None,
@@ -315,7 +316,7 @@ class _ByKernels(Evaluation):
             rows,
             self._threads,
         )
-        return by_input, room.gradients if room is not None and needs_parameters else []
+        return grad_input, room.gradients if room is not None and needs_parameters else []
 
 
 def evaluation(
@@ -332,7 +333,7 @@ def evaluation(
     :param members: see :func:`networks`
     """
     rows = x.reshape(-1, x.shape[-1])
-    if not multiplied_here(len(rows), layers):
+    if not usable_layers(len(rows), layers):
         return _ByTorch(rows, layers, dropped, members)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     return _ByKernels(arguments_of(layers), rows, layers, dropped, members)
@@ -380,23 +381,23 @@ class _Networks(th.autograd.Function):
         begin, end = 0 if need_z else z_shape[-1], None if need_a else z_shape[-1]
         columns = slice(begin, end) if need_z or need_a else None
         grad = grads[0].reshape(evaluated.count, -1, grads[0].shape[-1]).contiguous()
-        by_input, gradients = evaluated.backward(grad, columns, needs_parameters)
+        grad_input, gradients = evaluated.backward(grad, columns, needs_parameters)
         grad_z = grad_a = None
-        if by_input is not None:
+        if grad_input is not None:
             if need_z:
-                grad_z = by_input[:, : z_shape[-1]].reshape(z_shape)
+                grad_z = grad_input[:, : z_shape[-1]].reshape(z_shape)
             if need_a:
-                grad_a = by_input[:, -a_shape[-1] :].reshape(a_shape)
-        by_parameters: list[th.Tensor | None] = [None] * (len(ctx.needs_input_grad) - _FIRST)
+                grad_a = grad_input[:, -a_shape[-1] :].reshape(a_shape)
+        grad_parameters: list[th.Tensor | None] = [None] * (len(ctx.needs_input_grad) - _FIRST)
         if needs_parameters:
-            by_parameters = [
-                None if parameter is None else _by_network(part, parameter, members)
+            grad_parameters = [
+                None if parameter is None else _of_all_networks(part, parameter, members)
                 for parameter, part in by_parameter(layers, gradients)
             ]
-        return grad_z, grad_a, None, None, None, *by_parameters
+        return grad_z, grad_a, None, None, None, *grad_parameters
 
 
-def _by_network(
+def _of_all_networks(
     parts: th.Tensor, parameter: th.Tensor, members: tuple[int, ...] | None
 ) -> th.Tensor:
     """Gradients of the Q' networks, [Q', ...], as those of all Q; those of one as they are.

@@ -17,29 +17,28 @@ from typing import NamedTuple
 import torch as th
 
 from tdmpc2_sb3.kernels.arguments import (
-    SIMPLEX,
     Layer,
     NetworkArguments,
     arguments_of,
     lay_out,
-    multiplied_here,
     on_simplices,
+    usable_layers,
     widest,
 )
-from tdmpc2_sb3.kernels.functions import copy_, join
-from tdmpc2_sb3.kernels.library import (
+from tdmpc2_sb3.kernels.elementwise import copy_, join
+from tdmpc2_sb3.kernels.interface import (
+    SIMPLEX,
     DynamicsArgument,
     LayerArgument,
     NetworkArgument,
     SearchArgument,
     StateSpaceLayerArgument,
-    call,
-    check_array,
-    check_strides,
+    Structure,
 )
-from tdmpc2_sb3.kernels.products import MIN_ROWS, held, product_threads
+from tdmpc2_sb3.kernels.library import call, check_array, check_strides
+from tdmpc2_sb3.kernels.products import MIN_ROWS, made_once, product_threads
 
-NUM_SINGLE = 5  # layers of state-space dynamics outside their stack
+SINGLE = ("features", "context", "starts", "action", "out")  # layers outside the stack
 SIMPLEX_TOLERANCE = 1e-5  # of the sum of a simplex
 
 
@@ -70,7 +69,7 @@ class StateSpace(NamedTuple):
 
     def layers(self) -> list[Layer]:
         """All that is multiplied."""
-        result = [self.features, self.context, self.starts, self.action, self.out]
+        result = [self.features, self.context, self.starts, self.action, self.out]  # SINGLE
         for _, _, _, products, selection, readout, mix, *_ in self.stack:
             result += [products, readout, mix]
             if selection is not None:
@@ -141,7 +140,7 @@ def count_simplices(latent: th.Tensor) -> int:
 
 def plans(networks: PlanningNetworks) -> bool:
     """Whether ``kernels.c`` multiplies networks of these sizes."""
-    return all(multiplied_here(MIN_ROWS, each) for each in networks.parts())
+    return all(usable_layers(MIN_ROWS, each) for each in networks.parts())
 
 
 class Draws(NamedTuple):
@@ -174,53 +173,55 @@ class Elites(NamedTuple):
     std: th.Tensor  # [H, E, A]
 
 
-def _network_argument(found: NetworkArguments) -> NetworkArgument:
+def _network_argument(found: NetworkArguments) -> Structure:
     """A network as an argument, or several of the same sizes."""
     every = found.of(tuple(range(found.num_networks)))
-    return NetworkArgument(ctypes.addressof(every), found.num_layers)
+    return NetworkArgument(layers=ctypes.addressof(every), count=found.num_layers)
 
 
 def _stack_argument(
     dynamics: Sequence[Layer] | StateSpace, found: NetworkArguments
-) -> ctypes.Array[StateSpaceLayerArgument]:
+) -> ctypes.Array[Structure]:
     """Layers of a state space; none if the dynamics are a network.
 
     :param found: the dynamics' layers
     """
     stack = dynamics.stack if isinstance(dynamics, StateSpace) else ()
-    rest = iter(found.of((0,))[NUM_SINGLE:])
+    rest = iter(found.of((0,))[len(SINGLE) :])
     layers = [_state_space_argument(layer, rest) for layer in stack]
     return (StateSpaceLayerArgument * len(layers))(*layers)
 
 
-def _dynamics_argument(
-    found: NetworkArguments, stack: ctypes.Array[StateSpaceLayerArgument]
-) -> DynamicsArgument:
+def _dynamics_argument(found: NetworkArguments, stack: ctypes.Array[Structure]) -> Structure:
     """Dynamics as an argument, which points to ``stack``."""
+    argument = DynamicsArgument()
     if not len(stack):
-        return DynamicsArgument(_network_argument(found))
-    single = found.of((0,))[:NUM_SINGLE]
-    return DynamicsArgument(NetworkArgument(), *single, ctypes.addressof(stack), len(stack))
+        argument.net = _network_argument(found)
+        return argument
+    for name, layer in zip(SINGLE, found.of((0,))[: len(SINGLE)], strict=True):
+        setattr(argument, name, layer)
+    argument.stack, argument.depth = ctypes.addressof(stack), len(stack)
+    return argument
 
 
-def _state_space_argument(
-    layer: StateSpaceLayer, arguments: Iterator[LayerArgument]
-) -> StateSpaceLayerArgument:
+def _state_space_argument(layer: StateSpaceLayer, arguments: Iterator[Structure]) -> Structure:
     """
     :param arguments: of its part of :meth:`StateSpace.layers`
     """
     products, readout, mix = (next(arguments) for _ in range(3))
     selection = LayerArgument() if layer.selection is None else next(arguments)
     return StateSpaceLayerArgument(
-        layer.gain.data_ptr(),
-        layer.shift.data_ptr(),
-        products,
-        selection,
-        readout,
-        mix,
-        *(each.data_ptr() for each in (layer.alpha, layer.omega, layer.beta)),
-        len(layer.alpha),
-        layer.eps,
+        gain=layer.gain.data_ptr(),
+        shift=layer.shift.data_ptr(),
+        products=products,
+        selection=selection,
+        readout=readout,
+        mix=mix,
+        alpha=layer.alpha.data_ptr(),
+        omega=layer.omega.data_ptr(),
+        beta=layer.beta.data_ptr(),
+        modes=len(layer.alpha),
+        eps=layer.eps,
     )
 
 
@@ -334,7 +335,7 @@ def search(
     every_head = tuple(range(q.num_networks))  # each is drawn in one iteration or another
     lay_out(*((each, (0,)) for each in (dynamics, reward, policy, *termination)), (q, every_head))
     stack = _stack_argument(networks.dynamics, dynamics)
-    held((search, id(stack)), lambda: (stack, networks))  # to which the call points
+    made_once((search, id(stack)), lambda: (stack, networks))  # to which the call points
     step = sum(each.multiply_adds for each in (dynamics, reward, *termination))
     value = policy.multiply_adds + 2 * q.multiply_adds
 
@@ -393,6 +394,7 @@ def search(
         first_actions=result.actions.data_ptr(),
         positions=positions.data_ptr(),
         valued=valued.data_ptr(),
+        scratch=None,  # below, once its size is known
         gamma=settings.gamma,
         temperature=settings.temperature,
         min_std=settings.min_std,

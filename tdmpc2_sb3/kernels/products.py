@@ -28,7 +28,7 @@ PARALLEL_FROM = 2**18  # multiply-adds; waking a second thread costs more than f
 T = TypeVar("T")
 
 
-class _Held:
+class _Period:
     """What is made once while weights are held."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class _Held:
 class _Thread(threading.local):
     """What holds in one thread."""
 
-    held: _Held | None = None
+    period: _Period | None = None
     by_torch = False
 
 
@@ -48,7 +48,7 @@ _thread = _Thread()
 @contextlib.contextmanager
 def weights_held() -> Iterator[None]:
     """No weight changes within, so that each is laid out for products once (in this thread)."""
-    if _thread.held is not None:
+    if _thread.period is not None:
         yield
         return
     with weights_held_anew():
@@ -58,25 +58,25 @@ def weights_held() -> Iterator[None]:
 @contextlib.contextmanager
 def weights_held_anew() -> Iterator[dict[object, Any]]:
     """The same, but nothing counts as laid out that was so outside; yields what is made within."""
-    before = _thread.held
-    holding = _thread.held = _Held()
+    before = _thread.period
+    holding = _thread.period = _Period()
     try:
         yield holding.made
     finally:
-        _thread.held = before
+        _thread.period = before
         holding.made.clear()
 
 
-def hold() -> object | None:
+def period() -> object | None:
     """Stands for the time for which weights are held in this thread; None while none are."""
-    return _thread.held
+    return _thread.period
 
 
-def held(key: object, make: Callable[[], T]) -> T:
+def made_once(key: object, make: Callable[[], T]) -> T:
     """What ``make`` returns, made once while weights are held; anew where none are."""
-    if _thread.held is None:
+    if _thread.period is None:
         return make()
-    made = _thread.held.made
+    made = _thread.period.made
     if key not in made:
         made[key] = make()
     return made[key]  # type: ignore[no-any-return]
@@ -122,7 +122,7 @@ def multiplies(rows: int, depth: int) -> bool:
     """
     if not _panel_width() or _thread.by_torch or not 0 < depth <= MAX_DEPTH or not rows:
         return False
-    return rows >= MIN_ROWS or _thread.held is not None
+    return rows >= MIN_ROWS or _thread.period is not None
 
 
 def panels(depth: int, cols: int) -> int:

@@ -17,9 +17,9 @@ from tdmpc2_sb3.kernels.arguments import (
     Layer,
     NetworkArguments,
     arguments_of,
-    multiplied_here,
+    usable_layers,
 )
-from tdmpc2_sb3.kernels.functions import records_gradients
+from tdmpc2_sb3.kernels.conditions import records_gradients
 from tdmpc2_sb3.kernels.library import call, check_array
 from tdmpc2_sb3.kernels.networks import GradientRoom, by_parameter
 from tdmpc2_sb3.kernels.products import product_threads
@@ -30,7 +30,7 @@ def rolls_out(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> bool
     return (
         z.shape[:-1] == actions.shape[1:-1]
         and not records_gradients(actions)
-        and multiplied_here(z.numel() // z.shape[-1], layers)
+        and usable_layers(z.numel() // z.shape[-1], layers)
     )
 
 
@@ -81,9 +81,9 @@ class Rollout:
         )
         return self.latents
 
-    def backward(self, by_latents: th.Tensor, room: GradientRoom) -> None:
+    def backward(self, grad_latents: th.Tensor, room: GradientRoom) -> None:
         """
-        :param by_latents: gradients by z_0..z_H as far as they do not come from later latents,
+        :param grad_latents: gradients by z_0..z_H as far as they do not come from later latents,
             [1 + H, ..., Z]; afterwards in full
         :param room: where those by the parameters are written
         """
@@ -97,9 +97,9 @@ class Rollout:
             self.inputs,
             self.workspace,
             self.latents,
-            by_latents,
+            grad_latents,
             room.addresses(),
-            by_latents.new_empty(size),
+            grad_latents.new_empty(size),
             self.steps,
             self.rows,
             self.threads,
@@ -124,16 +124,16 @@ class _Rollout(th.autograd.Function):
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018
         steps: Rollout = ctx.rollout
-        by_latents = grads[0].new_empty(steps.steps + 1, *steps.start.shape)
-        by_latents[0] = 0.0
-        by_latents[1:] = grads[0]
+        grad_latents = grads[0].new_empty(steps.steps + 1, *steps.start.shape)
+        grad_latents[0] = 0.0
+        grad_latents[1:] = grads[0]
         room = GradientRoom(steps.layers, 1, of_one=True)
-        steps.backward(by_latents, room)
-        by_parameters = [
+        steps.backward(grad_latents, room)
+        grad_parameters = [
             None if parameter is None else part
             for parameter, part in by_parameter(steps.layers, room.gradients)
         ]
-        return by_latents[0], None, None, *by_parameters
+        return grad_latents[0], None, None, *grad_parameters
 
 
 def rollout(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> th.Tensor:

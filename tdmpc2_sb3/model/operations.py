@@ -21,6 +21,31 @@ from torch.nn.utils import get_total_norm
 
 from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.kernels import Dropped, Layer, Norm, weights_held
+from tdmpc2_sb3.kernels.interface import (  # one place has the numbers for Python and C
+    DT_MAX,
+    DT_MIN,
+    ENTROPY_EPSILON,
+    LOG_STD_MAX,
+    LOG_STD_MIN,
+    SCALE_HIGH,
+    SCALE_LOW,
+    SQUASH_EPSILON,
+    TERMINATION_LOGIT,
+)
+
+__all__ = [
+    "DT_MAX",
+    "DT_MIN",
+    "ENTROPY_EPSILON",
+    "LOG_STD_MAX",
+    "LOG_STD_MIN",
+    "SCALE_HIGH",
+    "SCALE_LOW",
+    "SQUASH_EPSILON",
+    "TERMINATION_LOGIT",
+    "Dropped",
+    "weights_held",
+]
 
 Arguments = ParamSpec("Arguments")
 Formula: TypeAlias = Callable[Arguments, th.Tensor]

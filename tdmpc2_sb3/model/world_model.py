@@ -19,9 +19,7 @@ from tdmpc2_sb3.model.discrete_regression import make_bins, two_hot_inverse
 from tdmpc2_sb3.model.dynamics import DYNAMICS, LatentDynamics
 from tdmpc2_sb3.model.encoders import Encoder, Observation, flatten_vectors
 from tdmpc2_sb3.model.layers import MLP, QEnsemble
-
-LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # kernels.c has them too
-SQUASH_EPSILON = 1e-6
+from tdmpc2_sb3.model.operations import LOG_STD_MAX, LOG_STD_MIN, SQUASH_EPSILON
 
 
 class Architecture(NamedTuple):

@@ -71,6 +71,9 @@ def test_contents(wheel):
     assert {f"tdmpc2_sb3/hyperparams/{file}" for file in YAML_FILES} <= names
     assert {"tdmpc2_sb3/__init__.py", "tdmpc2_sb3/study/published_curves.csv"} <= names
     assert "dmc_gym_plugin/__init__.py" in names
+    sources = {path.name for path in (REPOSITORY / "tdmpc2_sb3" / "kernels").glob("*.[ch]")}
+    assert {"kernels.c", "interface.h"} <= sources
+    assert {f"tdmpc2_sb3/kernels/{source}" for source in sources} <= names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "dmc_gym_plugin",

@@ -131,19 +131,23 @@ def test_a_library_that_was_cut_off_ends_no_process(folder):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_source_compiler_and_flags_tell_libraries_apart(folder, monkeypatch, tmp_path):
+def test_the_sources_compiler_and_flags_tell_libraries_apart(folder, monkeypatch, tmp_path):
     compiler = BUILDER.find_compiler()
     names = {BUILDER.fingerprint(compiler, ("-O3",)), BUILDER.fingerprint(compiler, ("-O2",))}
-    other = tmp_path / "kernels.c"
-    other.write_text(BUILDER.SOURCE.read_text("utf-8") + "\n", "utf-8")
+    sources = [path.name for path in BUILDER.FOLDER.glob("*.[ch]")]
+    assert "interface.h" in sources
     names.add(BUILDER.fingerprint(sys.executable, ("-O3",)))
-    with monkeypatch.context() as patch:
-        patch.setattr(BUILDER, "SOURCE", other)
-        names.add(BUILDER.fingerprint(compiler, ("-O3",)))
+    for source in sources:
+        other = Path(shutil.copytree(BUILDER.FOLDER, tmp_path / source))
+        with open(other / source, "a", encoding="utf-8") as file:
+            file.write("\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(BUILDER, "FOLDER", other)
+            names.add(BUILDER.fingerprint(compiler, ("-O3",)))
     with monkeypatch.context() as patch:
         patch.setattr(BUILDER, "FLAGS", (*BUILDER.FLAGS, "-g"))
         names.add(BUILDER.fingerprint(compiler, ("-O3",)))
-    assert len(names) == 5
+    assert len(names) == 4 + len(sources)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o702])

@@ -42,10 +42,9 @@ from tdmpc2_sb3.model.dynamics.parameter_matching import (
     match_sizes,
 )
 from tdmpc2_sb3.model.layers import FastLinear, Mish, NormedLinear, SimNorm
-from tdmpc2_sb3.model.operations import has_kernel, linear
+from tdmpc2_sb3.model.operations import DT_MAX, DT_MIN, has_kernel, linear
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
-DT_MIN, DT_MAX = 1e-3, 5.0  # step size, in agent steps; kernels.c has them too
 RING_INNER, RING_OUTER = 0.7, 0.99  # |Abar| at the start
 
 

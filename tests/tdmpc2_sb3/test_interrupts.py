@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ TINY = {
     "seed": 5,
     "device": "cpu",
 }
+
+
+@pytest.fixture(autouse=True)
+def _hanging_up_is_heeded() -> Iterator[None]:
+    """Processes inherit that it is ignored where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(autouse=True)

@@ -308,7 +308,7 @@ def test_speed_is_that_of_this_call(make_agent, point_env, tmp_path):
     agent.set_logger(configure(str(tmp_path), ["csv"]))
     agent.learn(20, log_interval=None)
     agent.learn(10, log_interval=None, reset_num_timesteps=False)
-    agent.start_time = time.time_ns() - 2_000_000_000  # as if those ten had taken two seconds
+    agent._started = time.monotonic_ns() - 2_000_000_000  # as if those ten had taken two seconds
     agent.dump_logs()
     with open(tmp_path / "progress.csv") as file:
         (row,) = csv.DictReader(file)

@@ -28,7 +28,7 @@ OTHERS = {
     "initial_gradient_steps": lambda: 3,
     "train_horizon": lambda: 2,
     "train_freq": lambda: 2,
-    "entropy": lambda: "squashed",
+    "entropy": lambda: "gaussian",
     "rho": lambda: 0.9,
     "td_lambda": lambda: 0.5,
     "max_grad_norm": lambda: 1e-3,

@@ -28,6 +28,7 @@ from tdmpc2_sb3.planner import (
     sample_plan_noise,
     steady_noise,
 )
+from tdmpc2_sb3.replay.environment_facts import check_action_space
 from tdmpc2_sb3.replay.observation_entries import (
     batched,
     check_entries,
@@ -37,7 +38,6 @@ from tdmpc2_sb3.saving import policy_file
 from tdmpc2_sb3.saving.parameter_checks import check_world_model
 from tdmpc2_sb3.settings import (
     AUTOMATIC,
-    check_action_space,
     check_setting,
     refuse_policy_arguments,
 )

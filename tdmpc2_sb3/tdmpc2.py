@@ -42,6 +42,7 @@ from tdmpc2_sb3.model.integer_actions import is_of_integers
 from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
 from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
 from tdmpc2_sb3.policies import (
+    SIZES,
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
@@ -51,6 +52,12 @@ from tdmpc2_sb3.policies import (
     automatic_iterations,
 )
 from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
+from tdmpc2_sb3.replay.environment_facts import (
+    automatic_settings,
+    check_action_space,
+    describe_automatic,
+    read_facts,
+)
 from tdmpc2_sb3.replay.normalization import NormalizationBelow
 from tdmpc2_sb3.replay.observation_entries import check_entries
 from tdmpc2_sb3.saving import (
@@ -68,15 +75,10 @@ from tdmpc2_sb3.saving.parameter_checks import check_parameters
 from tdmpc2_sb3.saving.schedules import can_be_written, tabulated
 from tdmpc2_sb3.settings import (
     AUTOMATIC,
-    POLICY_ARGUMENTS,
     SETTINGS,
     FixedSettingError,
     LiveSettings,
     automatic_initial_updates,
-    automatic_settings,
-    check_action_space,
-    describe_automatic,
-    read_facts,
     takes_fields_of,
     usable_device,
     warn_if_nothing_is_learnt,
@@ -188,7 +190,11 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     #: Arguments that the policy is built from; policy_kwargs override them.
-    POLICY_ARGUMENTS: ClassVar = tuple(dict.fromkeys((*POLICY_ARGUMENTS, *PlannerConfig._fields)))
+    #: Arguments that the policy is built from.
+    POLICY_ARGUMENTS: ClassVar = (
+        *("episodic", "model_size", *SIZES, "dynamics", "dynamics_kwargs"),
+        *("enc_lr_scale", "compile", *PlannerConfig._fields),
+    )
     policy: TDMPC2Policy
 
     @takes_fields_of(LossConfig, PlannerConfig, derived=("encoded_terminations",))

@@ -1,1 +1,4 @@
-"""The replay buffer: steps of episodes in, sub-sequences of them out, and its file."""
+"""What comes from the environments: facts about them, observations as arrays, the replay buffer.
+
+Steps of episodes go into the buffer, sub-sequences of them come out.
+"""

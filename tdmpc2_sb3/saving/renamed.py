@@ -21,6 +21,7 @@ RENAMED = {
     "discrete_regression": "model.discrete_regression",
     "dynamics": "model.dynamics",
     "encoders": "model.encoders",
+    "environment_facts": "replay.environment_facts",
     "layers": "model.layers",
     "official_checkpoint": "saving.official_checkpoint",
     "pink_noise": "model.pink_noise",

@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 import dmc_gym_plugin  # noqa: F401  # registers DMC/
-from tdmpc2_sb3.settings import (
+from tdmpc2_sb3.replay.environment_facts import (
     automatic_gamma,
     automatic_learning_starts,
     check_action_space,

@@ -90,9 +90,7 @@ class Refused(ValueError):
     """An attribute that no agent can have."""
 
     def __init__(self, name: str, value: Any, needed: str) -> None:
-        text = " ".join(repr(value).split())
-        short = text if len(text) <= 60 else f"{text[:57]}..."
-        super().__init__(f"The saved {name} is {short} where {needed} is needed: {_REMEDY}.")
+        super().__init__(f"The saved {name} is {short(value)} where {needed} is needed: {_REMEDY}.")
 
 
 def check_parts(path: Any, data: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -177,6 +175,12 @@ def is_real(value: Any) -> bool:
     return number and not isinstance(value, bool) and abs(float(value)) < 1e300
 
 
+def short(value: Any) -> str:
+    """A value in a line of at most 60 characters, for an error."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _check_numbers(data: Mapping[str, Any]) -> None:
     for name, value in data.items():
         if value in _WORDS.get(name, ()) if isinstance(value, str) else False:
@@ -253,6 +257,8 @@ def _check_counters(data: Mapping[str, Any]) -> None:
         raise Refused("_pending_updates", pending, f"a whole number from 0 to {due}")
     starts: Any = data.get("learning_starts", 0)
     burst: Any = data.get("initial_gradient_steps")
+    if not is_whole(starts, 0, _STEPS):  # a word is for an agent that is not set up
+        raise Refused("learning_starts", starts, "a number of steps")
     initial = burst if is_whole(burst, 0, _NUMBER[1]) else min(int(starts), _NUMBER[1])
     pending = data.get("_pending_initial_updates")
     if pending is not None and not is_whole(pending, 0, int(initial)):

@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
+from tdmpc2_sb3.saving.attribute_checks import is_real
 from tdmpc2_sb3.saving.random_streams import checked_stream
 from tdmpc2_sb3.saving.wrapper_state import ATTRIBUTE, Reachable
 
@@ -101,7 +102,7 @@ def check_episodes(states: Any, n_envs: int) -> None:
     for state in states:
         if not isinstance(state, dict) or not set(_PARTS[:2]) <= set(state) <= set(_PARTS):
             raise ValueError(f"A saved episode has other parts than {_PARTS}: {_REMEDY}.")
-        if not _is_number(state.get("normalizer_return", 0.0)):
+        if not is_real(state.get("normalizer_return", 0.0)):
             raise ValueError(f"A saved episode's normalizer_return is no number: {_REMEDY}.")
         if state.get("random") is not None:
             try:
@@ -114,11 +115,6 @@ def check_episodes(states: Any, n_envs: int) -> None:
 
 _REMEDY = "use another copy or an earlier checkpoint"
 _PARTS = ("environment", "wrappers", "layers", "random", "numpy", "normalizer_return")
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float | np.integer | np.floating)
-    return number and not isinstance(value, bool) and abs(float(value)) < 1e300
 
 
 def restore(env: VecEnv, states: EpisodeStates) -> None:

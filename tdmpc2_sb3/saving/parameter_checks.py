@@ -16,6 +16,7 @@ from gymnasium import spaces
 from torch import nn
 
 from tdmpc2_sb3.model.world_model import Architecture, WorldModel
+from tdmpc2_sb3.saving.attribute_checks import short
 from tdmpc2_sb3.saving.episode_state import check_episodes
 from tdmpc2_sb3.saving.random_streams import checked_stream
 
@@ -41,7 +42,7 @@ def check_tensor(
     :raises ValueError: in one sentence
     """
     if not isinstance(value, th.Tensor) or value.layout != th.strided or value.is_meta:
-        raise ValueError(f"The saved {name} is {_short(value)} and no plain tensor: {_REMEDY}.")
+        raise ValueError(f"The saved {name} is {short(value)} and no plain tensor: {_REMEDY}.")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
             f"The saved {name} has the shape {tuple(value.shape)} and this agent's is "
@@ -80,13 +81,13 @@ def check_module(module: nn.Module, state: Any, name: str, whole: bool) -> None:
 
 def _check_names(name: str, given: Any, own: Mapping[str, Any], complete: bool) -> None:
     if not isinstance(given, Mapping):
-        raise ValueError(f"The saved {name} is {_short(given)} and no state dict: {_REMEDY}.")
+        raise ValueError(f"The saved {name} is {short(given)} and no state dict: {_REMEDY}.")
     unknown = [key for key in given if key not in own]
     missing = [key for key in own if key not in given] if complete else []
     for problem, keys in (("lacks", missing), ("has the unknown", unknown)):
         if keys:
             raise ValueError(
-                f"The saved {name} {problem} entry {_short(keys[0])}: load it into an agent of "
+                f"The saved {name} {problem} entry {short(keys[0])}: load it into an agent of "
                 f"the same kind and sizes, or {_REMEDY}."
             )
 
@@ -117,7 +118,7 @@ def check_optimizer(optimizer: th.optim.Optimizer, state: Any, name: str) -> Non
     for index, values in of_each.items():
         if type(index) is not int or not 0 <= index < len(parameters):
             raise ValueError(
-                f"The saved {name} is of a parameter {_short(index)}, which this agent has not: "
+                f"The saved {name} is of a parameter {short(index)}, which this agent has not: "
                 f"{_REMEDY}."
             )
         if not isinstance(values, dict):
@@ -176,7 +177,7 @@ def _check_setting(name: str, key: str, value: Any, own: Any) -> None:
     if isinstance(own, (int, float, tuple)) and not isinstance(own, bool):
         fits = fits and isinstance(value, (int, float, tuple, list, th.Tensor))
     if not fits:
-        raise ValueError(f"The saved {name} is {_short(value)}, which is out of range: {_REMEDY}.")
+        raise ValueError(f"The saved {name} is {short(value)}, which is out of range: {_REMEDY}.")
 
 
 def check_generator(name: str, generator: th.Generator, state: Any) -> None:
@@ -276,7 +277,7 @@ def check_streams(agent: Any, streams: Any, run_state: Any, n_envs: int) -> None
     _check_names("run_state", run_state, known, complete=True)
     frozen = run_state.get("frozen", [])
     if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen):
-        raise ValueError(f"The saved frozen is {_short(frozen)} and no list of names: {_REMEDY}.")
+        raise ValueError(f"The saved frozen is {short(frozen)} and no list of names: {_REMEDY}.")
     for name in ("action_space_stream", "noise_stream"):
         if run_state[name] is not None:
             kind = "MT19937" if name == "noise_stream" else None
@@ -292,8 +293,3 @@ def check_streams(agent: Any, streams: Any, run_state: Any, n_envs: int) -> None
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -43,7 +43,7 @@ class LossConfig(NamedTuple):
     value_coef: float = 0.1
     termination_coef: float = 1.0
     entropy_coef: float = 1e-4
-    entropy: str = "gaussian"  # see scaled_entropy
+    entropy: str = "squashed"  # see scaled_entropy
     encoded_terminations: bool = False  # see model_losses
     td_lambda: float = 0.0  # see td_targets
 

@@ -21,6 +21,7 @@ from tdmpc2_sb3.fast.gradients import DirectGradients
 from tdmpc2_sb3.fast.plans import DirectPlanning
 from tdmpc2_sb3.losses import (
     LossConfig,
+    UpdateNoise,
     model_losses,
     policy_loss,
     sample_update_noise,
@@ -169,12 +170,12 @@ def compare_plans(sizes: Sizes) -> bool:
 def compare_updates(sizes: Sizes) -> None:
     """Losses and gradients by the kernels with those that autograd takes."""
     model = make_model(sizes)
-    config = LossConfig(gamma=0.97, entropy_coef=0.1)
-    direct = DirectGradients(model, config)
-    exact = in_double(model)
+    config = LossConfig(gamma=0.97, entropy_coef=0.1, entropy="gaussian")
+    squashed_config = config._replace(entropy="squashed")
+    direct, squashed = (DirectGradients(model, each) for each in (config, squashed_config))
+    exact, single = in_double(model), copy.deepcopy(model)
     steps, rows = sizes.horizon, sizes.rows
     weights = step_weights(steps, steps, 0.5, True)
-    policy_weights = step_weights(steps + 1, steps, 0.5, True)
     generator = th.Generator().manual_seed(3)
     noise = sample_update_noise(model, steps, rows, generator)
     for _ in range(2):  # captured, replayed
@@ -198,33 +199,46 @@ def compare_updates(sizes: Sizes) -> None:
         assert_close(losses.latents, expected.latents, "latents", 0.1)
         _compare_gradients(model, gradients)
 
-        assert noise.policy is not None
-        prior = policy_loss(
-            exact,
-            expected.latents,
-            th.tensor(1.5, dtype=th.float64),
-            doubled(noise.policy),  # type: ignore[arg-type]
-            config,
-            policy_weights.double(),
-            TAU,
-        )
-        gradients = th.autograd.grad(prior.total, theirs, allow_unused=True)
-        gradients = tuple(
-            gradient if name.startswith("policy_net") else None
-            for (name, _), gradient in zip(
-                ((n, p) for n, p in exact.named_parameters() if p.requires_grad),
-                gradients,
-                strict=True,
-            )
-        )
-        for each in model.parameters():
-            each.grad = None
-        with kernels.weights_held():
-            ours, _ = direct.policy_loss(
-                expected.latents.float(), th.tensor(1.5), noise.policy, policy_weights, TAU
-            )
-        assert_close(ours.total, prior.total.detach(), "policy", 0.02)
-        _compare_gradients(model, gradients)
+        compare_priors(model, direct, exact, config, expected.latents, noise)
+        compare_priors(model, squashed, single, squashed_config, expected.latents, noise)
+
+
+def compare_priors(
+    model: WorldModel,
+    direct: DirectGradients,
+    plain: WorldModel,
+    config: LossConfig,
+    latents: th.Tensor,
+    noise: UpdateNoise,
+) -> None:
+    """The policy's loss and gradients by the kernels with those that autograd takes.
+
+    :param plain: the same model in the precision of autograd. That is single where the entropy is
+        of squashed actions: 1 - a^2 is rounded off at the bounds, for the one as for the other
+    """
+    dtype = plain.bins.dtype
+    weights, scale = step_weights(len(latents), len(latents) - 1, 0.5, True), th.tensor(1.5)
+    policy_noise = noise.policy
+    assert policy_noise is not None
+    prior = policy_loss(
+        plain,
+        latents.to(dtype),
+        scale.to(dtype),
+        doubled(policy_noise) if dtype is th.float64 else policy_noise,  # type: ignore[arg-type]
+        config,
+        weights.to(dtype),
+        TAU,
+    )
+    theirs = {name: each for name, each in plain.named_parameters() if each.requires_grad}
+    of_prior = [each for name, each in theirs.items() if name.startswith("policy_net")]
+    taken = iter(th.autograd.grad(prior.total, of_prior))
+    gradients = tuple(next(taken) if n.startswith("policy_net") else None for n in theirs)
+    for each in model.parameters():
+        each.grad = None
+    with kernels.weights_held():
+        ours, _ = direct.policy_loss(latents.float(), scale, policy_noise, weights, TAU)
+    assert_close(ours.total, prior.total.detach(), "policy", 0.02)
+    _compare_gradients(model, gradients)
 
 
 def _compare_gradients(model: WorldModel, theirs: tuple[th.Tensor | None, ...]) -> None:

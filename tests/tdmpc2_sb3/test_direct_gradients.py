@@ -142,6 +142,7 @@ CASES = {
     "lambda 1": {"config": {"td_lambda": 1.0}},
     "lambda between": {"config": {"td_lambda": 0.6, "entropy_coef": 0.3}},
     "entropy of squashed actions": {"config": {"entropy": "squashed", "entropy_coef": 0.3}},
+    "entropy of the Gaussian": {"config": {"entropy": "gaussian", "entropy_coef": 0.3}},
     "one row": {"rows": 1},
     "many rows": {"rows": 130},
     "no dropout": {"dropout": 0.0},

@@ -33,7 +33,7 @@ from tdmpc2_sb3.replay.buffer import SequenceBatch
 from tdmpc2_sb3.update import UpdateStep
 
 GAMMA, TAU, RATE, ENC_SCALE = 0.97, 0.01, 3e-4, 0.3
-CONFIG = LossConfig(gamma=GAMMA)
+CONFIG = LossConfig(gamma=GAMMA, entropy="gaussian")  # as PlainUpdate has it
 ENCODED = CONFIG._replace(encoded_terminations=True)
 OBS_DIM, ACTION_DIM, BATCH = 5, 3, 7
 

@@ -227,7 +227,7 @@ else:
     model, restore = load_checkpoint(TDMPC2, folder, make_env())
     callbacks.append(restore)
 print("ready", flush=True)
-model.learn(260 - model.num_timesteps, callback=callbacks, reset_num_timesteps=False)
+model.learn(1500 - model.num_timesteps, callback=callbacks, reset_num_timesteps=False)
 model.save(folder + "/final")
 print("done", flush=True)
 """
@@ -235,7 +235,7 @@ print("done", flush=True)
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path: Path) -> None:
-    whole = TDMPC2("MlpPolicy", make_env(), **TINY).learn(260)
+    whole = TDMPC2("MlpPolicy", make_env(), **TINY).learn(1500)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     chance = random.Random(0)
     kills = 0

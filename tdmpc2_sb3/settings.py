@@ -79,7 +79,8 @@ def real_number(
 
 
 def usable_device(device: th.device | str) -> th.device:
-    """The device, as SB3 names it; numbers can be put there.
+    """The device, as SB3 names it; numbers can be put there. Where CUDA is asked for and absent it
+    is the CPU, as in all of SB3, with a warning.
 
     :param device: "auto", "cpu", "cuda", "mps", ...
     :raises ValueError: if this machine has no such device
@@ -87,6 +88,12 @@ def usable_device(device: th.device | str) -> th.device:
     try:
         found = get_device(device)
         th.empty(1, device=found)
+        if device != "auto" and th.device(device).type != found.type:
+            warnings.warn(
+                f"device is {str(device)!r}, but torch finds no such device here: the CPU is used. "
+                "Say device='cpu' or 'auto' if that is meant.",
+                stacklevel=3,
+            )
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise ValueError(

@@ -270,6 +270,24 @@ def test_a_device_that_is_absent(make_agent, tmp_path):
         type(agent.policy).load(tmp_path / "policy.zip", device=absent)
 
 
+@pytest.mark.skipif(th.cuda.is_available(), reason="this machine has the device")
+def test_cuda_where_there_is_none_is_the_cpu_with_a_word(make_agent, tmp_path):
+    agent = make_agent()
+    agent.save(tmp_path / "agent.zip")
+    agent.policy.save(tmp_path / "policy.zip")
+    for load in (TDMPC2.load, type(agent.policy).load):
+        path = tmp_path / ("agent.zip" if load == TDMPC2.load else "policy.zip")
+        with pytest.warns(UserWarning, match="device is 'cuda', but torch finds no such device"):
+            assert load(path, device="cuda").device == th.device("cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load(path, device="auto")
+    with pytest.warns(UserWarning, match="device is 'cuda:1'.*the CPU is used"):
+        assert make_agent(device="cuda:1").device == th.device("cpu")
+    with pytest.warns(UserWarning, match="device is 'cuda'"):
+        agent.set_parameters(agent.get_parameters(), device="cuda")
+
+
 def torch_has_cuda():
     return th.cuda.is_available()
 

@@ -381,6 +381,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         self._known_planner = self.policy.planner
         self._normalization = self._find_normalization()
         self._why_anew: str | None = None  # saved episodes cannot go on
+        self._without_run = False  # as of a file saved with resumable=False
         self._update_step = self._make_update_step()
         self._workers = workers.Watch()  # of learn()'s environments
         self._is_set_up = True
@@ -661,6 +662,12 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         assert self.env is not None, "You must set the environment before calling learn()"
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         self.replay_buffer.check_memory(RuntimeError)
+        if self._without_run and self.verbose >= 1:
+            print(
+                "The agent's file holds no run (it was saved with resumable=False): optimisers, "
+                "target networks and random streams begin anew."
+            )
+        self._without_run = False
         going_on = not reset_num_timesteps and self._last_obs is not None
         noise = copy.deepcopy(self.action_noise) if going_on else None
         with workers.watched([self.env]):
@@ -1055,6 +1062,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             "_said_plain",
             "_said_reward",
             "_why_anew",
+            "_without_run",
             "_workers",
             "_started",
         ]
@@ -1064,6 +1072,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         path: str | pathlib.Path | io.BufferedIOBase,
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
+        resumable: bool = True,
     ) -> None:
         """Saves everything but the replay buffer, atomically and without pickled code.
 
@@ -1073,10 +1082,14 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         :param path: file to write, or a binary stream
         :param exclude: attributes to leave out besides the usual ones
         :param include: attributes to keep although they are usually left out
+        :param resumable: False for an agent that is to be played, shared or tuned further: without
+            the optimisers' states, target networks, random streams and open episodes the file is
+            a third as large. What learns from it begins with new optimisers, and targets that
+            equal the Q networks.
         :raises TypeError: naming an attribute that cannot be written without pickling
         """
         self._follow_planner()
-        agent_file.save(self, path, exclude or (), include or ())
+        agent_file.save(self, path, exclude or (), include or (), resumable)
 
     @classmethod
     def load(

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 
 Agent = TypeVar("Agent", bound="TDMPC2")
 
+_TARGETS = "world_model.target_q_ensemble."
+
 
 def save(
     agent: TDMPC2,
     path: str | pathlib.Path | io.BufferedIOBase,
     exclude: Iterable[str],
     include: Iterable[str],
+    resumable: bool,
 ) -> None:
     """See :meth:`tdmpc2_sb3.TDMPC2.save`."""
     excluded = {*agent._excluded_save_params(), *exclude} - set(include)
@@ -40,8 +43,15 @@ def save(
     for name in ("learning_rate", "lr_schedule"):
         if name in data:
             data[name] = for_writing(data[name], name)
-    data["run_state"] = run_state(agent)
-    write_archive(path, data, {**agent.get_parameters(), "run_streams": run_streams(agent)})
+    parameters = agent.get_parameters()
+    if resumable:
+        data["run_state"] = run_state(agent)
+        parameters["run_streams"] = run_streams(agent)
+    else:
+        data["resumable"] = False
+        weights = {k: v for k, v in parameters["policy"].items() if not k.startswith(_TARGETS)}
+        parameters = {"policy": weights}
+    write_archive(path, data, parameters)
 
 
 def run_state(agent: TDMPC2) -> dict[str, Any]:
@@ -63,7 +73,7 @@ def _trainable(agent: TDMPC2) -> dict[str, th.nn.Parameter]:
     return {
         name: each
         for name, each in unwrapped(agent.policy).named_parameters()
-        if not name.startswith("world_model.target_q_ensemble.")
+        if not name.startswith(_TARGETS)
     }
 
 
@@ -96,9 +106,12 @@ def load(
     :param read: what the file holds
     """
     data, tensors = read
-    check_parts(path, data, tensors)
+    resumable = data.pop("resumable", True) is not False
+    check_parts(path, data, tensors, resumable)
     data.setdefault("entropy", "gaussian")  # files older than the argument
-    state, streams = data.pop("run_state"), tensors.pop("run_streams")
+    state, streams = data.pop("run_state", {}), tensors.pop("run_streams", {})
+    if not resumable:
+        tensors = {"policy": _with_targets(tensors["policy"])}
     _check_replaced(kwargs, data)
     saved = {name: value for name, value in data.items() if name not in custom_objects}
     # Where a file says is no place to write: whoever loads it names the folder.
@@ -118,7 +131,10 @@ def load(
     _set_up(agent, tensors["policy"])
     check_parameters(agent, "policy", tensors["policy"], whole=True)
     enc_lr_scale = agent.policy.enc_lr_scale
-    agent.set_parameters(tensors, exact_match=True, device=device)
+    agent.set_parameters(tensors, exact_match=resumable, device=device)
+    if not resumable:
+        _begin_anew(agent)
+        return agent
     agent.policy.set_enc_lr_scale(enc_lr_scale)  # the optimiser has that of the file
     check_streams(agent, streams, state, int(saved.get("n_envs", agent.n_envs)))
     if "frozen" in state:
@@ -128,6 +144,19 @@ def load(
         restore_streams(agent, streams, state)
     _restore_run(agent, streams, state, same_envs, force_reset)
     return agent
+
+
+def _with_targets(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights of a file without target networks, with those of the Q networks in their place."""
+    own = "world_model.q_ensemble."
+    targets = {_TARGETS + k.removeprefix(own): v for k, v in weights.items() if k.startswith(own)}
+    return {**weights, **targets}
+
+
+def _begin_anew(agent: TDMPC2) -> None:
+    """Of a file that holds no run: the next learn() starts its environments and optimisers."""
+    agent._last_obs = agent._last_original_obs = None
+    agent._without_run = True
 
 
 def _check_replaced(kwargs: dict[str, Any], data: dict[str, Any]) -> None:

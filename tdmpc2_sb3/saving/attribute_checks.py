@@ -93,15 +93,18 @@ class Refused(ValueError):
         super().__init__(f"The saved {name} is {short(value)} where {needed} is needed: {_REMEDY}.")
 
 
-def check_parts(path: Any, data: dict[str, Any], tensors: dict[str, Any]) -> None:
+def check_parts(
+    path: Any, data: dict[str, Any], tensors: dict[str, Any], resumable: bool = True
+) -> None:
     """Refuse a file that lacks what every agent needs, or has it of another kind.
 
     :param path: of the file
     :param data: attributes by name
     :param tensors: state dicts by name
+    :param resumable: whether it holds the run too
     :raises ValueError: in one sentence
     """
-    if "run_state" not in data:
+    if resumable and "run_state" not in data:
         raise ValueError(
             f"{path!r} holds no whole agent: a policy saved alone is loaded by its own class, "
             "such as MlpPolicy.load(path)."
@@ -111,10 +114,10 @@ def check_parts(path: Any, data: dict[str, Any], tensors: dict[str, Any]) -> Non
         "observation_space": spaces.Space,
         "action_space": spaces.Space,
         "n_envs": (int, float),
-        "run_state": dict,
-        "run_streams": dict,
         "policy": dict,
     }
+    if resumable:
+        needed.update(run_state=dict, run_streams=dict)
     parts = {**data, **{name: tensors.get(name) for name in ("run_streams", "policy")}}
     for name, kind in needed.items():
         if not isinstance(parts.get(name), kind):

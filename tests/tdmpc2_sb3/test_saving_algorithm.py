@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zipfile
 import gymnasium
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from rl_zoo3.utils import SimpleLinearSchedule
 from same_models import assert_same, assert_same_models, no_unpickling
@@ -191,6 +193,61 @@ def test_save_and_load_keep_everything(tmp_path, target):
         actions = model.predict(observations, deterministic=deterministic)[0]
         again = loaded.predict(observations, deterministic=deterministic)[0]
         assert actions.tobytes() == again.tobytes()
+
+
+def test_a_file_for_playing_is_small_and_plays_the_same(tmp_path, capsys):
+    model = TDMPC2("MlpPolicy", dmc()(), verbose=1, **SETTINGS).learn(40)
+    model.save(tmp_path / "whole")
+    model.save(tmp_path / "played", resumable=False)
+    with zipfile.ZipFile(tmp_path / "played.zip") as archive:
+        names = {name for name in archive.namelist() if name.endswith(".pth")}
+        weights = th.load(archive.open("policy.pth"), weights_only=True)
+    assert names == {"policy.pth"}
+    assert weights.keys() == {
+        name for name in model.policy.state_dict() if not name.startswith("world_model.target_")
+    }
+    whole, played = (TDMPC2.load(tmp_path / name, env=dmc()()) for name in ("whole", "played"))
+    observation = model.observation_space.sample()
+    expected, _ = whole.predict(observation, deterministic=True)
+    np.testing.assert_array_equal(played.predict(observation, deterministic=True)[0], expected)
+    assert played.num_timesteps == 40
+    target, own = played.policy.world_model.target_q_ensemble, whole.policy.world_model.q_ensemble
+    for ours, theirs in zip(target.parameters(), own.parameters(), strict=True):
+        assert th.equal(ours, theirs)
+        assert not ours.requires_grad
+    # Further learning: new optimisers, said once, and a file that is whole again.
+    assert not played.policy.model_optimizer.state_dict()["state"]
+    capsys.readouterr()
+    played.learn(30, reset_num_timesteps=False)
+    assert "optimisers, target networks and random streams begin anew" in capsys.readouterr().out
+    assert played.num_timesteps == 70
+    assert played._n_updates > model._n_updates
+    played.learn(2, reset_num_timesteps=False)
+    assert "begin anew" not in capsys.readouterr().out
+    played.save(tmp_path / "again")
+    played.save_replay_buffer(tmp_path / "buffer")
+    again = TDMPC2.load(tmp_path / "again", env=dmc()())
+    again.load_replay_buffer(tmp_path / "buffer")
+    assert_same_models(again, played)
+
+
+@pytest.mark.parametrize("without", ["policy", "run_state"])
+def test_a_file_for_playing_is_not_whole_by_a_flag(tmp_path, without):
+    model = TDMPC2("MlpPolicy", dmc()(), **SETTINGS)
+    model.save(tmp_path / "agent", resumable=without == "run_state")
+    with zipfile.ZipFile(tmp_path / "agent.zip") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    document = json.loads(members["data.json"])
+    if without == "policy":
+        document["tensors"] = []
+    else:
+        del document["data"]["run_state"]
+    members["data.json"] = json.dumps(document).encode()
+    with zipfile.ZipFile(tmp_path / "agent.zip", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="lacks 'policy'" if without == "policy" else "no whole"):
+        TDMPC2.load(tmp_path / "agent")
 
 
 def test_saving_disturbs_nothing(tmp_path):

@@ -6,6 +6,7 @@
 - `hub.py`: model card and download (`huggingface_sb3`, `huggingface_hub`);
 - `passwords.py`, `scrubbing.py`: what must not be written, and what must not be uploaded;
 - `checkpoints.py`, `trust.py`, `resume.py`: going on with a run, and what it may run;
+- `export.py`: a run's agent in a small folder;
 - `search_space.py`: Optuna's ranges;
 - `__main__.py`: `python -m tdmpc2_sb3.zoo train ...`, the way that needs no start-up hook.
 """

@@ -21,12 +21,14 @@ PROGRAMS = {
 
 USAGE = f"""usage: python -m tdmpc2_sb3.zoo PROGRAM [the zoo's options]
        python -m tdmpc2_sb3.zoo resume RUN
+       python -m tdmpc2_sb3.zoo export RUN... [-o agents]
        python -m tdmpc2_sb3.zoo hyperparams
 
 Runs a program of RL Baselines3 Zoo with tdmpc2, tdmpc2_ssm and the DMC/ environments in it.
 PROGRAM is one of: {", ".join(PROGRAMS)}.
 PROGRAM --help prints its options; `resume` goes on with a run of train that was stopped or killed;
-`hyperparams` prints the folder of our YAML files.
+`export` copies a run's agent to a small folder to play or share; `hyperparams` prints the folder
+of our YAML files.
 
 example: python -m tdmpc2_sb3.zoo train --algo tdmpc2 --env DMC/walker-walk-v0 -P
 """
@@ -48,6 +50,10 @@ def main() -> int:
         from tdmpc2_sb3.zoo import resume
 
         return resume.main(arguments[1:])
+    if program == "export":
+        from tdmpc2_sb3.zoo import export
+
+        return export.main(arguments[1:])
     if program not in PROGRAMS:
         print(f"unknown program '{program}'; one of: {', '.join(PROGRAMS)}", file=sys.stderr)
         return 2

@@ -115,6 +115,31 @@ def test_the_same_checkpoint_returns_the_same_everywhere(zoo, tiny, tmp_path):
     assert float(recorded.split()[-1]) == pytest.approx(evaluated, abs=1e-3)
 
 
+def test_an_exported_agent_is_small_names_no_machine_and_plays_the_same(zoo, tiny, tmp_path):
+    train(zoo, tiny, "-n", "60", "--eval-freq", "60", "--eval-episodes", "1", "--seed", "3")
+    run = tmp_path / "logs" / "tdmpc2" / f"{NAME}_1"
+    with np.load(run / "evaluations.npz") as data:
+        evaluated = float(data["results"][0][0])
+    missing = zoo("export", "export", str(run / NAME), module="tdmpc2_sb3.zoo", check=False)
+    assert missing.returncode == 1
+    assert "name the folder of a run" in missing.stderr
+    for number in (1, 2):  # never over one that is there
+        said = zoo("export", "export", str(run), "--best", module="tdmpc2_sb3.zoo").stdout
+        agent = tmp_path / "agents" / "tdmpc2" / f"{NAME}_{number}"
+        assert said.startswith(f"agents/tdmpc2/{NAME}_{number}: 0.")
+    files = {str(path.relative_to(agent)) for path in agent.rglob("*") if path.is_file()}
+    settings = {f"{NAME}/args.yml", f"{NAME}/config.yml"}
+    assert files == {f"{NAME}.zip", "0.monitor.csv", "evaluations.npz", *settings}
+    assert not list(agent.parent.glob(".export*"))
+    for path in agent.rglob("*"):
+        assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
+    whole = (run / "best_model.zip").stat().st_size
+    assert (agent / f"{NAME}.zip").stat().st_size < 0.6 * whole
+    command = re.search(r"python -m (rl_zoo3.enjoy .*)", said).group(1).split()
+    played = zoo("enjoy", *command[1:], "--no-render", "-n", "20", "--seed", "3").stdout
+    assert episode_rewards(played) == [f"{evaluated:.2f}"]
+
+
 def test_workers_in_processes_and_several_evaluation_environments(zoo, tiny, tmp_path):
     train(
         zoo, tiny, "-n", "80", "--eval-freq", "40", "--eval-episodes", "2", "--n-eval-envs", "2",

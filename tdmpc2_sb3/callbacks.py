@@ -1,4 +1,4 @@
-"""Checkpoints from which a run resumes exactly, whenever it was killed."""
+"""Checkpoints from which a run resumes exactly, whenever it was killed; how long a run takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
+from tqdm import tqdm
 
 from tdmpc2_sb3.saving import checkpoint_files, interrupts
 from tdmpc2_sb3.saving import log_files as run_files
@@ -280,3 +282,46 @@ def load_checkpoint(
         for name, statistics in run["normalizer"].items():
             vars(means[name]).update(statistics)
     return model, RestoreCallbacks(run["callbacks"])
+
+
+class Forecast:
+    """Says once, when its speed is known, how long a run will take.
+
+    The first random steps are a hundred times as fast as those that plan and learn, so what
+    progress bars and logs tell early is far off.
+
+    :param total_steps: agent steps at which the run ends
+    :param say: is given the line
+    """
+
+    MIN_STEPS, MIN_SECONDS = 50, 3.0
+
+    def __init__(self, total_steps: int, say: Callable[[str], None]):
+        self.total_steps = total_steps
+        self.say = say
+        self._begin: tuple[int, float] | None = None
+        self._said = False
+
+    def after(self, steps: int) -> None:
+        """Call it after every step that planned and learnt.
+
+        :param steps: agent steps of the run so far
+        """
+        if self._said:
+            return
+        now = time.monotonic()
+        if self._begin is None:
+            self._begin = steps, now
+            return
+        first, begin = self._begin
+        made, seconds = steps - first, now - begin
+        if made < self.MIN_STEPS or seconds < self.MIN_SECONDS:
+            return
+        self._said = True
+        rate, left = made / seconds, self.total_steps - steps
+        if left / rate < 60:
+            return
+        self.say(
+            f"{rate:.3g} steps a second on this machine: the {left} steps left take about "
+            f"{tqdm.format_interval(left / rate)}, evaluations apart."
+        )

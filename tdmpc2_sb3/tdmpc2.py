@@ -36,7 +36,7 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from tdmpc2_sb3.callbacks import last_checkpoint
+from tdmpc2_sb3.callbacks import Forecast, last_checkpoint
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
 from tdmpc2_sb3.model.integer_actions import is_of_integers
 from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
@@ -635,6 +635,13 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 self.n_envs,
             )
             self._make_interrupted_updates()
+            forecast = Forecast(total_timesteps, self._say)
+            random_steps = int(self.learning_starts) - self._lifetime_steps
+            if self._n_updates == 0 and 0 < random_steps < total_timesteps - self.num_timesteps:
+                self._say(
+                    f"The first {random_steps} steps act at random. Soon after them a line tells "
+                    "how long the rest takes; the figure to watch is rollout/ep_rew_mean."
+                )
             while self.num_timesteps < total_timesteps or self._rollout_is_complete:
                 rollout = self.collect_rollouts(
                     self.env,
@@ -648,6 +655,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 if not rollout.continue_training:
                     break
                 self._learn_from(rollout)
+                if self._n_updates > 0:
+                    forecast.after(self.num_timesteps)
             callback.on_training_end()
         return self
 
@@ -662,8 +671,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         assert self.env is not None, "You must set the environment before calling learn()"
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         self.replay_buffer.check_memory(RuntimeError)
-        if self._without_run and self.verbose >= 1:
-            print(
+        if self._without_run:
+            self._say(
                 "The agent's file holds no run (it was saved with resumable=False): optimisers, "
                 "target networks and random streams begin anew."
             )
@@ -687,6 +696,10 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             # SB3 resets the noise at each call; within an episode it goes on.
             vars(self.action_noise).update(vars(noise))
         return result
+
+    def _say(self, line: str) -> None:
+        if self.verbose >= 1:
+            print(line, flush=True)
 
     def _abandon_episodes(self) -> None:
         """The environments will be reset: what was open is over."""
@@ -765,12 +778,10 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     def _make_initial_updates(self) -> None:
         """The burst of gradient steps on the random steps, with its progress shown."""
         assert self._pending_initial_updates is not None
-        if self.verbose >= 1:
-            print(
-                f"Learning starts with {self._pending_initial_updates} gradient steps on the "
-                f"{self._lifetime_steps} steps collected so far.",
-                flush=True,
-            )
+        self._say(
+            f"Learning starts with {self._pending_initial_updates} gradient steps on the "
+            f"{self._lifetime_steps} steps collected so far."
+        )
         total, start = self._pending_initial_updates, time.monotonic()
         in_terminal = sys.stderr.isatty()
         with tqdm(

@@ -74,9 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", nargs="+", help="such as logs/tdmpc2/DMC-walker-walk-v0_1")
     parser.add_argument("-o", "--output", type=Path, default=Path("agents"), metavar="FOLDER")
-    parser.add_argument(
-        "--best", action="store_true", help="the best evaluated model"
-    )
+    parser.add_argument("--best", action="store_true", help="the best evaluated model")
     options = parser.parse_args(arguments)
     install()
     for name in options.run:

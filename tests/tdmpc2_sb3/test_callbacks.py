@@ -17,10 +17,11 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
-from tdmpc2_sb3 import TDMPC2
+from tdmpc2_sb3 import TDMPC2, callbacks
 from tdmpc2_sb3.callbacks import (
     BUFFER_FILE,
     MODEL_FILE,
+    Forecast,
     ResumableCheckpointCallback,
     latest_checkpoint,
     load_checkpoint,
@@ -255,3 +256,29 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path: Path)
         process.wait()
     assert kills >= 3
     assert same_weights(whole, TDMPC2.load(tmp_path / "final"))
+
+
+def test_a_forecast_is_made_of_the_steps_that_learn(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    said = []
+    forecast = Forecast(10_000, said.append)
+    for step in range(2_500, 2_600):  # 16 steps a second
+        forecast.after(step)
+        now[0] += 0.0625
+    # Fifty steps, more than 3 s, are over at 2,550: 7,450 are left, at 16 a second 465.6 s.
+    line = "16 steps a second on this machine: the 7450 steps left take about 07:45"
+    assert said == [f"{line}, evaluations apart."]
+    short = Forecast(2_700, said.append)  # 9 s are left: nothing to wait for
+    for step in range(2_500, 2_600):
+        short.after(step)
+        now[0] += 0.0625
+    assert len(said) == 1
+
+
+def test_learning_tells_that_it_begins_at_random(make_agent, capsys):
+    agent = make_agent(verbose=1, learning_starts=20)
+    agent.learn(40)
+    assert "The first 20 steps act at random." in capsys.readouterr().out
+    agent.learn(5, reset_num_timesteps=False)
+    assert "at random" not in capsys.readouterr().out

@@ -92,7 +92,10 @@ def automatic_settings(
 def describe_automatic(values: dict[str, Any], facts: EnvironmentFacts) -> str:
     """What :func:`automatic_settings` were found, and from what."""
     limit = "no time limit" if facts.episode_steps is None else f"{facts.episode_steps} steps"
-    listed = ", ".join(f"{name} = {value:g}" for name, value in values.items())
+    listed = ", ".join(
+        f"{name} = {value if isinstance(value, bool) else format(value, 'g')}"
+        for name, value in values.items()
+    )
     lines = [f"Automatic settings for episodes of {limit}: {listed}"]
     if "episodic" in values:
         kind = "may terminate" if facts.terminates else "never terminates"

@@ -113,7 +113,8 @@ def test_an_environment_of_ones_own_may_say_whether_it_terminates(point_env):
 def test_what_was_decided_is_said(make_agent, capsys):
     make_agent("Pendulum-v1", gamma="auto", learning_starts="auto", verbose=1)
     said = capsys.readouterr().out
-    assert "Automatic settings for episodes of 200 steps" in said
+    assert "Automatic settings for episodes of 200 steps: gamma = 0.975" in said
+    assert ", episodic = False\n" in said
     assert "gamma = 0.975" in said
     assert "learning_starts = 1000" in said
     assert "The task never terminates: Pendulum-v1 is known to end by its time limit" in said

@@ -30,6 +30,10 @@ from tdmpc2_sb3.zoo.register import (
 #: The zoo's `--eval-freq` when the user gives none.
 ZOO_EVAL_FREQ = 25_000
 
+#: How far the seed of evaluation environments is from the run's. The zoo gives both the same, so
+#: that evaluations would begin in the very states in which the first training episodes did.
+EVALUATION_SEEDS = 10_000
+
 #: Seconds between the signs of life of a trial in a database; TDMPC2_SB3_HEARTBEAT changes it.
 HEARTBEAT_SECONDS = 30
 
@@ -137,10 +141,22 @@ def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _create_envs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let signals reach the main process alone: it still needs the environments to save them."""
+    """Evaluate in other episodes than those of training, and let signals reach the main process
+    alone: it still needs the environments to save them."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def create_envs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if signature.bind(self, *args, **kwargs).arguments.get("eval_env") and _ours(self):
+            seed = self.seed
+            self.seed += EVALUATION_SEEDS
+            try:
+                return make(self, *args, **kwargs)
+            finally:
+                self.seed = seed
+        return make(self, *args, **kwargs)
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.algo not in ALGORITHMS or not issubclass(self.vec_env_class, SubprocVecEnv):
             return original(self, *args, **kwargs)
         checkpoints.spare_workers()

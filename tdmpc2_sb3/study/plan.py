@@ -18,7 +18,7 @@ from tdmpc2_sb3.study import checks
 RUN_KEYS = ("steps", "seeds", "eval_freq", "eval_episodes")
 TOP_KEYS = (
     "name", "arms", "tasks", *RUN_KEYS, "threads", "device", "storage", "logs", "results", "curve",
-    "at_frames",
+    "at_frames", "contrasts",
 )  # fmt: skip
 ARM_KEYS = ("algo", "params", "conf_file", "tasks", *RUN_KEYS)
 TASK_KEYS = ("floor", "range", *RUN_KEYS)
@@ -115,6 +115,8 @@ class Plan:
     :param threads: of each run
     :param curve: which returns the area and the curves are made of
     :param at_frames: frames at which the report gives the return
+    :param contrasts: by name, weights of arms whose sum is estimated: an interaction of two factors
+        is {a2b2: 1, a1b2: -1, a2b1: -1, a1b1: 1}
     """
 
     file: Path
@@ -129,6 +131,7 @@ class Plan:
     results: str
     curve: str
     at_frames: tuple[int, ...]
+    contrasts: dict[str, dict[str, float]]
 
     @property
     def folder(self) -> Path:
@@ -201,6 +204,7 @@ def _plan(file: Path, content: Any) -> Plan:
         device=checks.text(top.get("device", "auto"), "device"),
         curve=curve,
         at_frames=tuple(checks.counts(top.get("at_frames", []), "at_frames")),
+        contrasts=_contrasts(top.get("contrasts"), arms),
         **texts,
     )
 
@@ -247,6 +251,19 @@ def _arm(name: str, own: Mapping[str, Any]) -> Arm:
         dict(params),
         None if conf_file is None else checks.text(conf_file, f"'conf_file' of arm '{name}'"),
     )
+
+
+def _contrasts(given: Any, arms: Iterable[str]) -> dict[str, dict[str, float]]:
+    found = {}
+    for name, value in checks.mapping(given, "contrasts").items():
+        weights = checks.mapping(value, f"contrast '{name}'", list(arms))
+        numbers = list(weights.values())
+        if not weights or not all(map(checks.is_number, numbers)) or abs(sum(numbers)) > 1e-9:
+            raise ValueError(
+                f"contrast '{name}' is {value!r}: give arms their weights, which sum to 0."
+            )
+        found[checks.text(name, "a contrast")] = {arm: float(w) for arm, w in weights.items()}
+    return found
 
 
 def _chosen(asked: Any, tasks: Mapping[str, Any], arm: str) -> Iterable[str]:

@@ -68,6 +68,7 @@ class Report:
             self.main_table(),
             "![Learning curves](curves.png)",
             self.differences(),
+            self.contrasts(),
             self.over_tasks(),
             "## Runs",
             self.runs(),
@@ -164,6 +165,47 @@ class Report:
             return ""
         head = ["task", "arm", "figure", f"difference to {base}", "by seed"]
         return f"## Differences by seed\n\n{_table(head, rows)}"
+
+    def contrasts(self) -> str:
+        """The contrasts that the study names: on every task, and their mean over all tasks."""
+        rows = []
+        for name, weights in self.plan.contrasts.items():
+            areas: dict[str, list[float]] = {}
+            for task in self.plan.tasks:
+                arms = {
+                    arm: self._figures(task, runs)
+                    for arm, runs in self.grid.get(task.env, {}).items()
+                }
+                if not weights.keys() <= arms.keys():
+                    continue
+                for figure in arms[next(iter(weights))]:
+                    values = {arm: arms[arm][figure] for arm in weights}
+                    sums = statistics.contrast(values, weights)
+                    if not sums:
+                        continue
+                    fine = figure == "area"
+                    each = ", ".join(f"{seed}: {_number(d, fine)}" for seed, d in sums.items())
+                    estimate = statistics.t_interval(list(sums.values()))
+                    rows.append([name, task.env, figure, _shown(estimate, fine), each])
+                    if fine:
+                        areas[task.env] = list(sums.values())
+            if len(areas) > 1:
+                together = aggregate.over_tasks(aggregate.score_matrix(areas))["mean"]
+                rows.append([name, "all of them", "area", _shown(together, True), ""])
+        if not rows:
+            return ""
+        return "\n\n".join(
+            [
+                "## Contrasts",
+                "Weighted sums of arms by seed, with Student's interval; over all tasks their mean "
+                "with that of the stratified bootstrap.",
+                *(
+                    f"{name}: " + " ".join(f"{w:+g} {arm}" for arm, w in weights.items())
+                    for name, weights in self.plan.contrasts.items()
+                ),
+                _table(["contrast", "task", "figure", "sum", "by seed"], rows),
+            ]
+        )
 
     def over_tasks(self) -> str:
         """Aggregates, probability of improvement and profiles over the tasks of all arms."""

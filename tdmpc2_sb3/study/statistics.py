@@ -108,6 +108,21 @@ def paired(base: Mapping[int, float], other: Mapping[int, float]) -> dict[int, f
     return {seed: other[seed] - base[seed] for seed in base if seed in other}
 
 
+def contrast(
+    figures: Mapping[str, Mapping[int, float]], weights: Mapping[str, float]
+) -> dict[int, float]:
+    """The weighted sum of arms by seed, over the seeds that all of them have.
+
+    :param figures: by arm and seed
+    :param weights: by arm
+    """
+    seeds = set.intersection(*(set(figures.get(arm, {})) for arm in weights))
+    return {
+        seed: sum(weight * figures[arm][seed] for arm, weight in weights.items())
+        for seed in sorted(seeds)
+    }
+
+
 def median_first(steps: Sequence[int | None]) -> float:
     """Median of first steps, those of runs that never got there counted as infinite."""
     return float(np.median([math.inf if each is None else each for each in steps]))

@@ -74,6 +74,8 @@ def test_other_settings_make_another_cell_in_a_storage(study):
 
 
 MISTAKES = [
+    ({"contrasts": {"c": {"a": 1, "z": -1}}}, "contrast 'c' has the unknown key 'z'"),
+    ({"contrasts": {"c": {"a": 1}}}, "contrast 'c' is {'a': 1}: give arms their weights, which"),
     ({"stepps": 3}, "unknown key 'stepps' (did you mean 'steps'?)"),
     ({"arms": {"a": {"alg": "sac"}}}, "arm 'a' has the unknown key 'alg' (did you mean 'algo'?)"),
     ({"tasks": {WALKER: {"flor": 1}}}, f"task '{WALKER}' has the unknown key 'flor'"),

@@ -77,6 +77,37 @@ def test_the_report_of_fixed_csvs(plan):
         assert Image.open(plan.results_folder / picture).size[0] > 500
 
 
+def test_an_interaction_of_fixed_csvs(study, made_csv):
+    arms = ("mlp3", "mlp10", "ssm3", "ssm10")
+    weights = dict(zip(arms, (1, -1, -1, 1), strict=True))
+    plan = study(
+        arms=dict.fromkeys(arms),
+        tasks=[HOPPER, WALKER],
+        seeds=[1, 2],
+        steps=1000,
+        curve="training",
+        contrasts={"dynamics x horizon": weights},
+    )
+    #: Returns of the two seeds on walker-walk; on hopper-hop all are equal.
+    returns = {"mlp3": (500, 600), "mlp10": (400, 450), "ssm3": (450, 600), "ssm10": (480, 520)}
+    for cell in plan.cells:
+        value = float(returns[cell.arm.name][cell.seed - 1]) if cell.task.env == WALKER else 7.0
+        made_csv(plan, cell.name, [(500, value), (1000, value)], [(1000, value), (1000, value)])
+    report.write(plan)
+    text = (plan.results_folder / report.FILE).read_text()
+    assert "dynamics x horizon: +1 mlp3 -1 mlp10 -1 ssm3 +1 ssm10" in text
+    # 500 - 400 - 450 + 480 = 130 and 600 - 450 - 600 + 520 = 70: mean 100, and Student's quantile
+    # 12.706 times 42.43 / sqrt(2) is 381.2.
+    assert row(text, "dynamics x horizon", WALKER, "last 10 episodes")[3:] == [
+        "100.0 [-281.2, 481.2]",
+        "1: 130.0, 2: 70.0",
+    ]
+    assert row(text, "dynamics x horizon", WALKER, "area")[4] == "1: 0.130, 2: 0.070"
+    assert row(text, "dynamics x horizon", HOPPER, "last evaluation")[3] == "0.0 [0.0, 0.0]"
+    # Half of (0.130, 0.070) and (0, 0).
+    assert row(text, "dynamics x horizon", "all of them", "area")[3].startswith("0.050 [0.035")
+
+
 def test_the_same_csvs_give_the_same_report(plan):
     report.write(plan)
     files = {path.name: path.read_bytes() for path in plan.results_folder.iterdir()}

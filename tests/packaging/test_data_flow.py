@@ -177,7 +177,7 @@ def test_what_lower_rows_know_of_the_world(package, row):
 #: What modules of the model may take from the kernels: descriptions of what they compute.
 DESCRIPTIONS = {
     *("Activation", "Dropped", "Layer", "Norm", "StateSpace", "StateSpaceLayer"),
-    *("held_layers", "join", "predicted_simplices"),
+    *("layers_made_once", "join", "predicted_simplices"),
 }
 
 

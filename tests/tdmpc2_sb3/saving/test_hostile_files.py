@@ -27,6 +27,7 @@ from tdmpc2_sb3.saving.json_codec import decode
 from tdmpc2_sb3.saving.random_streams import checked_stream
 from tdmpc2_sb3.saving.tensor_file import read_tensors, tensor_of
 
+FUZZING = str(pathlib.Path(__file__).parents[1] / "fuzzing.py")
 SIZES = {
     "latent_dim": 16,
     "enc_dim": 16,
@@ -422,7 +423,7 @@ def test_damage_is_named_as_such() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 def test_damaged_files_do_no_harm() -> None:
     result = subprocess.run(
-        [sys.executable, str(pathlib.Path(__file__).with_name("fuzzing.py")), "300", "--seed", "7"],
+        [sys.executable, FUZZING, "300", "--seed", "7"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},

@@ -322,7 +322,16 @@ def test_states_of_random_generators() -> None:
         ("ep_info_buffer", [1]),
         ("policy_kwargs", None),
         ("learning_rate", -1.0),
-        ("seed", -5),
+        *(("seed", value) for value in (-5, 2**32)),
+        ("train_horizon", 1001),
+        ("num_q", 1001),
+        ("num_enc_layers", 101),
+        ("num_bins", 10**5 + 1),
+        ("num_iterations", 10**4 + 1),
+        ("gamma", 1.5),
+        *(("value_coef", value) for value in (1e301, 10**400)),
+        ("verbose", 11),
+        ("use_planner", 1),
     ],
 )
 def test_attributes_out_of_range_are_named(saved: pathlib.Path, name: str, value: Any) -> None:

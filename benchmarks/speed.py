@@ -41,7 +41,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 import authors
 from machine import command, describe
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.kernels import Layer, networks, weights_held
+from tdmpc2_sb3.kernels import Layer, fixed_weights, networks
 from tdmpc2_sb3.kernels.products import operation_counter
 
 OBSERVATION_DIM = 24  # walker-walk's
@@ -297,7 +297,7 @@ def peak_contenders(device: th.device) -> list[Contender]:
             first @ second
         synchronize(device)
 
-    @weights_held()
+    @fixed_weights()
     def by_kernels() -> None:
         for _ in range(repeats):
             networks(first, None, [Layer(second, None)])

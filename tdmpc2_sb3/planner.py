@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch as th
 
-from tdmpc2_sb3.model.operations import TERMINATION_LOGIT, weights_held
+from tdmpc2_sb3.model.operations import TERMINATION_LOGIT, fixed_weights
 from tdmpc2_sb3.model.world_model import WorldModel
 from tdmpc2_sb3.settings import SETTINGS, check_setting
 
@@ -375,7 +375,7 @@ def _joined(first: _Trajectories, second: _Trajectories) -> _Trajectories:
 
 
 @th.no_grad()
-@weights_held()
+@fixed_weights()
 def plan(
     model: WorldModel,
     latent: th.Tensor,

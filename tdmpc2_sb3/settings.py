@@ -22,6 +22,7 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
 
 AUTOMATIC = "auto"
+MOST_STEPS = 2**53  # of whatever is counted
 ENTROPIES = ("gaussian", "squashed")  # see tdmpc2_sb3.losses.scaled_entropy
 EXPLORATION_NOISES = ("white", "pink")
 _NETWORKS_ARE_BUILT = "the networks have been built with it: build a new model"
@@ -103,16 +104,25 @@ def usable_device(device: th.device | str) -> th.device:
     return found
 
 
-Check = Callable[[str, Any], Any]
+class Check(NamedTuple):
+    """Which values an argument may have."""
+
+    convert: Callable[[str, Any], Any]  # what is kept of a value; raises ValueError
+    needed: str  # the same in words
+    #: The largest number, by amount, that a file may give: more takes memory or time without end.
+    most: float = math.inf
 
 
-def _whole(least: int | None, *others: Any, remedy: str | None = None) -> Check:
+def _whole(
+    least: int | None, *others: Any, most: int = MOST_STEPS, remedy: str | None = None
+) -> Check:
     """
     :param others: values that are allowed too
+    :param most: see :class:`Check`
     :param remedy: what every error says
     """
 
-    def check(name: str, value: Any) -> Any:
+    def convert(name: str, value: Any) -> Any:
         if any(value is each or (isinstance(each, str) and value == each) for each in others):
             return value
         try:
@@ -122,18 +132,35 @@ def _whole(least: int | None, *others: Any, remedy: str | None = None) -> Check:
                 raise
             raise ValueError(f"{name} is {value!r}: {remedy}.") from error
 
-    return check
+    least_said = -most if least is None else least
+    return Check(convert, f"a whole number from {least_said} to {most}", most)
 
 
 def _real(
-    low: float, high: float = math.inf, above: bool = False, automatic: bool = False
+    low: float,
+    high: float = math.inf,
+    above: bool = False,
+    automatic: bool = False,
+    optional: bool = False,
 ) -> Check:
-    def check(name: str, value: Any) -> Any:
+    """
+    :param automatic: whether "auto" is allowed too
+    :param optional: whether None is
+    """
+
+    def convert(name: str, value: Any) -> Any:
         if automatic and isinstance(value, str) and value == AUTOMATIC:
+            return value
+        if optional and value is None:
             return value
         return real_number(name, value, low, high, above)
 
-    return check
+    needed = "a finite number"
+    if not math.isinf(high):
+        needed = f"a number in [{low:g}, {high:g}]"
+    elif not math.isinf(low):
+        needed += f" above {low:g}" if above else f" from {low:g} on"
+    return Check(convert, needed, most=1e300)
 
 
 def _norm(name: str, value: Any) -> Any:
@@ -151,13 +178,13 @@ def _one_of(*choices: Any) -> Check:
     if not names:
         allowed = f"{', '.join(listed[:-1])} or {listed[-1]}"
 
-    def check(name: str, value: Any) -> Any:
+    def convert(name: str, value: Any) -> Any:
         value = bool(value) if isinstance(value, np.bool_) else value
         if not any(type(value) is type(each) and value == each for each in choices):
             raise ValueError(f"{name} is {value!r}: use {allowed}.")
         return value
 
-    return check
+    return Check(convert, allowed)
 
 
 def _train_freq(name: str, value: Any) -> Any:
@@ -178,7 +205,7 @@ def _learning_rate(name: str, value: Any) -> Any:
 class Setting(NamedTuple):
     """One argument."""
 
-    check: Check | None = None  # what it makes of a value; raises ValueError
+    check: Check | None = None  # None: whatever uses the value checks it
     fixed: str | None = None  # why it cannot change any more, with a remedy; None if it can
 
 
@@ -187,22 +214,26 @@ def _built(check: Check | None = None, reason: str = _NETWORKS_ARE_BUILT) -> Set
 
 
 _COEFFICIENT = Setting(_real(-math.inf))
-_COUNT = Setting(_whole(1))
-_SIZE = _built(_whole(1, None))
+_SIZE = _built(_whole(1, None, most=10**5))
+_SAMPLES = 2**20
 
 SETTINGS: dict[str, Setting] = {
     "policy": Setting(),
     "env": Setting(),
-    "learning_rate": Setting(_learning_rate),
-    "buffer_size": _built(_whole(1), _BUFFER_IS_BUILT),
+    "learning_rate": Setting(
+        Check(_learning_rate, "a number or a schedule of numbers, not negative")
+    ),
+    "buffer_size": _built(_whole(1, most=2**31), _BUFFER_IS_BUILT),
     "learning_starts": Setting(_whole(0, AUTOMATIC, remedy="give a number of steps or 'auto'")),
-    "batch_size": _COUNT,
+    "batch_size": Setting(_whole(1, most=2**20)),
     "tau": Setting(_real(0.0, 1.0)),
     "gamma": Setting(_real(0.0, 1.0, automatic=True)),
-    "train_freq": Setting(_train_freq),
+    "train_freq": Setting(Check(_train_freq, "up to 1,000,000 steps or episodes")),
     "gradient_steps": Setting(
         _whole(
-            -1, remedy="give a number of gradient steps, or -1 for as many as steps were collected"
+            -1,
+            most=10**6,
+            remedy="give a number of gradient steps, or -1 for as many as steps were collected",
         )
     ),
     "action_noise": Setting(),
@@ -210,25 +241,27 @@ SETTINGS: dict[str, Setting] = {
     "replay_buffer_class": _built(None, _BUFFER_IS_BUILT),
     "replay_buffer_kwargs": _built(None, _BUFFER_IS_BUILT),
     "initial_gradient_steps": Setting(
-        _whole(0, AUTOMATIC, remedy="give a number of gradient steps or 'auto'")
+        _whole(0, AUTOMATIC, most=10**9, remedy="give a number of gradient steps or 'auto'")
     ),
-    "horizon": _COUNT,
-    "train_horizon": Setting(_whole(1, None)),
-    "model_size": _built(_whole(1)),
+    "horizon": Setting(_whole(1, most=1000)),
+    "train_horizon": Setting(_whole(1, None, most=1000)),
+    "model_size": _built(_whole(1, most=10**9)),
     "latent_dim": _SIZE,
     "enc_dim": _SIZE,
     "mlp_dim": _SIZE,
-    "num_enc_layers": _SIZE,
-    "num_q": _SIZE,
+    "num_enc_layers": _built(_whole(1, None, most=100)),
+    "num_q": _built(_whole(1, None, most=1000)),
     "simnorm_dim": _SIZE,
     "num_bins": _SIZE,
-    "dropout": _built(),
+    "dropout": _built(_real(-math.inf, optional=True)),
     "dynamics": _built(),
     "dynamics_kwargs": _built(),
-    "num_samples": _COUNT,
-    "num_elites": _COUNT,
-    "num_pi_trajs": Setting(_whole(0)),
-    "num_iterations": Setting(_whole(1, AUTOMATIC, remedy="give a whole number or 'auto'")),
+    "num_samples": Setting(_whole(1, most=_SAMPLES)),
+    "num_elites": Setting(_whole(1, most=_SAMPLES)),
+    "num_pi_trajs": Setting(_whole(0, most=_SAMPLES)),
+    "num_iterations": Setting(
+        _whole(1, AUTOMATIC, most=10**4, remedy="give a whole number or 'auto'")
+    ),
     "temperature": Setting(_real(0.0, above=True)),
     "min_std": Setting(_real(0.0, above=True)),
     "max_std": Setting(_real(0.0, above=True)),
@@ -240,19 +273,22 @@ SETTINGS: dict[str, Setting] = {
     "entropy": Setting(_one_of(*ENTROPIES)),
     "rho": Setting(_real(0.0, 1.0, automatic=True)),
     "td_lambda": Setting(_real(0.0, 1.0)),
-    "policy_delay": _COUNT,
+    "policy_delay": Setting(_whole(1, most=10**9)),
     "enc_lr_scale": Setting(_real(0.0)),
-    "max_grad_norm": Setting(_norm),
+    "max_grad_norm": Setting(Check(_norm, "a number in (0, inf]")),
     "episodic": _built(_one_of(True, False, AUTOMATIC)),
     "reference_terminations": _built(_one_of(True, False), _BUFFER_IS_BUILT),
     "use_planner": Setting(_one_of(True, False)),
     "compile": Setting(_one_of(True, False, AUTOMATIC)),
-    "stats_window_size": _built(_whole(1), "the statistics have begun: build a new model"),
+    "stats_window_size": _built(
+        _whole(1, most=10**9), "the statistics have begun: build a new model"
+    ),
     "tensorboard_log": Setting(),
     "policy_kwargs": _built(None, "the policy has been built with them: build a new model"),
-    "verbose": Setting(_whole(0)),
+    "verbose": Setting(_whole(0, most=10)),
     "seed": _built(
-        _whole(0, None), "the random streams have begun: call set_random_seed(seed) instead"
+        _whole(0, None, most=2**32 - 1),
+        "the random streams have begun: call set_random_seed(seed) instead",
     ),
     "device": _built(
         None, "the networks are there: save the model and load it on the other device"
@@ -382,7 +418,7 @@ def check_setting(name: str, value: Any) -> Any:
     :raises ValueError: naming the argument, the value and the remedy
     """
     check = SETTINGS[name].check
-    return value if check is None else check(name, value)
+    return value if check is None else check.convert(name, value)
 
 
 #: What SB3's other policies take and this one does not, and what to use instead.

@@ -26,7 +26,7 @@ from tdmpc2_sb3.losses import (
     model_losses,
     policy_loss,
 )
-from tdmpc2_sb3.model.operations import move_towards_, weights_held
+from tdmpc2_sb3.model.operations import fixed_weights, move_towards_
 from tdmpc2_sb3.policies import TDMPC2Policy
 from tdmpc2_sb3.replay.buffer import SequenceBatch
 
@@ -141,7 +141,7 @@ class UpdateStep:
         if direct is not None and self._trained:
             return direct.model_losses(batch, noise, self.model_weights)
         policy = self.policy
-        with weights_held():
+        with fixed_weights():
             losses = self._model_losses(
                 policy.world_model, batch, noise, self.config, self.model_weights
             )
@@ -158,7 +158,7 @@ class UpdateStep:
         settings = (self.policy_weights, self.tau, alive_states(batch))
         if direct is not None and self._trained_prior:
             return direct.policy_loss(latents, policy.scale, noise, *settings)
-        with weights_held():
+        with fixed_weights():
             losses = self._policy_loss(
                 policy.world_model, latents, policy.scale, noise, self.config, *settings
             )

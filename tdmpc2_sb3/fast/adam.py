@@ -8,7 +8,7 @@ from typing import Any
 import torch as th
 from torch.optim.adam import adam
 
-from tdmpc2_sb3.kernels import AdamArrays, adam_step, readable
+from tdmpc2_sb3.kernels import AdamArrays, adam_step, usable_arrays
 
 
 class Adam(th.optim.Adam):
@@ -99,7 +99,7 @@ class Adam(th.optim.Adam):
         if not arrays:  # all are frozen
             return None
         if self._arrays is None or not self._arrays.are(arrays):
-            if not readable([each for of_one in arrays for each in of_one]):
+            if not usable_arrays([each for of_one in arrays for each in of_one]):
                 return None
             self._arrays = AdamArrays(arrays)
         return self._arrays, rates

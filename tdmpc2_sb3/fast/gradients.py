@@ -97,7 +97,7 @@ class _KernelRollout:
 
     def takes(self, latent: th.Tensor, actions: th.Tensor) -> bool:
         """Whether the kernels multiply matrices of these sizes here."""
-        return kernels.rolls_out(latent, actions, self._layers)
+        return kernels.usable_rollout(latent, actions, self._layers)
 
     def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -111,18 +111,18 @@ class _KernelRollout:
         self._rollout.forward(True, latents[1:])
         return latents, self._rollout.inputs
 
-    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
+    def backward(self, grad_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """Gives the parameters their gradients.
 
-        :param by_latents: gradients by z_0..z_T as far as they do not come from later latents,
+        :param grad_latents: gradients by z_0..z_T as far as they do not come from later latents,
             [1 + T, B, Z]; written to
         :return: by z_0 in full, [B, Z]; those of the parameters
         """
         rollout, self._rollout = self._rollout, None
         assert rollout is not None, "evaluate first"
-        rollout.backward(by_latents, self._room)
+        rollout.backward(grad_latents, self._room)
         written = assign(self._own)
-        return by_latents[0], [self._room.whole] if self._is_whole else written
+        return grad_latents[0], [self._room.whole] if self._is_whole else written
 
 
 class _TracedRollout:
@@ -145,13 +145,13 @@ class _TracedRollout:
     def _predict(self, start: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return self._dynamics.rollout(self._dynamics.initial_state(start), actions)
 
-    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
+    def backward(self, grad_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """See :meth:`_KernelRollout.backward`."""
-        written = self._traced.backward(by_latents[1:])
+        written = self._traced.backward(grad_latents[1:])
         start, self._start = self._start, None
         assert start is not None
         assert start.grad is not None
-        return by_latents[0] + start.grad, written
+        return grad_latents[0] + start.grad, written
 
 
 class _KernelEncoder:
@@ -173,12 +173,12 @@ class _KernelEncoder:
         latent = self._network.evaluate(first)[0]
         return latent, encoded.view(*following.shape[:-1], -1)
 
-    def backward(self, by_latent: th.Tensor) -> GradientArrays:
+    def backward(self, grad_latent: th.Tensor) -> GradientArrays:
         """Gives the parameters their gradients.
 
-        :param by_latent: by z_0, [B, Z]
+        :param grad_latent: by z_0, [B, Z]
         """
-        return self._network.backward(by_latent.unsqueeze(0))
+        return self._network.backward(grad_latent.unsqueeze(0))
 
 
 class StepGradients(NamedTuple):
@@ -218,8 +218,8 @@ class _ModelInputs(NamedTuple):
 class _ModelResults(NamedTuple):
     losses: th.Tensor  # of TERMS, [4]
     latents: th.Tensor  # z_0..z_T, [T + 1, B, Z]
-    by_first: th.Tensor  # gradients by z_0, [B, Z]
-    by_following: th.Tensor | None  # by the next observations' latents, if they have any
+    grad_first: th.Tensor  # gradients by z_0, [B, Z]
+    grad_following: th.Tensor | None  # by the next observations' latents, if they have any
     taken: StepGradients
 
 
@@ -311,9 +311,9 @@ class DirectGradients:
         )
         taken = result.taken
         if self._encoder is None:
-            arrays = self._first_encoder.backward(result.by_first)
-            if result.by_following is not None:  # one graph: adds to the gradients of the first
-                arrays = self._next_encoder.backward(result.by_following)
+            arrays = self._first_encoder.backward(result.grad_first)
+            if result.grad_following is not None:  # one graph: adds to the gradients of the first
+                arrays = self._next_encoder.backward(result.grad_following)
             taken = StepGradients.of([*taken.arrays, *arrays], result.losses)
         losses = result.losses.clone()
         terms = dict(zip(TERMS, losses, strict=True))
@@ -358,43 +358,45 @@ class DirectGradients:
         losses = latent.new_empty(len(TERMS))
         kernels.clear_(losses)
         consistency, reward, value, termination = losses
-        by_latents = th.empty_like(latents)  # z_0..z_T
-        kernels.clear_(by_latents[0])
-        by_states = by_latents[:-1].view(-1, latent.shape[-1])  # z_0..z_{T-1} [T B, Z]
+        grad_latents = th.empty_like(latents)  # z_0..z_T
+        kernels.clear_(grad_latents[0])
+        grad_states = grad_latents[:-1].view(-1, latent.shape[-1])  # z_0..z_{T-1} [T B, Z]
         kernels.squared_loss(
             predicted,
             next_latents,
             inputs.row_weights,
             config.consistency_coef,
             consistency,
-            by_latents[1:],
+            grad_latents[1:],
         )
 
         bins = inputs.bins
         logits = self._reward.evaluate(pairs)  # [1, T B, K]
-        by_logits = kernels.two_hot_loss(
+        grad_logits = kernels.two_hot_loss(
             logits, rewards, inputs.row_weights, bins, config.reward_coef, reward
         )
-        written = self._reward.backward(by_logits, by_states)
+        written = self._reward.backward(grad_logits, grad_states)
 
         logits = self._q.evaluate(pairs, inputs.q_dropout)  # [Q, T B, K]
-        by_logits = kernels.two_hot_loss(
+        grad_logits = kernels.two_hot_loss(
             logits, targets, inputs.head_weights, bins, config.value_coef, value
         )
-        written += self._q.backward(by_logits, by_states)
+        written += self._q.backward(grad_logits, grad_states)
 
-        by_next: th.Tensor | None = None
+        grad_next: th.Tensor | None = None
         if self._termination is not None:
-            by_next, of_termination = self._termination_loss(
-                self._termination, inputs, predicted, next_latents, termination, by_latents
+            grad_next, of_termination = self._termination_loss(
+                self._termination, inputs, predicted, next_latents, termination, grad_latents
             )
             written += of_termination
 
-        by_latent, of_dynamics = rollout.backward(by_latents)
+        grad_latent, of_dynamics = rollout.backward(grad_latents)
         written += of_dynamics
         if self._encoder is not None:
-            written += self._encoder.backward(by_latent)
-        return _ModelResults(losses, latents, by_latent, by_next, StepGradients.of(written, losses))
+            written += self._encoder.backward(grad_latent)
+        return _ModelResults(
+            losses, latents, grad_latent, grad_next, StepGradients.of(written, losses)
+        )
 
     def _bootstrap(self, latents: th.Tensor, noise: th.Tensor, inputs: _ModelInputs) -> th.Tensor:
         """The lesser of two target Q heads at the latents and actions of the policy prior.
@@ -427,7 +429,7 @@ class DirectGradients:
         predicted: th.Tensor,
         encoded: th.Tensor,
         loss: th.Tensor,
-        by_latents: th.Tensor,
+        grad_latents: th.Tensor,
     ) -> tuple[th.Tensor | None, GradientArrays]:
         """Cross-entropy of the termination head on z_1..z_T and, if it learns from those, on the
         encoded next observations.
@@ -437,26 +439,26 @@ class DirectGradients:
         :param predicted: z_1..z_T, [T, B, Z]
         :param encoded: the same shape
         :param loss: written to, []
-        :param by_latents: gradients by z_0..z_T, added to, [1 + T, B, Z]
+        :param grad_latents: gradients by z_0..z_T, added to, [1 + T, B, Z]
         :return: gradients by ``encoded`` if the head learns from it; those of the head
         """
         classified = [predicted, encoded] if self._classifies_encoded else [predicted]
-        rows, by_rows = predicted.new_empty(2, len(classified), *predicted.shape)
+        rows, grad_rows = predicted.new_empty(2, len(classified), *predicted.shape)
         for latents, row in zip(classified, rows, strict=True):
             kernels.copy_(latents, row)
-        kernels.clear_(by_rows)
-        kernels.copy_(by_latents[1:], by_rows[0])
-        flat, by_flat = (each.view(-1, predicted.shape[-1]) for each in (rows, by_rows))
-        by_logits = kernels.termination_loss(
+        kernels.clear_(grad_rows)
+        kernels.copy_(grad_latents[1:], grad_rows[0])
+        flat, grad_flat = (each.view(-1, predicted.shape[-1]) for each in (rows, grad_rows))
+        grad_logits = kernels.termination_loss(
             head.evaluate(flat),
             inputs.terminations,
             inputs.valid,
             self._config.termination_coef,
             loss,
         )
-        written = head.backward(by_logits, by_flat)
-        kernels.copy_(by_rows[0], by_latents[1:])
-        return by_rows[1] if self._classifies_encoded else None, written
+        written = head.backward(grad_logits, grad_flat)
+        kernels.copy_(grad_rows[0], grad_latents[1:])
+        return grad_rows[1] if self._classifies_encoded else None, written
 
     @th.no_grad()
     def policy_loss(
@@ -508,11 +510,11 @@ class DirectGradients:
             self._config.entropy_coef,
             latents.shape[1],
         )
-        by_logits = kernels.two_hot_inverse_backward(objective.by_values, logits, bins)
-        by_actions, _ = q_networks.backward(by_logits, slice(latents.shape[-1], None), False)
-        assert by_actions is not None
-        by_moments = draw.backward(by_actions, objective.by_entropy)
-        written = self._policy.backward(by_moments.unsqueeze(0))
+        grad_logits = kernels.two_hot_inverse_backward(objective.grad_values, logits, bins)
+        grad_actions, _ = q_networks.backward(grad_logits, slice(latents.shape[-1], None), False)
+        assert grad_actions is not None
+        grad_moments = draw.backward(grad_actions, objective.grad_entropy)
+        written = self._policy.backward(grad_moments.unsqueeze(0))
         return PolicyLosses(*objective[:4]), StepGradients.of(written, latents)
 
     def _row_weights(

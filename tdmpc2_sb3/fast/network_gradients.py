@@ -39,16 +39,16 @@ class DirectNetwork:
         self._evaluation = kernels.evaluation(x, self.layers, dropped, self._members)
         return self._evaluation.forward(keep=True)
 
-    def backward(self, grad: th.Tensor, by_latents: th.Tensor | None = None) -> GradientArrays:
+    def backward(self, grad: th.Tensor, grad_latents: th.Tensor | None = None) -> GradientArrays:
         """Gives the parameters their gradients.
 
         :param grad: by the outputs, contiguous, [Q, B, out]
-        :param by_latents: what the gradients by the latent part of x are added to, [B, Z]
+        :param grad_latents: what the gradients by the latent part of x are added to, [B, Z]
         """
         evaluation, self._evaluation = self._evaluation, None
         assert evaluation is not None, "evaluate first"
-        columns = None if by_latents is None else slice(0, by_latents.shape[-1])
-        _, gradients = evaluation.backward(grad, columns, True, self._room, by_latents)
+        columns = None if grad_latents is None else slice(0, grad_latents.shape[-1])
+        _, gradients = evaluation.backward(grad, columns, True, self._room, grad_latents)
         if gradients is not self._room.gradients:
             return assign(self._parameter_gradients(gradients))
         written = assign(self._own)
@@ -84,7 +84,7 @@ def parameter_gradients(layers: Sequence[Layer], gradients: Sequence[kernels.Gra
     """The parameters of all layers in turn, each with its gradient."""
     return [
         (parameter, gradient)
-        for parameter, gradient in kernels.by_parameter(layers, gradients)
+        for parameter, gradient in kernels.each_parameter(layers, gradients)
         if parameter is not None
     ]
 

@@ -15,7 +15,7 @@ from tdmpc2_sb3.fast.doorman import unknown_to_search
 from tdmpc2_sb3.fast.module_parts import Parts
 from tdmpc2_sb3.kernels.planning import SearchSettings
 from tdmpc2_sb3.model.encoders import Observation
-from tdmpc2_sb3.model.operations import weights_held
+from tdmpc2_sb3.model.operations import fixed_weights
 from tdmpc2_sb3.model.world_model import WorldModel
 from tdmpc2_sb3.planner import (
     PAPER,
@@ -47,11 +47,11 @@ def planning_networks(
     termination = None if head is None else head.as_kernel()
     networks = kernels.PlanningNetworks(dynamics, reward, policy, q, termination)
     networks = networks.from_simplices(simplices)
-    return networks if kernels.plans(networks) else None
+    return networks if kernels.usable_plan(networks) else None
 
 
 @th.no_grad()
-@weights_held()
+@fixed_weights()
 def plan(
     model: WorldModel,
     latent: th.Tensor,

@@ -75,48 +75,49 @@ class _Layer:
     def mixed(self, stream: th.Tensor, hidden: th.Tensor) -> th.Tensor:
         return kernels.add(stream, self._mix.evaluate(hidden)[0])
 
-    def backward(self, by_stream: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
+    def backward(self, grad_stream: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """Gives the parameters their gradients.
 
-        :param by_stream: by this layer's stream, contiguous, [T B, D]; afterwards by that of the
+        :param grad_stream: by this layer's stream, contiguous, [T B, D]; afterwards by that of the
             layer below
         :return: by x_0, [B, 2P]; those of the parameters
         """
         layer, modes = self._layer, self._modes
         rows, width = self._read.shape
-        by_hidden = kernels.zeros(by_stream, rows, width)
-        written = self._mix.backward(by_stream.unsqueeze(0), by_hidden)
-        by_read = kernels.gelu_sum_backward(by_hidden, self._read, self._direct)
-        by_states = kernels.zeros(by_stream, rows, 2 * modes)
-        written += self._readout.backward(by_read.unsqueeze(0), by_states)
-        by_scan = kernels.selective_scan_backward(
-            by_states.view_as(self._states), self._scanned, self._states
+        grad_hidden = kernels.zeros(grad_stream, rows, width)
+        written = self._mix.backward(grad_stream.unsqueeze(0), grad_hidden)
+        grad_read = kernels.gelu_sum_backward(grad_hidden, self._read, self._direct)
+        grad_states = kernels.zeros(grad_stream, rows, 2 * modes)
+        written += self._readout.backward(grad_read.unsqueeze(0), grad_states)
+        grad_scan = kernels.selective_scan_backward(
+            grad_states.view_as(self._states), self._scanned, self._states
         )
-        by_chosen = kernels.zeros(by_stream, rows, layer.rank)
-        by_selection = by_scan.selection.view(1, -1, modes)
-        written += self._select.backward(by_selection, by_chosen)
-        by_products = kernels.join([by_scan.drive.view_as(by_states), by_read, by_chosen])
-        by_normed = kernels.zeros(by_stream, *by_stream.shape)
-        written += self._products.backward(by_products.unsqueeze(0), by_normed)
+        grad_chosen = kernels.zeros(grad_stream, rows, layer.rank)
+        grad_selection = grad_scan.selection.view(1, -1, modes)
+        written += self._select.backward(grad_selection, grad_chosen)
+        grad_products = kernels.join([grad_scan.drive.view_as(grad_states), grad_read, grad_chosen])
+        grad_normed = kernels.zeros(grad_stream, *grad_stream.shape)
+        written += self._products.backward(grad_products.unsqueeze(0), grad_normed)
 
-        by_norm = by_stream.new_empty(3, by_stream.shape[-1])  # gain, shift and a bias in front
+        # Gain, shift and a bias in front.
+        grad_affine = grad_stream.new_empty(3, grad_stream.shape[-1])
         gain, shift = layer.norm.weight, layer.norm.bias
-        by_input = kernels.norm_backward(
-            by_normed,
-            self._stream.view_as(by_normed),
+        grad_input = kernels.norm_backward(
+            grad_normed,
+            self._stream.view_as(grad_normed),
             None,
             gain,
             shift,
             self._statistics,
-            by_norm,
+            grad_affine,
             self._norm,
         )
-        kernels.add(by_stream, by_input, by_stream)
-        by_alpha, by_omega, by_beta = by_scan.parameters
-        by_nu = kernels.exponential(layer.nu, by_alpha)  # alpha is e^nu and a constant
-        slow = [(layer.nu, by_nu), (layer.omega, by_omega), (layer.beta, by_beta)]
-        written += assign([*slow, (gain, by_norm[0]), (shift, by_norm[1])])
-        return by_scan.start, written
+        kernels.add(grad_stream, grad_input, grad_stream)
+        grad_alpha, grad_omega, grad_beta = grad_scan.parameters
+        grad_nu = kernels.exponential(layer.nu, grad_alpha)  # alpha is e^nu and a constant
+        slow = [(layer.nu, grad_nu), (layer.omega, grad_omega), (layer.beta, grad_beta)]
+        written += assign([*slow, (gain, grad_affine[0]), (shift, grad_affine[1])])
+        return grad_scan.start, written
 
 
 def with_inputs(
@@ -181,27 +182,27 @@ class StateSpaceRollout:
         predicted = self._out.evaluate(stream.view(-1, stream.shape[-1]))
         return with_inputs(latent, predicted.view(*actions.shape[:-1], -1), actions)
 
-    def backward(self, by_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
+    def backward(self, grad_latents: th.Tensor) -> tuple[th.Tensor, GradientArrays]:
         """Gives the parameters their gradients.
 
-        :param by_latents: gradients by z_0..z_T as far as they do not come from later latents,
+        :param grad_latents: gradients by z_0..z_T as far as they do not come from later latents,
             [1 + T, B, Z]; written to
         :return: by z_0 in full, [B, Z]; those of the parameters
         """
-        num_steps, num_rows = len(by_latents) - 1, by_latents.shape[1]
-        by_stream = kernels.zeros(by_latents, num_steps * num_rows, self._sizes.width)
-        written = self._out.backward(by_latents[1:].view(1, len(by_stream), -1), by_stream)
-        by_starts: list[th.Tensor] = []
+        num_steps, num_rows = len(grad_latents) - 1, grad_latents.shape[1]
+        grad_stream = kernels.zeros(grad_latents, num_steps * num_rows, self._sizes.width)
+        written = self._out.backward(grad_latents[1:].view(1, len(grad_stream), -1), grad_stream)
+        grad_starts: list[th.Tensor] = []
         for layer in reversed(self._layers):
-            by_start, of_layer = layer.backward(by_stream)
-            by_starts.insert(0, by_start)
+            grad_start, of_layer = layer.backward(grad_stream)
+            grad_starts.insert(0, grad_start)
             written += of_layer
-        written += self._action.backward(by_stream.unsqueeze(0))
-        by_context = kernels.zeros(by_latents, 1, num_rows, self._sizes.width)
-        for by_step in by_stream.view(num_steps, 1, num_rows, -1):
-            kernels.add(by_context, by_step, by_context)
-        by_features = kernels.zeros(by_latents, num_rows, self._sizes.conditioning)
-        written += self._context.backward(by_context, by_features)
-        written += self._starts.backward(kernels.join(by_starts).unsqueeze(0), by_features)
-        written += self._features.backward(by_features.unsqueeze(0), by_latents[0])
-        return by_latents[0], written
+        written += self._action.backward(grad_stream.unsqueeze(0))
+        grad_context = kernels.zeros(grad_latents, 1, num_rows, self._sizes.width)
+        for grad_step in grad_stream.view(num_steps, 1, num_rows, -1):
+            kernels.add(grad_context, grad_step, grad_context)
+        grad_features = kernels.zeros(grad_latents, num_rows, self._sizes.conditioning)
+        written += self._context.backward(grad_context, grad_features)
+        written += self._starts.backward(kernels.join(grad_starts).unsqueeze(0), grad_features)
+        written += self._features.backward(grad_features.unsqueeze(0), grad_latents[0])
+        return grad_latents[0], written

@@ -23,7 +23,7 @@ from tdmpc2_sb3.fast.plans import DirectPlanning, plan
 from tdmpc2_sb3.fast.torch_compile import Compiled
 from tdmpc2_sb3.losses import LossConfig
 from tdmpc2_sb3.model.encoders import Observation
-from tdmpc2_sb3.model.operations import weights_held
+from tdmpc2_sb3.model.operations import fixed_weights
 from tdmpc2_sb3.planner import Plan, PlannerConfig, PlanNoise, shift_plan
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Ways:
     # -- plans -----------------------------------------------------------------------------------
 
     @th.no_grad()
-    @weights_held()  # from the encoder on: a latent is then the same alone and among others
+    @fixed_weights()  # from the encoder on: a latent is then the same alone and among others
     def plan(
         self,
         observation: Observation,

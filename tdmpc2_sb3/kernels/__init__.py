@@ -11,8 +11,8 @@ Callers ask :func:`usable` and keep a plain torch path, which a compiler, other 
 precision take too.
 """
 
-from tdmpc2_sb3.kernels.arguments import Dropped, KeptLayers, Layer, held_layers, on_simplices
-from tdmpc2_sb3.kernels.arrays import AdamArrays, adam_step, lerp_, readable, total_norm
+from tdmpc2_sb3.kernels.arguments import Dropped, KeptLayers, Layer, layers_made_once, on_simplices
+from tdmpc2_sb3.kernels.arrays import AdamArrays, adam_step, lerp_, total_norm, usable_arrays
 from tdmpc2_sb3.kernels.capture import Captured
 from tdmpc2_sb3.kernels.conditions import usable
 from tdmpc2_sb3.kernels.elementwise import add, clear_, copy_, exponential, join, least, zeros
@@ -30,7 +30,7 @@ from tdmpc2_sb3.kernels.networks import (
     Evaluation,
     GradientRoom,
     Gradients,
-    by_parameter,
+    each_parameter,
     evaluation,
     networks,
 )
@@ -43,13 +43,13 @@ from tdmpc2_sb3.kernels.planning import (
     StateSpaceLayer,
     choose_action,
     count_simplices,
-    plans,
     predicted_simplices,
     search,
+    usable_plan,
 )
 from tdmpc2_sb3.kernels.policy import PolicyDraw, policy_objective
-from tdmpc2_sb3.kernels.products import goes_by_torch, weights_held
-from tdmpc2_sb3.kernels.rollouts import Rollout, rollout, rolls_out
+from tdmpc2_sb3.kernels.products import fixed_weights, goes_by_torch
+from tdmpc2_sb3.kernels.rollouts import Rollout, rollout, usable_rollout
 from tdmpc2_sb3.kernels.state_space import (
     Scan,
     gelu_sum,
@@ -80,20 +80,21 @@ __all__ = [
     "StateSpaceLayer",
     "adam_step",
     "add",
-    "by_parameter",
     "choose_action",
     "clear_",
     "copy_",
     "count_simplices",
+    "each_parameter",
     "evaluation",
     "exponential",
+    "fixed_weights",
     "gelu_sum",
     "gelu_sum_backward",
     "goes_by_torch",
-    "held_layers",
     "join",
     "lambda_returns",
     "layer_norm",
+    "layers_made_once",
     "least",
     "lerp_",
     "library",
@@ -101,12 +102,9 @@ __all__ = [
     "norm_backward",
     "norm_forward",
     "on_simplices",
-    "plans",
     "policy_objective",
     "predicted_simplices",
-    "readable",
     "rollout",
-    "rolls_out",
     "search",
     "selective_scan",
     "selective_scan_backward",
@@ -118,7 +116,9 @@ __all__ = [
     "two_hot_inverse_backward",
     "two_hot_loss",
     "usable",
-    "weights_held",
+    "usable_arrays",
+    "usable_plan",
+    "usable_rollout",
     "with_calls",
     "zeros",
 ]

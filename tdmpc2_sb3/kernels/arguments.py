@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tdmpc2_sb3.kernels.interface import SIMPLEX, LayerArgument, Structure
 from tdmpc2_sb3.kernels.library import call, check_array
 from tdmpc2_sb3.kernels.norms import Activation, Norm
-from tdmpc2_sb3.kernels.products import made_once, multiplies, panels, period
+from tdmpc2_sb3.kernels.products import made_once, panels, period, usable_product
 
 _VECTORS = ("bias", "gain", "shift")
 LAY_OUT_PARALLEL_FROM = 2**15  # numbers; waking a second thread costs more than fewer would save
@@ -89,7 +89,7 @@ class Dropped(NamedTuple):
 class KeptLayers(list[Layer]):
     """Layers of parameters that stay the same objects, with what is asked of them more than once.
 
-    Whether their numbers stand where they stood is asked once while weights are held.
+    Whether their numbers stand where they stood is asked once while weights are fixed.
     """
 
     def __init__(self, layers: Sequence[Layer]):
@@ -128,8 +128,8 @@ def on_simplices(layers: Sequence[Layer], simplices: int) -> KeptLayers:
     return KeptLayers([layers[0]._replace(simplices=simplices), *layers[1:]])
 
 
-def held_layers(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]:
-    """The layers of a network, made once while weights are held.
+def layers_made_once(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]:
+    """The layers of a network, made once while weights are fixed.
 
     :param key: that tells the network from all others
     :param make: makes them
@@ -139,7 +139,7 @@ def held_layers(key: object, make: Callable[[], list[Layer]]) -> Sequence[Layer]
 
 def usable_layers(rows: int, layers: Sequence[Layer]) -> bool:
     """Whether ``kernels.c`` is to take that many rows through the layers, rather than torch."""
-    if not multiplies(rows, widest(layers)):
+    if not usable_product(rows, widest(layers)):
         return False
     if isinstance(layers, KeptLayers):
         return layers.look_up().usable

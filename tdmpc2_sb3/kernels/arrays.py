@@ -19,7 +19,7 @@ from tdmpc2_sb3.kernels.library import addresses, call, check_array
 PARALLEL_FROM = 2**17  # numbers, of which a thread takes some tens of microseconds
 
 
-def readable(arrays: Sequence[th.Tensor]) -> bool:
+def usable_arrays(arrays: Sequence[th.Tensor]) -> bool:
     """Whether the functions here take them: float32 on a CPU, and contiguous."""
     if not arrays or not usable(arrays[0]):
         return False
@@ -39,7 +39,7 @@ def _threads(numbers: int) -> int:
 def total_norm(arrays: Sequence[th.Tensor]) -> th.Tensor:
     """Root of the sum of all squares, [].
 
-    :param arrays: that are :func:`readable`
+    :param arrays: that are :func:`usable_arrays`
     """
     sizes, numbers = _sizes(arrays)
     norm = arrays[0].new_empty(())
@@ -50,8 +50,8 @@ def total_norm(arrays: Sequence[th.Tensor]) -> th.Tensor:
 def lerp_(arrays: Sequence[th.Tensor], targets: Sequence[th.Tensor], weight: float) -> None:
     """Moves the arrays towards the targets, ``x += weight * (target - x)``.
 
-    :param arrays: that are :func:`readable`
-    :param targets: of the same shapes, readable too
+    :param arrays: that are :func:`usable_arrays`
+    :param targets: of the same shapes, as usable
     :param weight: in [0, 1]
     """
     sizes, numbers = _sizes(arrays)
@@ -65,7 +65,7 @@ class AdamArrays:
     """What steps of Adam read and write, looked up once and not with every step.
 
     :param arrays: of each parameter: itself, its gradient, the running means of the gradient and
-        of its square, and the steps made so far, []; all :func:`readable`
+        of its square, and the steps made so far, []; all :func:`usable_arrays`
     :raises RuntimeError: if their shapes differ
     """
 

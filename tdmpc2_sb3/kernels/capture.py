@@ -18,7 +18,7 @@ import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdmpc2_sb3.kernels.library import calls_written_down
-from tdmpc2_sb3.kernels.products import goes_by_torch, weights_held, weights_held_anew
+from tdmpc2_sb3.kernels.products import fixed_weights, fixed_weights_anew, goes_by_torch
 from tdmpc2_sb3.kernels.recordings import Recording, Recordings, own_inputs
 from tdmpc2_sb3.kernels.tensor_trees import without_tensors
 
@@ -139,7 +139,7 @@ class Captured(Generic[Result]):
     It may make arrays and views, call ``kernels.c``, and act by :func:`with_calls`. If torch
     computes anything in it, it is called as it is; what it reads by ``tolist`` or ``numpy`` stays
     as it was, unseen. Arguments are tensors, which are read only, other hashable values, and tuples
-    of them; the values are part of what the capture is for, and so is the thread. Weights are held
+    of them; the values are part of what the capture is for, and so is the thread. Weights are fixed
     within. What a result's tensors hold is good until the thread calls a captured function again.
 
     :param function: to be called without recording gradients
@@ -171,7 +171,7 @@ class Captured(Generic[Result]):
         own = self._captures
         own.follow(self._parameters)
         if goes_by_torch() or own.failures[key] == ATTEMPTS:
-            with weights_held():
+            with fixed_weights():
                 return self._function(*arguments)
         captured = own.by_key.get(key)
         if captured is None:
@@ -185,7 +185,7 @@ class Captured(Generic[Result]):
         own, memory = self._captures, _thread.memory
         inputs, rebuilt = own_inputs(arguments, tensors)
         watch = _Watch(memory)
-        with weights_held_anew() as made, calls_written_down() as calls, watch:
+        with fixed_weights_anew() as made, calls_written_down() as calls, watch:
             result = self._function(*rebuilt)
             kept = list(made.values()), memory  # that the calls point to and write to
 

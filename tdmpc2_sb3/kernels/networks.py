@@ -67,7 +67,7 @@ class GradientRoom:
         return addresses(self._arrays)
 
 
-def by_parameter(
+def each_parameter(
     layers: Sequence[Layer], gradients: Sequence[Gradients]
 ) -> Iterator[tuple[th.Tensor | None, th.Tensor]]:
     """The parameters of all layers in turn, each with its gradient; None where there is none."""
@@ -392,7 +392,7 @@ class _Networks(th.autograd.Function):
         if needs_parameters:
             grad_parameters = [
                 None if parameter is None else _of_all_networks(part, parameter, members)
-                for parameter, part in by_parameter(layers, gradients)
+                for parameter, part in each_parameter(layers, gradients)
             ]
         return grad_z, grad_a, None, None, None, *grad_parameters
 

@@ -138,7 +138,7 @@ def count_simplices(latent: th.Tensor) -> int:
     return latent.shape[-1] // SIMPLEX if distances.max().item() < SIMPLEX_TOLERANCE else 0
 
 
-def plans(networks: PlanningNetworks) -> bool:
+def usable_plan(networks: PlanningNetworks) -> bool:
     """Whether ``kernels.c`` multiplies networks of these sizes."""
     return all(usable_layers(MIN_ROWS, each) for each in networks.parts())
 
@@ -303,9 +303,9 @@ def search(
     draws: Draws,
     settings: SearchSettings,
 ) -> Elites:
-    """The last iteration's elites; weights must be held (``weights_held``).
+    """The last iteration's elites; weights must be fixed (``fixed_weights``).
 
-    :param networks: that :func:`plans` agrees to
+    :param networks: that :func:`usable_plan` agrees to
     :param bins: values of the bins of reward and Q
     :param start: z_0, [E, Z]
     :param initial_mean: of the first Gaussian, [H, E, A]

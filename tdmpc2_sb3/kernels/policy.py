@@ -85,8 +85,8 @@ class PolicyObjective(NamedTuple):
     entropy: th.Tensor  # mean of -log pi, []
     scaled_entropy: th.Tensor  # mean, []
     scale: th.Tensor  # S after its update, []
-    by_values: th.Tensor  # [Q', B]
-    by_entropy: th.Tensor  # by the scaled entropies, [B]
+    grad_values: th.Tensor  # [Q', B]
+    grad_entropy: th.Tensor  # by the scaled entropies, [B]
 
 
 def policy_objective(

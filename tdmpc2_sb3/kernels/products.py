@@ -2,7 +2,7 @@
 
 torch's products come from MKL or oneDNN, which lay the right matrix out anew in every call and
 wake their threads for the product alone. ``kernels.c`` reads a weight that is laid out once for as
-long as it stays the same (:func:`weights_held`).
+long as it stays the same (:func:`fixed_weights`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class _Period:
-    """What is made once while weights are held."""
+    """What is made once while weights are fixed."""
 
     def __init__(self) -> None:
         self.made: dict[object, Any] = {}
@@ -46,17 +46,17 @@ _thread = _Thread()
 
 
 @contextlib.contextmanager
-def weights_held() -> Iterator[None]:
+def fixed_weights() -> Iterator[None]:
     """No weight changes within, so that each is laid out for products once (in this thread)."""
     if _thread.period is not None:
         yield
         return
-    with weights_held_anew():
+    with fixed_weights_anew():
         yield
 
 
 @contextlib.contextmanager
-def weights_held_anew() -> Iterator[dict[object, Any]]:
+def fixed_weights_anew() -> Iterator[dict[object, Any]]:
     """The same, but nothing counts as laid out that was so outside; yields what is made within."""
     before = _thread.period
     holding = _thread.period = _Period()
@@ -68,12 +68,12 @@ def weights_held_anew() -> Iterator[dict[object, Any]]:
 
 
 def period() -> object | None:
-    """Stands for the time for which weights are held in this thread; None while none are."""
+    """Stands for the time for which weights are fixed in this thread; None while none are."""
     return _thread.period
 
 
 def made_once(key: object, make: Callable[[], T]) -> T:
-    """What ``make`` returns, made once while weights are held; anew where none are."""
+    """What ``make`` returns, made once while weights are fixed; anew where none are."""
     if _thread.period is None:
         return make()
     made = _thread.period.made
@@ -114,7 +114,7 @@ def product_threads(multiply_adds: int) -> int:
     return th.get_num_threads() if multiply_adds >= PARALLEL_FROM else 1
 
 
-def multiplies(rows: int, depth: int) -> bool:
+def usable_product(rows: int, depth: int) -> bool:
     """Whether ``kernels.c`` is to multiply a matrix of that size from the left, rather than torch.
 
     :param rows: of the left matrix

@@ -21,11 +21,11 @@ from tdmpc2_sb3.kernels.arguments import (
 )
 from tdmpc2_sb3.kernels.conditions import records_gradients
 from tdmpc2_sb3.kernels.library import call, check_array
-from tdmpc2_sb3.kernels.networks import GradientRoom, by_parameter
+from tdmpc2_sb3.kernels.networks import GradientRoom, each_parameter
 from tdmpc2_sb3.kernels.products import product_threads
 
 
-def rolls_out(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> bool:
+def usable_rollout(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> bool:
     """Whether :func:`rollout` takes them."""
     return (
         z.shape[:-1] == actions.shape[1:-1]
@@ -37,7 +37,7 @@ def rolls_out(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> bool
 class Rollout:
     """z_{h+1} = network(concat(z_h, a_h)), and what the gradients need.
 
-    For inputs that :func:`rolls_out` agrees to, see :func:`rollout`.
+    For inputs that :func:`usable_rollout` agrees to, see :func:`rollout`.
     """
 
     def __init__(self, z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]):
@@ -131,13 +131,13 @@ class _Rollout(th.autograd.Function):
         steps.backward(grad_latents, room)
         grad_parameters = [
             None if parameter is None else part
-            for parameter, part in by_parameter(steps.layers, room.gradients)
+            for parameter, part in each_parameter(steps.layers, room.gradients)
         ]
         return grad_latents[0], None, None, *grad_parameters
 
 
 def rollout(z: th.Tensor, actions: th.Tensor, layers: Sequence[Layer]) -> th.Tensor:
-    """z_{h+1} = network(concat(z_h, a_h)) for inputs that :func:`rolls_out` agrees to.
+    """z_{h+1} = network(concat(z_h, a_h)) for inputs that :func:`usable_rollout` agrees to.
 
     :param z: z_0, [..., Z]
     :param actions: a_0..a_{H-1}, [H, ..., A]

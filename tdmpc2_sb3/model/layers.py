@@ -19,7 +19,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from tdmpc2_sb3.kernels import Activation, Dropped, Layer, Norm, held_layers
+from tdmpc2_sb3.kernels import Activation, Dropped, Layer, Norm, layers_made_once
 from tdmpc2_sb3.model import operations
 from tdmpc2_sb3.model.operations import linear
 
@@ -323,7 +323,7 @@ class MLP(nn.Sequential):
             found = (each.as_kernel() for each in itertools.islice(self, start, None))  # type: ignore[operator]
             return [layer for (layer,) in found]
 
-        return held_layers((self, start), make)
+        return layers_made_once((self, start), make)
 
     def _layers_after_first(self) -> Sequence[Layer] | None:
         return self._layers(1)
@@ -456,7 +456,7 @@ class QEnsemble(nn.Module):
         def make() -> list[Layer]:
             return [layer.as_kernel() for layer in self.layers]  # type: ignore[operator]
 
-        return held_layers(self, make)
+        return layers_made_once(self, make)
 
     def sample_dropout(
         self, num_members: int, num_rows: int, generator: th.Generator

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.kernels import Dropped, Layer, Norm, weights_held
+from tdmpc2_sb3.kernels import Dropped, Layer, Norm, fixed_weights
 from tdmpc2_sb3.kernels.interface import (  # one place has the numbers for Python and C
     DT_MAX,
     DT_MIN,
@@ -44,7 +44,7 @@ __all__ = [
     "SQUASH_EPSILON",
     "TERMINATION_LOGIT",
     "Dropped",
-    "weights_held",
+    "fixed_weights",
 ]
 
 Arguments = ParamSpec("Arguments")
@@ -144,7 +144,7 @@ def rollout(
     :param actions: a_0..a_{H-1}, [H, ..., A]
     """
     known = layers() if kernels.usable(z) else None
-    if known is None or not kernels.rolls_out(z, actions, known):
+    if known is None or not kernels.usable_rollout(z, actions, known):
         return plain()
     return kernels.rollout(z, actions, known)
 
@@ -158,7 +158,7 @@ def exponential(x: th.Tensor, added: float) -> th.Tensor:
 
 def move_towards_(arrays: list[th.Tensor], others: list[th.Tensor], rate: float) -> None:
     """Moves each array by that share of the way to the other one, in place."""
-    if kernels.readable(arrays) and kernels.readable(others):
+    if kernels.usable_arrays(arrays) and kernels.usable_arrays(others):
         kernels.lerp_(arrays, others, rate)
     else:
         th._foreach_lerp_(arrays, others, rate)
@@ -166,7 +166,7 @@ def move_towards_(arrays: list[th.Tensor], others: list[th.Tensor], rate: float)
 
 def total_norm(arrays: Sequence[th.Tensor]) -> th.Tensor:
     """Euclidean norm of all numbers of the arrays, of which there is at least one, []."""
-    if kernels.readable(arrays):
+    if kernels.usable_arrays(arrays):
         return kernels.total_norm(arrays)
     return get_total_norm(arrays)
 
@@ -178,6 +178,7 @@ __all__ = [
     "Norm",
     "ensemble",
     "exponential",
+    "fixed_weights",
     "has_kernel",
     "linear",
     "move_towards_",
@@ -185,5 +186,4 @@ __all__ = [
     "normed",
     "rollout",
     "total_norm",
-    "weights_held",
 ]

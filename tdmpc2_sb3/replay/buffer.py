@@ -20,8 +20,8 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from tdmpc2_sb3.replay import replay_file
+from tdmpc2_sb3.replay.entry_storage import EntryStorage
 from tdmpc2_sb3.replay.normalization import NormalizationBelow
-from tdmpc2_sb3.replay.observation_storage import ObservationStorage
 from tdmpc2_sb3.replay.rings import EpisodeRings
 from tdmpc2_sb3.replay.stored_observations import ArrayOrDict, Arrays, StoredObservations
 from tdmpc2_sb3.saving.files import PathOrFile
@@ -136,12 +136,12 @@ class SequenceReplayBuffer(ReplayBuffer):
             raise error(self._too_large(storages)) from refused
         self._warn_of_size(storages)
 
-    def _sizes(self, storages: dict[str, ObservationStorage]) -> list[int]:
+    def _sizes(self, storages: dict[str, EntryStorage]) -> list[int]:
         """Bytes of the arrays of all rows."""
         of_row = 4 * self.action_dim + _BYTES_PER_REWARD_AND_FLAGS
         return [self.rings.num_rows * of_row, *(each.nbytes for each in storages.values())]
 
-    def _too_large(self, storages: dict[str, ObservationStorage]) -> str:
+    def _too_large(self, storages: dict[str, EntryStorage]) -> str:
         available = _available_memory()
         free = "" if available is None else f" and {available / 1e9:.2f} GB are free"
         return (
@@ -149,7 +149,7 @@ class SequenceReplayBuffer(ReplayBuffer):
             f"{sum(self._sizes(storages)) / 1e9:.2f} GB{free}: lower buffer_size."
         )
 
-    def _warn_of_size(self, storages: dict[str, ObservationStorage]) -> None:
+    def _warn_of_size(self, storages: dict[str, EntryStorage]) -> None:
         needed, available = sum(self._sizes(storages)), _available_memory()
         if available is None or needed <= max(available, self._warned_of):
             return
@@ -319,7 +319,7 @@ class SequenceReplayBuffer(ReplayBuffer):
             )
         self.allocate(storages)
 
-    def allocate(self, storages: dict[str, ObservationStorage]) -> None:
+    def allocate(self, storages: dict[str, EntryStorage]) -> None:
         """Take the memory for all rows.
 
         :param storages: where the observations go, by entry

@@ -12,9 +12,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from tdmpc2_sb3.replay import rings as episode_rings
-from tdmpc2_sb3.replay.observation_storage import (
+from tdmpc2_sb3.replay.entry_storage import (
+    EntryStorage,
     FrameStorage,
-    ObservationStorage,
     frame_storages,
     storage_dtype,
 )
@@ -160,12 +160,10 @@ def _restore(buffer: SequenceReplayBuffer, header: dict[str, Any], arrays: Array
 
 def _storages(
     buffer: SequenceReplayBuffer, frame_channels: dict[str, int]
-) -> dict[str, ObservationStorage]:
+) -> dict[str, EntryStorage]:
     """Where the observations go, for the entries whose stacks are kept as frames and the others."""
     num_rows = buffer.rings.num_rows
-    storages = {
-        key: ObservationStorage(space, num_rows) for key, space in buffer.stored.entries.items()
-    }
+    storages = {key: EntryStorage(space, num_rows) for key, space in buffer.stored.entries.items()}
     for key, channels in frame_channels.items():
         frames = frame_storages(buffer.stored.entries[key], num_rows)
         storages[key] = {each.frame_channels: each for each in frames}[channels]

@@ -10,15 +10,15 @@ import warnings
 import numpy as np
 from gymnasium import spaces
 
-from tdmpc2_sb3.replay.observation_entries import SINGLE, check_choices, entry_shape
-from tdmpc2_sb3.replay.observation_storage import (
+from tdmpc2_sb3.replay.entry_storage import (
+    EntryStorage,
     FrameStorage,
-    ObservationStorage,
     choose_storage,
     likely_storage,
     looks_stacked,
     storage_dtype,
 )
+from tdmpc2_sb3.replay.observation_entries import SINGLE, check_choices, entry_shape
 from tdmpc2_sb3.replay.rings import EpisodeRings
 
 ArrayOrDict = np.ndarray | dict[str, np.ndarray]
@@ -41,7 +41,7 @@ class StoredObservations:
         if isinstance(space, spaces.Dict):
             self.entries = dict(space.spaces)
         self.rings = rings
-        self.storages: dict[str, ObservationStorage] = {}  # empty: nothing is allocated
+        self.storages: dict[str, EntryStorage] = {}  # empty: nothing is allocated
         self.newest: Arrays = {}  # each environment's last observation [E, ...]
         self._shapes = {key: entry_shape(space) for key, space in self.entries.items()}
         self._said_unstacked = False
@@ -57,7 +57,7 @@ class StoredObservations:
                 for key, space in self.entries.items()
             }
 
-    def likely_storages(self) -> dict[str, ObservationStorage]:
+    def likely_storages(self) -> dict[str, EntryStorage]:
         """Return storages that may turn out to suit, before anything was observed."""
         return {
             key: likely_storage(space, self.rings.num_rows) for key, space in self.entries.items()
@@ -72,7 +72,7 @@ class StoredObservations:
             if wrong is not None:
                 raise RuntimeError(wrong)
 
-    def choose(self, obs: Arrays, next_obs: Arrays) -> dict[str, ObservationStorage]:
+    def choose(self, obs: Arrays, next_obs: Arrays) -> dict[str, EntryStorage]:
         """Return storages that suit the first observations and the ones that followed."""
         storages = {
             key: choose_storage(space, self.rings.num_rows, obs[key], next_obs[key])
@@ -83,7 +83,7 @@ class StoredObservations:
                 self._say_unstacked(key)
         return storages
 
-    def allocate(self, storages: dict[str, ObservationStorage]) -> None:
+    def allocate(self, storages: dict[str, EntryStorage]) -> None:
         """Take the memory of ``storages`` and use them from now on."""
         for storage in storages.values():
             storage.allocate()
@@ -137,7 +137,7 @@ class StoredObservations:
             for key, storage in self.storages.items()
         }
 
-    def _gather(self, storage: ObservationStorage, rows: np.ndarray) -> np.ndarray:
+    def _gather(self, storage: EntryStorage, rows: np.ndarray) -> np.ndarray:
         if not isinstance(storage, FrameStorage):
             return storage.gather(rows)
         rings = self.rings
@@ -148,7 +148,7 @@ class StoredObservations:
     def _store_whole_stacks(self, key: str, storage: FrameStorage) -> None:
         """Replace single frames by whole stacks. The rings' margin stays: it covers lost frames."""
         self._say_unstacked(key)
-        whole = ObservationStorage(self.entries[key], storage.num_rows)
+        whole = EntryStorage(self.entries[key], storage.num_rows)
         whole.allocate()
         for column, used in zip(self.rings.columns, self.rings.used.tolist(), strict=True):
             for begin in range(0, used, _ROWS_AT_ONCE):

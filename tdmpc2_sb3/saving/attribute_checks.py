@@ -1,7 +1,7 @@
 """Whether the saved attributes of an agent are of the kind and size that an agent can have.
 
-Everything an agent allocates or counts by is in the tables below; a file that asks for more is
-refused before memory is taken.
+Arguments have their ranges in :data:`tdmpc2_sb3.settings.SETTINGS`, whatever else an agent counts
+by in the tables below; a file that asks for more is refused before memory is taken.
 """
 
 from __future__ import annotations
@@ -16,70 +16,31 @@ from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
-_STEPS = 2**53  # of whatever is counted
-_NUMBER = (0, 10**9)
+from tdmpc2_sb3.settings import MOST_STEPS, SETTINGS
 
-#: Whole numbers and the range of each.
+_UPDATES = 10**9  # that one burst or one run makes due
+
+#: Whole numbers that are no arguments, and the range of each.
 WHOLE = {
-    "num_timesteps": (0, _STEPS),
-    "_total_timesteps": (0, _STEPS),
-    "_num_timesteps_at_start": (0, _STEPS),
-    "_lifetime_steps": (0, _STEPS),
-    "_episode_num": (0, _STEPS),
-    "_n_updates": (0, _STEPS),
-    "_rollout_steps": (0, _STEPS),
-    "_rollout_episodes": (0, _STEPS),
+    "num_timesteps": (0, MOST_STEPS),
+    "_total_timesteps": (0, MOST_STEPS),
+    "_num_timesteps_at_start": (0, MOST_STEPS),
+    "_lifetime_steps": (0, MOST_STEPS),
+    "_episode_num": (0, MOST_STEPS),
+    "_n_updates": (0, MOST_STEPS),
+    "_rollout_steps": (0, MOST_STEPS),
+    "_rollout_episodes": (0, MOST_STEPS),
     "start_time": (0, 2**63 - 1),
-    "verbose": (-10, 10),
     "n_envs": (1, 2**16),
-    "buffer_size": (1, 2**31),
-    "batch_size": (1, 2**20),
-    "gradient_steps": (-1, 10**6),
-    "policy_delay": (1, 10**9),
-    "horizon": (1, 1000),
-    "num_samples": (1, 2**20),
-    "num_elites": (1, 2**20),
-    "num_pi_trajs": (0, 2**20),
-    "sde_sample_freq": (-1, _STEPS),
+    "sde_sample_freq": (-1, MOST_STEPS),
     "n_steps": (1, 1000),
     "_stats_window_size": (1, 10**9),
-    "model_size": _NUMBER,
 }
-#: Those that may be None, or a word.
-OPTIONAL = {
-    "seed": (0, 2**32 - 1),
-    "train_horizon": (1, 1000),
-    "_pending_initial_updates": (0, _STEPS),
-    "latent_dim": (1, 10**5),
-    "enc_dim": (1, 10**5),
-    "mlp_dim": (1, 10**5),
-    "num_enc_layers": (1, 100),
-    "num_q": (1, 1000),
-    "simnorm_dim": (1, 10**5),
-    "num_bins": (0, 10**5),
-    "num_iterations": (1, 10**4),
-    "learning_starts": (0, _STEPS),
-    "initial_gradient_steps": (0, 10**9),
-}
-#: Numbers, none of them infinite but the norm that gradients are clipped to.
-REAL = (
-    *("tau", "gamma", "temperature", "min_std", "max_std", "td_lambda", "enc_lr_scale"),
-    *("consistency_coef", "reward_coef", "value_coef", "termination_coef", "entropy_coef"),
-    *("dropout", "rho", "_current_progress_remaining"),
-)
-FLAGS = (
-    *("use_sde", "use_sde_at_warmup", "optimize_memory_usage", "use_planner"),
-    *("reference_terminations", "episodic", "compile"),
-)
-_WORDS = {
-    "learning_starts": ("auto",),
-    "initial_gradient_steps": ("auto",),
-    "num_iterations": ("auto",),
-    "rho": ("auto",),
-    "gamma": ("auto",),
-    "episodic": ("auto",),
-    "compile": ("auto",),
-}
+#: Those that may be None.
+OPTIONAL = {"_pending_initial_updates": (0, MOST_STEPS)}
+#: Numbers, none of them infinite.
+REAL = ("_current_progress_remaining",)
+FLAGS = ("use_sde", "use_sde_at_warmup", "optimize_memory_usage")
 _MAX_PLAN_NUMBERS = 2**28  # that one plan draws
 _MAX_BATCH_ROWS = 2**22
 _UNITS = ("step", "episode", *map(str, TrainFrequencyUnit))
@@ -186,20 +147,30 @@ def short(value: Any) -> str:
 
 def _check_numbers(data: Mapping[str, Any]) -> None:
     for name, value in data.items():
-        if value in _WORDS.get(name, ()) if isinstance(value, str) else False:
+        if name in SETTINGS:
+            _check_argument(name, value)
             continue
         low, high = {**WHOLE, **OPTIONAL}.get(name, (0, 0))
         if name in WHOLE and not is_whole(value, low, high):
             raise Refused(name, value, f"a whole number from {low} to {high}")
         if name in OPTIONAL and value is not None and not is_whole(value, low, high):
             raise Refused(name, value, f"a whole number from {low} to {high}")
-        if name in REAL and not is_real(value) and not (name == "dropout" and value is None):
+        if name in REAL and not is_real(value):
             raise Refused(name, value, "a finite number")
         if name in FLAGS and not isinstance(value, bool):
             raise Refused(name, value, "True or False")
-    norm = data.get("max_grad_norm", 1.0)
-    if not is_real(norm) and norm != math.inf:
-        raise Refused("max_grad_norm", norm, "a number")
+
+
+def _check_argument(name: str, value: Any) -> None:
+    check = SETTINGS[name].check
+    if check is None:
+        return
+    try:
+        kept = check.convert(name, value)
+    except (ValueError, OverflowError) as error:  # 10**400 is no float
+        raise Refused(name, value, check.needed) from error
+    if isinstance(kept, (int, float)) and abs(kept) > check.most:
+        raise Refused(name, value, check.needed)
 
 
 def _check_settings(data: Mapping[str, Any]) -> None:
@@ -254,15 +225,15 @@ def _check_sizes(data: Mapping[str, Any]) -> None:
 def _check_counters(data: Mapping[str, Any]) -> None:
     """Gradient steps that are due are no more than the settings ever make due."""
     steps = data.get("gradient_steps", 1)
-    due = steps if steps >= 0 else min(data.get("_lifetime_steps", 0), _NUMBER[1])
+    due = steps if steps >= 0 else min(data.get("_lifetime_steps", 0), _UPDATES)
     pending = data.get("_pending_updates", 0)
     if not is_whole(pending, 0, due):
         raise Refused("_pending_updates", pending, f"a whole number from 0 to {due}")
     starts: Any = data.get("learning_starts", 0)
     burst: Any = data.get("initial_gradient_steps")
-    if not is_whole(starts, 0, _STEPS):  # a word is for an agent that is not set up
+    if not is_whole(starts, 0, MOST_STEPS):  # a word is for an agent that is not set up
         raise Refused("learning_starts", starts, "a number of steps")
-    initial = burst if is_whole(burst, 0, _NUMBER[1]) else min(int(starts), _NUMBER[1])
+    initial = burst if is_whole(burst, 0, _UPDATES) else min(int(starts), _UPDATES)
     pending = data.get("_pending_initial_updates")
     if pending is not None and not is_whole(pending, 0, int(initial)):
         raise Refused("_pending_initial_updates", pending, f"a whole number from 0 to {initial}")

@@ -24,7 +24,7 @@ from tdmpc2_sb3.stability.recording import RecordingConfig
 from tdmpc2_sb3.stability.report import draw, format_table, write_episodes, write_summary
 from tdmpc2_sb3.stability.study import Subject, default_label, run_study
 from tdmpc2_sb3.tdmpc2 import TDMPC2
-from tdmpc2_sb3.zoo.register import config_path
+from tdmpc2_sb3.zoo.algorithms import config_path
 
 
 def zoo_env_kwargs(env_id: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from tdmpc2_sb3.saving.files import atomic_write
 from tdmpc2_sb3.study.machine import describe, try_lock
 from tdmpc2_sb3.study.plan import Cell, Plan
 from tdmpc2_sb3.study.plot import read_episodes
+from tdmpc2_sb3.zoo.algorithms import ALGORITHMS
 from tdmpc2_sb3.zoo.checkpoints import LOCK_FILE
-from tdmpc2_sb3.zoo.register import ALGORITHMS
 
 
 class Next(NamedTuple):

@@ -1,6 +1,7 @@
 """The plug-in for RL Baselines3 Zoo: what is added to the unmodified zoo, and where.
 
-- `register.py`: which algorithms, and which module of the zoo gets which addition;
+- `algorithms.py`: which algorithms and environments are ours, and their YAML files;
+- `register.py`: which module of the zoo gets which addition;
 - `experiments.py`: training and tuning (`rl_zoo3.exp_manager`);
 - `playback.py`: enjoy, record_video and push_to_hub build the environment as training did;
 - `hub.py`: model card and download (`huggingface_sb3`, `huggingface_hub`);

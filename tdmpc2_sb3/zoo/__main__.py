@@ -42,7 +42,7 @@ def main() -> int:
         return 0 if arguments else 2
     program = arguments[0]
     if program == "hyperparams":
-        from tdmpc2_sb3.zoo.register import hyperparams_folder
+        from tdmpc2_sb3.zoo.algorithms import hyperparams_folder
 
         print(hyperparams_folder())
         return 0

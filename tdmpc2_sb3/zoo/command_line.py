@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tdmpc2_sb3.zoo.register import concerns_us
+from tdmpc2_sb3.zoo.algorithms import concerns_us
 
 
 class Command(NamedTuple):

@@ -19,13 +19,13 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from tdmpc2_sb3.saving import interrupts, workers
 from tdmpc2_sb3.zoo import checkpoints, passwords, trust
-from tdmpc2_sb3.zoo.command_line import read_command
-from tdmpc2_sb3.zoo.register import (
+from tdmpc2_sb3.zoo.algorithms import (
     ALGORITHMS,
     concerns_us,
     config_path,
     hyperparams_folder,
 )
+from tdmpc2_sb3.zoo.command_line import read_command
 
 #: The zoo's `--eval-freq` when the user gives none.
 ZOO_EVAL_FREQ = 25_000

@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from tdmpc2_sb3.zoo import playback, scrubbing
+from tdmpc2_sb3.zoo.algorithms import ALGORITHMS, concerns_us
 from tdmpc2_sb3.zoo.command_line import provide_tools, read_command
-from tdmpc2_sb3.zoo.register import ALGORITHMS, concerns_us
 
 #: Repositories found to hold one of our models while this process downloads.
 _our_repos: set[str] = set()

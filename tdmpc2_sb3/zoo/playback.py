@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from tdmpc2_sb3.zoo.register import concerns_us
+from tdmpc2_sb3.zoo.algorithms import concerns_us
 
 
 class _Run(NamedTuple):

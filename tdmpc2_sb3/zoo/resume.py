@@ -24,8 +24,9 @@ from tdmpc2_sb3.saving import log_files as run_files
 from tdmpc2_sb3.saving.archive import read_archive
 from tdmpc2_sb3.saving.checkpoint_files import read_run
 from tdmpc2_sb3.zoo import checkpoints, trust
+from tdmpc2_sb3.zoo.algorithms import ALGORITHMS
 from tdmpc2_sb3.zoo.experiments import advise
-from tdmpc2_sb3.zoo.register import ALGORITHMS, install
+from tdmpc2_sb3.zoo.register import install
 from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
 #: In the checkpoint already; the zoo would run strings among them as code.

@@ -193,7 +193,7 @@ def compare_updates(sizes: Sizes) -> None:
         gradients = th.autograd.grad(expected.total, theirs, allow_unused=True)
         for each in model.parameters():
             each.grad = None
-        with kernels.weights_held():
+        with kernels.fixed_weights():
             losses, _ = direct.model_losses(batch, noise, weights)
         assert_close(losses.total, expected.total.detach(), "total", 0.02)
         assert_close(losses.latents, expected.latents, "latents", 0.1)
@@ -235,7 +235,7 @@ def compare_priors(
     gradients = tuple(next(taken) if n.startswith("policy_net") else None for n in theirs)
     for each in model.parameters():
         each.grad = None
-    with kernels.weights_held():
+    with kernels.fixed_weights():
         ours, _ = direct.policy_loss(latents.float(), scale, policy_noise, weights, TAU)
     assert_close(ours.total, prior.total.detach(), "policy", 0.02)
     _compare_gradients(model, gradients)
@@ -255,10 +255,10 @@ def main() -> None:
     """All of :data:`CASES`, with the compiler's flags that are given."""
     from tdmpc2_sb3.kernels import capture, library
     from tdmpc2_sb3.kernels.library import FLAGS
-    from tdmpc2_sb3.kernels.products import weights_held_anew
+    from tdmpc2_sb3.kernels.products import fixed_weights_anew
 
     def call(self: kernels.Captured[object], *arguments: object) -> object:
-        with weights_held_anew():
+        with fixed_weights_anew():
             return self._function(*arguments)
 
     capture.Captured.__call__ = call  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from tdmpc2_sb3 import SequenceReplayBuffer
-from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
+from tdmpc2_sb3.kernels.products import MIN_ROWS, usable_product
 from tdmpc2_sb3.losses import TERMS
 
 
@@ -266,7 +266,7 @@ def test_a_plan_is_the_same_alone_and_among_others(make_agent):
         agent.predict(observations[i : i + 1], None, starts[:1], deterministic=True)[0][0]
         for i in range(4)
     ]
-    tolerance = 0.0 if multiplies(MIN_ROWS, 16) else 1e-4
+    tolerance = 0.0 if usable_product(MIN_ROWS, 16) else 1e-4
     np.testing.assert_allclose(alone, together, rtol=0.0, atol=tolerance)
 
 

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from tdmpc2_sb3.fast.plans import plan, planning_networks
 from tdmpc2_sb3.kernels import count_simplices
 from tdmpc2_sb3.kernels.arguments import SIMPLEX
-from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
+from tdmpc2_sb3.kernels.products import MIN_ROWS, usable_product
 from tdmpc2_sb3.model.dynamics import LatentDynamics, MLPDynamics
 from tdmpc2_sb3.model.world_model import Architecture, WorldModel
 from tdmpc2_sb3.planner import (
@@ -142,7 +142,7 @@ def assert_planned_as_by_torch(model, config, num_envs, of_simplices=True):
 
     :param of_simplices: whether they plan from what the encoder may return
     """
-    if not multiplies(MIN_ROWS, 16):
+    if not usable_product(MIN_ROWS, 16):
         pytest.skip("no products by kernels here: torch alone plans, which the other tests cover")
     noise = sample_plan_noise(model, config, num_envs, generator(1), shared=num_envs > 1)
     # Gumbel noise goes by rank, which rounding changes for two elites of nearly the same value.
@@ -195,7 +195,7 @@ def test_latents_may_lie_apart(roughen):
     assert not apart.is_contiguous()
     plans = [plan(model, each, initial, noise, CONFIG, True) for each in (latents, apart)]
     # torch's products, where the kernels have none, round by where numbers lie.
-    tolerance = 0.0 if multiplies(MIN_ROWS, 16) else 1e-4
+    tolerance = 0.0 if usable_product(MIN_ROWS, 16) else 1e-4
     th.testing.assert_close(plans[0].mean, plans[1].mean, rtol=0.0, atol=tolerance)
 
 
@@ -212,7 +212,7 @@ def test_kernels_choose_any_number_of_elites(
 
 def kernel_plan(model, config, num_envs, shared=False):
     """A plan by the kernels and its random numbers."""
-    if not multiplies(MIN_ROWS, 16):
+    if not usable_product(MIN_ROWS, 16):
         pytest.skip("no products by kernels here: torch alone plans, which the other tests cover")
     noise = sample_plan_noise(model, config, num_envs, generator(1), shared)
     latents = model.encode(th.randn(num_envs, OBS_DIM, generator=generator(2))).detach()

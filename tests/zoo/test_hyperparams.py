@@ -10,7 +10,7 @@ from stable_baselines3 import PPO, SAC
 
 from dmc_gym_plugin.tasks import SUITE, TASKS, env_id
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.zoo.register import hyperparams_folder
+from tdmpc2_sb3.zoo.algorithms import hyperparams_folder
 
 FILES = ["tdmpc2", "tdmpc2_paper", "sac", "ppo", "sac_reference", "ppo_reference"]
 CLASSES = {"tdmpc2": TDMPC2, "sac": SAC, "ppo": PPO}

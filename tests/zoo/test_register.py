@@ -14,7 +14,7 @@ import rl_zoo3.utils
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 
 from tdmpc2_sb3 import TDMPC2
-from tdmpc2_sb3.zoo import register
+from tdmpc2_sb3.zoo import algorithms, register
 from tdmpc2_sb3.zoo.command_line import read_command
 
 ZOO_ALGORITHMS = [
@@ -38,11 +38,11 @@ def test_algorithms_are_added_after_the_zoos_own():
 
 def test_every_algorithm_has_a_sampler_a_converter_and_a_yaml_file():
     # The zoo's three tables drift apart when they are filled in different places.
-    for name in register.ALGORITHMS:
+    for name in algorithms.ALGORITHMS:
         assert name in rl_zoo3.ALGOS
         assert name in rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER
         assert name in rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER
-        assert register.config_path(name, "Pendulum-v1").is_file()
+        assert algorithms.config_path(name, "Pendulum-v1").is_file()
     # exp_manager must see the very same tables.
     assert rl_zoo3.exp_manager.ALGOS is rl_zoo3.ALGOS
     assert "tdmpc2" in rl_zoo3.exp_manager.HYPERPARAMS_SAMPLER
@@ -65,7 +65,7 @@ def test_extending_again_wraps_nothing_twice():
     ],
 )
 def test_our_yaml_is_found(tmp_path, algo, env_id, file):
-    assert manager(algo, env_id, tmp_path).config == str(register.hyperparams_folder() / file)
+    assert manager(algo, env_id, tmp_path).config == str(algorithms.hyperparams_folder() / file)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_zoos_yaml_serves_all_others(tmp_path, algo, env_id):
 
 def test_a_conf_file_of_the_users_own_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ours = register.hyperparams_folder() / "tdmpc2_paper.yml"
+    ours = algorithms.hyperparams_folder() / "tdmpc2_paper.yml"
     # By its bare name from any folder, unless a file of that name lies here.
     named = manager("tdmpc2", "Pendulum-v1", tmp_path, config="tdmpc2_paper.yml")
     assert named.config == str(ours)

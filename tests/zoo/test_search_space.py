@@ -9,7 +9,7 @@ import pytest
 
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.zoo import search_space
-from tdmpc2_sb3.zoo.register import ALGORITHMS
+from tdmpc2_sb3.zoo.algorithms import ALGORITHMS
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 ARGUMENTS = inspect.signature(TDMPC2.__init__).parameters

@@ -221,13 +221,13 @@ def test_a_row_is_the_same_alone_in_a_crowd_and_by_any_number_of_threads():
 def test_weights_are_laid_out_anew_once_they_may_have_changed():
     x, weight = randn(30, 12), randn(20, 12, seed=1)
     layers = [Layer(weight, None)]
-    with kernels.weights_held():
+    with kernels.fixed_weights():
         kernels.networks(x, None, layers)
-        with kernels.weights_held():  # of what is held already
+        with kernels.fixed_weights():  # of what is fixed already
             kernels.networks(x, None, layers)
     weight.mul_(2.0)
     for held in (True, False):
-        with kernels.weights_held() if held else contextlib.nullcontext():
+        with kernels.fixed_weights() if held else contextlib.nullcontext():
             once = kernels.networks(x, None, layers)
             again = kernels.networks(x, None, layers)
         th.testing.assert_close(once, x @ weight.t(), rtol=1e-5, atol=1e-5)
@@ -247,10 +247,10 @@ def test_a_parameter_may_be_put_elsewhere():
 
 
 def test_members_asked_for_in_turn_are_laid_out_each():
-    """While weights are held and after they have changed, forwards and backwards."""
+    """While weights are fixed and after they have changed, forwards and backwards."""
     x, weight = randn(30, 12).requires_grad_(True), randn(4, 20, 12, seed=1)
     for _ in range(2):
-        with kernels.weights_held():
+        with kernels.fixed_weights():
             for members in ((0, 1), (1, 2), (2, 0), (3, 3)):
                 result = kernels.networks(x, None, [Layer(weight, None)], members=members)
                 expected = x @ weight[list(members)].transpose(1, 2)
@@ -265,7 +265,7 @@ def test_a_network_is_not_kept_alive():
     if not products_are_ours():
         pytest.skip("torch's own products are used on this processor")
     layers = [Layer(th.nn.Parameter(randn(20, 12)), None)]
-    with kernels.weights_held():
+    with kernels.fixed_weights():
         kernels.networks(randn(30, 12), None, layers).sum().backward()
     assert arguments_of(layers) is arguments_of(layers)  # made once
     made = weakref.ref(arguments_of(layers))
@@ -279,7 +279,7 @@ def test_what_one_thread_holds_is_not_another_ones():
     """One plans while another one learns."""
     x, weight = randn(30, 12), randn(20, 12, seed=1)
     layers = [Layer(weight, None)]
-    with kernels.weights_held(), ThreadPoolExecutor(1) as other:
+    with kernels.fixed_weights(), ThreadPoolExecutor(1) as other:
         kernels.networks(x, None, layers)
         weight.mul_(2.0)
         result = other.submit(kernels.networks, x, None, layers).result()
@@ -344,7 +344,7 @@ def test_a_rollout_is_its_steps(threads, rows, latent_dim, width, with_norm):
 
     def fast(z, *parameters):
         layers = [Layer(*parameters[4 * i : 4 * i + 4], norm=norm) for i, norm in enumerate(norms)]
-        assert kernels.rolls_out(z, actions, layers)
+        assert kernels.usable_rollout(z, actions, layers)
         return kernels.rollout(z, actions, layers)
 
     def plain(z, weight, bias, gain, shift, weight_2, bias_2, *affine):

@@ -92,7 +92,7 @@ def small_disk() -> list[str]:
 
 def run(small_disk: list[str], folder: Path, room: int) -> dict[str, str]:
     folder.mkdir()
-    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])  # test_callbacks
     done = subprocess.run(
         [*small_disk, str(folder), sys.executable, "-c", PROGRAM, str(folder), str(room)],
         capture_output=True,

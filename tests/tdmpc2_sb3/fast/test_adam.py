@@ -8,7 +8,7 @@ import pytest
 import torch as th
 
 from tdmpc2_sb3.fast.adam import Adam
-from tdmpc2_sb3.kernels import lerp_, library, readable, total_norm
+from tdmpc2_sb3.kernels import lerp_, library, total_norm, usable_arrays
 
 SHAPES = [(), (1,), (7,), (5, 3), (0, 4), (33, 17), (700, 513)]
 
@@ -122,7 +122,7 @@ def test_lerp(threads):
 
 def test_what_is_readable():
     array = th.zeros(3, 4)
-    assert readable([array, array[1:]])
-    assert not readable([array, array.t()])
-    assert not readable([array, array.double()])
-    assert not readable([])
+    assert usable_arrays([array, array[1:]])
+    assert not usable_arrays([array, array.t()])
+    assert not usable_arrays([array, array.double()])
+    assert not usable_arrays([])

@@ -27,6 +27,7 @@ from tdmpc2_sb3.saving.json_codec import decode
 from tdmpc2_sb3.saving.random_streams import checked_stream
 from tdmpc2_sb3.saving.tensor_file import read_tensors, tensor_of
 
+FUZZING = str(pathlib.Path(__file__).parents[1] / "fuzzing.py")
 SIZES = {
     "latent_dim": 16,
     "enc_dim": 16,
@@ -321,7 +322,16 @@ def test_states_of_random_generators() -> None:
         ("ep_info_buffer", [1]),
         ("policy_kwargs", None),
         ("learning_rate", -1.0),
-        ("seed", -5),
+        *(("seed", value) for value in (-5, 2**32)),
+        ("train_horizon", 1001),
+        ("num_q", 1001),
+        ("num_enc_layers", 101),
+        ("num_bins", 10**5 + 1),
+        ("num_iterations", 10**4 + 1),
+        ("gamma", 1.5),
+        *(("value_coef", value) for value in (1e301, 10**400)),
+        ("verbose", 11),
+        ("use_planner", 1),
     ],
 )
 def test_attributes_out_of_range_are_named(saved: pathlib.Path, name: str, value: Any) -> None:
@@ -422,7 +432,7 @@ def test_damage_is_named_as_such() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 def test_damaged_files_do_no_harm() -> None:
     result = subprocess.run(
-        [sys.executable, str(pathlib.Path(__file__).with_name("fuzzing.py")), "300", "--seed", "7"],
+        [sys.executable, FUZZING, "300", "--seed", "7"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdmpc2_sb3.fast.plans import DirectPlanning, plan, planning_networks
 from tdmpc2_sb3.kernels import capture
-from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
+from tdmpc2_sb3.kernels.products import MIN_ROWS, operation_counter, usable_product
 from tdmpc2_sb3.model.layers import MLP
 from tdmpc2_sb3.model.world_model import Architecture, WorldModel
 from tdmpc2_sb3.planner import (
@@ -31,7 +31,7 @@ CONFIG = PlannerConfig(3, 64, 12, 8, 4, 0.5, 0.05, 2.0, 0.9)
 
 @pytest.fixture(autouse=True)
 def _kernels_multiply():
-    if not multiplies(MIN_ROWS, 16):
+    if not usable_product(MIN_ROWS, 16):
         pytest.skip("no products by kernels here: torch alone plans, which the other tests cover")
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch as th
 
 from tdmpc2_sb3 import kernels
-from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
+from tdmpc2_sb3.kernels.products import MIN_ROWS, operation_counter, usable_product
 from tdmpc2_sb3.losses import LossConfig
 
 
 @pytest.fixture(autouse=True)
 def _kernels_multiply():
-    if not multiplies(MIN_ROWS, 16):
+    if not usable_product(MIN_ROWS, 16):
         pytest.skip("no products by kernels here: everything goes the plain way")
 
 

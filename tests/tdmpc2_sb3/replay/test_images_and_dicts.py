@@ -11,7 +11,7 @@ from batches import assert_equal_batches
 from gymnasium import spaces
 
 from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
-from tdmpc2_sb3.replay.observation_storage import FrameStorage
+from tdmpc2_sb3.replay.entry_storage import FrameStorage
 
 ACTIONS = spaces.Box(-1, 1, (1,), np.float32)
 IMAGES = spaces.Box(0, 255, (9, 8, 8), np.uint8)

@@ -1,8 +1,8 @@
-"""Where a replay buffer keeps observations: one storage per entry of the observation space.
+"""Where a replay buffer keeps one entry of the observations: a flat array of rows.
 
-A storage is a flat array of rows; which row holds what is the buffer's business. Stacked image
-frames, of which every one but the newest stands in the previous row already, are stored as single
-frames.
+Which row holds what is told by :mod:`tdmpc2_sb3.replay.rings`, and all entries together are
+:mod:`tdmpc2_sb3.replay.stored_observations`. Stacked image frames, of which every one but the
+newest stands in the previous row already, are stored as single frames.
 
 Shapes: R rows per environment, E environments (row ``e * R + r`` belongs to environment e), k
 stacked frames of c channels each, ``...`` any index shape.
@@ -21,7 +21,7 @@ MAX_FRAMES = 16  # the buffer has 4 bits a row for the place in the episode
 _FRAME_CHANNELS = (3, 1, 4, 2)  # RGB, grey, RGBA or RGB with depth, two-channel frames
 
 
-class ObservationStorage:
+class EntryStorage:
     """Rows of whole observations.
 
     :param space: the entry's space; floats are kept as float32
@@ -60,7 +60,7 @@ class ObservationStorage:
         return self.rows.take(rows, axis=0).astype(self.output_dtype, copy=False)
 
 
-class FrameStorage(ObservationStorage):
+class FrameStorage(EntryStorage):
     """Rows of single frames out of which stacked images are put together again.
 
     :param space: the stacked images' space
@@ -133,7 +133,7 @@ def storage_dtype(space: spaces.Space) -> np.dtype:
 
 def choose_storage(
     space: spaces.Space, num_rows: int, obs: np.ndarray, next_obs: np.ndarray
-) -> ObservationStorage:
+) -> EntryStorage:
     """Return single-frame storage if the first observations prove to be stacked frames.
 
     :param space: the entry's space
@@ -145,15 +145,15 @@ def choose_storage(
         starts = storage.is_first_stack(obs, storage.is_zero_padded(obs))
         if starts.all() and storage.is_next_stack(obs, next_obs).all():
             return storage
-    return ObservationStorage(space, num_rows)
+    return EntryStorage(space, num_rows)
 
 
-def likely_storage(space: spaces.Space, num_rows: int) -> ObservationStorage:
+def likely_storage(space: spaces.Space, num_rows: int) -> EntryStorage:
     """Return the storage that images with the channels of several pictures take if they are stacked
     frames, and that of whole observations for all others."""
     if looks_stacked(space):
-        return next(frame_storages(space, num_rows), ObservationStorage(space, num_rows))
-    return ObservationStorage(space, num_rows)
+        return next(frame_storages(space, num_rows), EntryStorage(space, num_rows))
+    return EntryStorage(space, num_rows)
 
 
 def looks_stacked(space: spaces.Space) -> bool:

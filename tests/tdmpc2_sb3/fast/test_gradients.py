@@ -19,8 +19,8 @@ from tdmpc2_sb3.fast.gradients import (
     DirectGradients,
     has_direct_gradients,
 )
-from tdmpc2_sb3.kernels import PolicyDraw, library, weights_held
-from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies, operation_counter
+from tdmpc2_sb3.kernels import PolicyDraw, fixed_weights, library
+from tdmpc2_sb3.kernels.products import MIN_ROWS, operation_counter, usable_product
 from tdmpc2_sb3.losses import (
     LossConfig,
     alive_states,
@@ -220,7 +220,7 @@ def compare(case, roughen, by_torch):
             each.grad = None
         expected = model_losses(exact, exact_batch, exact_noise, config, weights.to(dtype))
         expected.total.backward()
-        with operation_counter() if by_torch else contextlib.nullcontext(), weights_held():
+        with operation_counter() if by_torch else contextlib.nullcontext(), fixed_weights():
             losses, taken = direct.model_losses(batch, noise, weights)
         assert_same_losses(losses, expected)
         names = ("encoder", "dynamics", "reward_net", "q_ensemble", "termination_net")
@@ -240,7 +240,7 @@ def compare(case, roughen, by_torch):
             None if alive is None else alive.to(dtype),
         )
         prior.total.backward()
-        with operation_counter() if by_torch else contextlib.nullcontext(), weights_held():
+        with operation_counter() if by_torch else contextlib.nullcontext(), fixed_weights():
             ours, taken = direct.policy_loss(
                 expected.latents.float(), scale, noise.policy, policy_weights, TAU, alive
             )
@@ -249,7 +249,8 @@ def compare(case, roughen, by_torch):
             if not name.startswith("policy_net"):
                 each.grad = None
         assert_same_gradients(model, exact, taken, ("policy_net",))
-    if by_torch or not multiplies(MIN_ROWS, 16):  # as on a Mac: torch's operations are not captured
+    # As on a Mac: torch's operations are not captured.
+    if by_torch or not usable_product(MIN_ROWS, 16):
         assert direct._policy_results.replays == direct._model_results.replays == 0
         return
     assert direct._policy_results.replays == 4 - len(policy_heads)
@@ -277,24 +278,24 @@ def test_gradients_of_the_policys_draw(spread, entropy, threads, roughen):
     generator = th.Generator().manual_seed(5)
     moments = spread * th.randn(rows, 2 * ACTION_DIM, generator=generator)
     noise = th.randn(rows, ACTION_DIM, generator=generator)
-    by_actions = th.randn(rows, ACTION_DIM, generator=generator)
-    by_entropy = th.randn(rows, generator=generator)
+    grad_actions = th.randn(rows, ACTION_DIM, generator=generator)
+    grad_entropy = th.randn(rows, generator=generator)
     latents = th.randn(rows, 2, generator=generator)
     draw = PolicyDraw(moments, noise, latents, squashed=entropy == "squashed")
-    by_moments = draw.backward(by_actions, by_entropy)
+    grad_moments = draw.backward(grad_actions, grad_entropy)
 
     model = make_model(roughen)
     leaf = moments.requires_grad_()
     model.policy_net = _Constant(leaf)  # type: ignore[assignment]
     sample = model.policy(th.zeros(rows, 16), noise)  # single precision: where a is 1 matters
     entropies = scaled_entropy(sample, entropy)
-    total = (sample.action * by_actions).sum() + (entropies * by_entropy).sum()
+    total = (sample.action * grad_actions).sum() + (entropies * grad_entropy).sum()
     total.backward()
     assert th.equal(draw.pairs[:, :2], latents)
     th.testing.assert_close(draw.pairs[:, 2:], sample.action, rtol=1e-5, atol=1e-6)
     th.testing.assert_close(draw.log_prob, sample.log_prob, rtol=1e-4, atol=1e-4)
     th.testing.assert_close(draw.scaled_entropy, entropies, rtol=1e-3, atol=1e-3)
-    th.testing.assert_close(by_moments, leaf.grad, rtol=1e-3, atol=1e-4)
+    th.testing.assert_close(grad_moments, leaf.grad, rtol=1e-3, atol=1e-4)
 
 
 class _Constant(th.nn.Module):
@@ -392,7 +393,7 @@ def test_a_changed_layer_is_learnt_with(path, roughen):
     expected.total.backward()
     knows = has_direct_gradients(model)
     assert knows == path.startswith(("dynamics", "encoder"))  # which autograd takes then
-    with weights_held():
+    with fixed_weights():
         if knows:
             losses, _ = DirectGradients(model, config).model_losses(batch, noise, weights)
         else:
@@ -452,7 +453,7 @@ def test_other_dynamics_are_rolled_out_by_themselves(roughen):
         exact, in_double(batch), in_double(noise), LossConfig(), weights.double()
     )
     expected.total.backward()
-    with weights_held():
+    with fixed_weights():
         losses, taken = DirectGradients(model, LossConfig()).model_losses(batch, noise, weights)
     assert_same_losses(losses, expected)
     names = ("encoder", "dynamics", "reward_net", "q_ensemble")

@@ -11,7 +11,7 @@ from tdmpc2_sb3 import kernels
 from tdmpc2_sb3.fast.plans import DirectPlanning
 from tdmpc2_sb3.kernels import AdamArrays, Layer, library
 from tdmpc2_sb3.kernels.library import call
-from tdmpc2_sb3.kernels.products import MIN_ROWS, multiplies
+from tdmpc2_sb3.kernels.products import MIN_ROWS, usable_product
 from tdmpc2_sb3.model.world_model import Architecture, WorldModel
 from tdmpc2_sb3.planner import PlannerConfig, sample_plan_noise
 
@@ -20,7 +20,7 @@ CONFIG = PlannerConfig(3, 16, 4, 4, 2)
 
 @pytest.fixture(autouse=True)
 def _kernels_multiply():
-    if library() is None or not multiplies(MIN_ROWS, 16):
+    if library() is None or not usable_product(MIN_ROWS, 16):
         pytest.skip("no products by kernels here")
 
 

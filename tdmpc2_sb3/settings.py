@@ -285,7 +285,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "tensorboard_log": Setting(),
     "policy_kwargs": _built(None, "the policy has been built with them: build a new model"),
-    "verbose": Setting(_whole(0, most=10)),
+    "verbose": Setting(_whole(0, most=10**6)),
     "seed": _built(
         _whole(0, None, most=2**32 - 1),
         "the random streams have begun: call set_random_seed(seed) instead",

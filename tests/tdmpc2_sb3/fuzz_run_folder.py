@@ -218,7 +218,7 @@ def _files_of(path: pathlib.Path) -> list[str]:
 
 
 def _files(path: pathlib.Path, damage: Damage, victim: pathlib.Path) -> None:
-    """A file that is missing, damaged, cut, a folder or a pipe; or one more than there should be."""
+    """A file that is missing, damaged, cut, a folder or a pipe; or one too many."""
     file = path / _choose(damage, _files_of(path))
     extra = ["checkpoint_9", "checkpoint_000000000099.1.2", "checkpoint_9x", "7.monitor.csv"]
     acts: list[Callable[[], Any]] = [

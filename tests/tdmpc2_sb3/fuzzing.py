@@ -26,13 +26,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import fuzz_run_folder
 import gymnasium
 import numpy as np
 import torch as th
-from gymnasium import spaces
-
-import fuzz_run_folder
 from fuzz_damage import Damage
+from gymnasium import spaces
 
 import dmc_gym_plugin  # noqa: F401 - registers DMC/
 from tdmpc2_sb3 import TDMPC2

@@ -100,7 +100,7 @@ def damage(path: pathlib.Path, damage: Damage, victim: pathlib.Path) -> None:
     if not chosen or damage.rng.random() < 0.2:
         chosen.append(_choose(damage, last))
     for act in chosen:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(Exception):
             act(path, damage, victim)  # what an earlier act damaged is not always changed again
 
 

@@ -14,12 +14,13 @@ import stat
 import time
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from tdmpc2_sb3.saving.attribute_checks import is_real, short
-from tdmpc2_sb3.saving.files import CorruptFileError
+from tdmpc2_sb3.saving.files import CorruptFileError, parse_json
 
 MONITOR_FILES = "*.monitor.csv"
 
@@ -145,17 +146,30 @@ def continue_clock(folder: pathlib.Path, env: VecEnv) -> None:
 
 def _last_second(path: pathlib.Path) -> float:
     """The largest, not the newest: the clock may have been set back."""
+    return float(read_monitor(path)[1][:, 2].max(initial=0.0))
+
+
+def read_monitor(path: pathlib.Path) -> tuple[float, np.ndarray]:
+    """Read a file of Monitor's.
+
+    :param path: of the file
+    :return: when it was begun, in seconds of the wall's clock; and return, length and seconds since
+        then of each episode, [N, 3]
+    :raises CorruptFileError: if it is damaged
+    """
     try:
-        rows = list(csv.DictReader(path.read_text("utf-8").splitlines()[1:]))  # after a JSON line
-        seconds = [float(row["t"]) for row in rows]
-        if not all(map(is_real, seconds)):
-            raise ValueError(f"seconds of {seconds}")
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        header, *lines = path.read_text("utf-8").splitlines()
+        start = parse_json(header.removeprefix("#"))["t_start"]
+        rows = [(float(row["r"]), int(row["l"]), float(row["t"])) for row in csv.DictReader(lines)]
+        episodes = np.array(rows, dtype=float).reshape(-1, 3)
+        if not (is_real(start) and np.isfinite(episodes[:, 1:]).all()):
+            raise ValueError("times that are no numbers")
+    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise CorruptFileError(
             f"'{path}' is damaged, or no file of Monitor's ({short(error)}): remove it, or use "
             "another copy."
         ) from error
-    return max(seconds, default=0.0)
+    return float(start), episodes
 
 
 class SteadyStart(float):

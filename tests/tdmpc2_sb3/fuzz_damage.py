@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import struct
@@ -153,7 +154,7 @@ class Damage:
             part[str(self.rng.choice(["predict", "__class__", "env", "x", "learn"]))] = value
         else:
             index = int(self.rng.integers(len(self.values)))
-            part[key] = self.values[index]
+            part[key] = copy.deepcopy(self.values[index])  # it may be changed in its turn
 
     def _torch(self, content: bytes) -> bytes:
         if self.rng.random() < 0.4:

@@ -326,7 +326,10 @@ class Fuzzer:
     def run(self, number: int, seed: int) -> str:
         """What became of one case: used, refused, stopped or failed, and the reason."""
         inside = self.folder / "inside"
-        name, path = self.lay_out(number, seed, inside)
+        try:
+            name, path = self.lay_out(number, seed, inside)
+        except Exception as error:  # ours, not the package's: the other cases go on
+            return f"damage failed: {error!r}"
         target = TARGETS[name]
         reading, writing = os.pipe()
         child = os.fork()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from tdmpc2_sb3.saving import checkpoint_files, interrupts
 from tdmpc2_sb3.saving import log_files as run_files
+from tdmpc2_sb3.saving.attribute_checks import short
 from tdmpc2_sb3.saving.callback_state import RestoreCallbacks, callback_states, walk_callbacks
 from tdmpc2_sb3.saving.checkpoint_files import BUFFER_FILE, MODEL_FILE, RUN_FILE, read_run
 from tdmpc2_sb3.saving.files import CorruptFileError, atomic_write, sync_folder
@@ -31,6 +33,7 @@ from tdmpc2_sb3.saving.workers import WorkerDiedError
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
 CHECKPOINT_PREFIX = "checkpoint_"
+_NAME = re.compile(rf"{CHECKPOINT_PREFIX}\d{{1,18}}(\.\d{{1,9}})?", re.ASCII)
 
 
 class ResumableCheckpointCallback(BaseCallback):
@@ -206,10 +209,29 @@ def _normalizer_statistics(normalizer: VecNormalize | None) -> dict[str, Any]:
     }
 
 
+def _restore_means(
+    means: dict[str, RunningMeanStd], saved: dict[str, Any], checkpoint: pathlib.Path
+) -> None:
+    own = {name: np.shape(mean.mean) for name, mean in means.items()}
+    there = {name: np.shape(statistics["mean"]) for name, statistics in saved.items()}
+    if own != there:
+        raise CorruptFileError(
+            f"'{checkpoint}' holds VecNormalize's statistics of the shapes {short(there)}, and "
+            f"this run has {short(own)}: use another copy, or normalize as the run did."
+        )
+    for name, mean in means.items():
+        vars(mean).update(saved[name])
+
+
+def _checkpoints(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The complete checkpoints of a run's folder, the newest first."""
+    found = pathlib.Path(folder).glob(f"{CHECKPOINT_PREFIX}*")
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_order, reverse=True)
+
+
 def latest_checkpoint(folder: str | os.PathLike[str]) -> pathlib.Path | None:
     """The newest complete checkpoint of a run's folder, None if there is none."""
-    found = pathlib.Path(folder).glob(f"{CHECKPOINT_PREFIX}[0-9]*")
-    return max(found, key=_order, default=None)
+    return next(iter(_checkpoints(folder)), None)
 
 
 def _order(checkpoint: pathlib.Path) -> tuple[int, int]:
@@ -225,9 +247,8 @@ def sound_checkpoint(folder: str | os.PathLike[str]) -> pathlib.Path | None:
 
     :raises CorruptFileError: if there are checkpoints and none of them can
     """
-    found = pathlib.Path(folder).glob(f"{CHECKPOINT_PREFIX}[0-9]*")
     fault: Exception | None = None
-    for path in sorted(found, key=_order, reverse=True):
+    for path in _checkpoints(folder):
         try:
             checkpoint_files.check(path)
         except (ValueError, OSError) as error:
@@ -278,9 +299,7 @@ def load_checkpoint(
     run = read_run(path)
     normalizer = model.get_vec_normalize_env()
     if normalizer is not None:
-        means = _running_means(normalizer)
-        for name, statistics in run["normalizer"].items():
-            vars(means[name]).update(statistics)
+        _restore_means(_running_means(normalizer), run["normalizer"], path)
     return model, RestoreCallbacks(run["callbacks"])
 
 

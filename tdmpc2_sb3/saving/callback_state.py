@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.vec_env import VecEnv
 
 from tdmpc2_sb3.saving import episode_state
+from tdmpc2_sb3.saving.attribute_checks import is_whole, short
 
 # What callbacks remember that a run's course or its files depend on.
 CALLBACK_COUNTERS = ("n_calls", "best_mean_reward", "last_mean_reward", "last_time_trigger")
@@ -89,6 +90,49 @@ def _lacks_evaluation(callback: EvalCallback) -> bool:
 def _evaluations(callback: EvalCallback) -> dict[str, list[Any]]:
     lists = {name: getattr(callback, f"evaluations_{name}") for name in EVALUATION_LISTS}
     return {name: np.asarray(rows).tolist() for name, rows in lists.items()}
+
+
+def check_callback_state(state: Any) -> None:
+    """Refuse what :func:`callback_states` cannot have returned for a callback.
+
+    :raises ValueError: naming the part
+    """
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "class": lambda value: isinstance(value, str),
+        "due": lambda value: isinstance(value, bool),
+        **dict.fromkeys(("n_calls", "last_time_trigger"), lambda value: is_whole(value, 0, 2**53)),
+        **dict.fromkeys(("best_mean_reward", "last_mean_reward"), lambda v: isinstance(v, float)),
+        "evaluations": _are_evaluations,
+        "environments": lambda value: value is None or isinstance(value, list),
+    }
+    if not isinstance(state, dict) or not {"class", "due"} <= set(state) <= set(kinds):
+        raise ValueError(f"the callback {short(state)}")
+    for name, value in state.items():
+        if not kinds[name](value):
+            raise ValueError(f"{short(value)} as {name} of the callback {short(state['class'])}")
+    if state.get("environments") is not None:
+        episode_state.check_episodes(state["environments"], len(state["environments"]))
+
+
+def _are_evaluations(value: Any) -> bool:
+    """Whether a value holds as many lists of results as there are steps, of numbers only."""
+    if not isinstance(value, dict) or set(value) != set(EVALUATION_LISTS):
+        return False
+    if not all(isinstance(rows, list) for rows in value.values()):
+        return False
+    steps, tables = value["timesteps"], [value[name] for name in EVALUATION_LISTS[1:]]
+    rows = [row for table in tables for row in table]
+    return (
+        all(is_whole(step, 0, 2**53) for step in steps)
+        and all(len(table) == len(steps) for table in tables if table is not tables[-1])
+        and len(tables[-1]) in (0, len(steps))  # successes
+        and all(isinstance(row, list) and all(map(_is_number, row)) for row in rows)
+        and all(len({len(row) for row in table}) <= 1 for table in tables)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and abs(value) < 2**1000
 
 
 class RestoreCallbacks(BaseCallback):

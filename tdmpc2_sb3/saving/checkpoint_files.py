@@ -8,8 +8,12 @@ import pathlib
 import zipfile
 from typing import Any
 
+import numpy as np
+
 from tdmpc2_sb3.saving.archive import read_archive
-from tdmpc2_sb3.saving.files import CorruptFileError, open_zip
+from tdmpc2_sb3.saving.attribute_checks import is_real
+from tdmpc2_sb3.saving.callback_state import check_callback_state
+from tdmpc2_sb3.saving.files import CorruptFileError, open_zip, parse_json, read_member
 from tdmpc2_sb3.saving.json_codec import decode
 
 MODEL_FILE = "model.zip"
@@ -40,16 +44,19 @@ def read_run(checkpoint: pathlib.Path) -> dict[str, Any]:
     """
     path = checkpoint / RUN_FILE
     try:
-        run = decode(json.loads(path.read_text()))
+        run = decode(parse_json(path.read_bytes()))
         sizes, logger = run["files"]["monitor_sizes"], run["files"]["logger"]
         plain = (
             _is_count(run[_STEPS])
             and isinstance(run["callbacks"], list)
             and isinstance(run["normalizer"], dict)
+            and all(map(_is_mean, run["normalizer"].values()))
             and all(_is_count(size) for size in sizes.values())
-            and (logger is None or isinstance(logger, str))
+            and (logger is None or (isinstance(logger, str) and "\0" not in logger))
             and isinstance(run.get("digests", {}), dict)
         )
+        for state in run["callbacks"]:
+            check_callback_state(state)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptFileError(f"'{path}' is damaged ({error}): use another copy.") from error
     if not plain:
@@ -59,6 +66,21 @@ def read_run(checkpoint: pathlib.Path) -> dict[str, Any]:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_mean(value: Any) -> bool:
+    """Whether a value is a running mean, of any shape."""
+    if not isinstance(value, dict) or set(value) != {"mean", "var", "count"}:
+        return False
+    mean, var = value["mean"], value["var"]
+    arrays = all(isinstance(each, np.ndarray) and each.dtype == np.float64 for each in (mean, var))
+    return (
+        arrays
+        and mean.shape == var.shape
+        and bool(np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all())
+        and is_real(value["count"])
+        and value["count"] > 0
+    )
 
 
 def check(checkpoint: pathlib.Path) -> None:
@@ -93,7 +115,7 @@ def check(checkpoint: pathlib.Path) -> None:
 
 def _collected_steps(archive: zipfile.ZipFile) -> int:
     try:
-        header = json.loads(archive.read("header.json"))
+        header = parse_json(read_member(archive, "header.json"))
         steps = header["num_added"] * header["kind"]["n_envs"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptFileError(f"The saved replay buffer is damaged ({error!r}).") from error

@@ -9,15 +9,23 @@ from __future__ import annotations
 import csv
 import os
 import pathlib
+import shutil
 import stat
 import time
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from tdmpc2_sb3.saving.attribute_checks import is_real, short
+from tdmpc2_sb3.saving.files import CorruptFileError, parse_json
+
 MONITOR_FILES = "*.monitor.csv"
+
+#: Names that runs give to files only.
+_FILE_SUFFIXES = (".csv", ".json", ".npz", ".pkl", ".txt", ".yml", ".zip")
 
 
 def describe(folder: pathlib.Path, logger: Logger | None) -> dict[str, Any]:
@@ -52,8 +60,32 @@ def check_confined(folder: pathlib.Path) -> None:
                         f"'{path}' is a link out of the run's folder, to '{os.readlink(path)}': "
                         "put a copy of the file in its place."
                     )
+                if not path.exists():
+                    raise ValueError(f"'{path}' is a link to nothing: remove it.")
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ValueError(f"'{path}' is neither a file nor a folder: remove it.")
+            if path.suffix in _FILE_SUFFIXES and path.is_dir():
+                raise ValueError(f"'{path}' is a folder where a file should be: remove it.")
+
+
+def unshare(folder: pathlib.Path, whole: str) -> None:
+    """Put copies in place of hard links, so that writing into them changes no file elsewhere.
+
+    :param folder: of the run
+    :param whole: pattern of the folders in it that are only ever removed whole
+    """
+    kept = set(folder.glob(whole))
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if pathlib.Path(root, name) not in kept]
+        for path in (pathlib.Path(root, name) for name in files):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                copy = path.with_name(f".{path.name}.{os.getpid()}.copy")
+                try:
+                    shutil.copy2(path, copy)
+                    os.replace(copy, path)
+                finally:
+                    copy.unlink(missing_ok=True)
 
 
 def find_log(
@@ -114,8 +146,30 @@ def continue_clock(folder: pathlib.Path, env: VecEnv) -> None:
 
 def _last_second(path: pathlib.Path) -> float:
     """The largest, not the newest: the clock may have been set back."""
-    rows = list(csv.DictReader(path.read_text().splitlines()[1:]))  # after the header in JSON
-    return max((float(row["t"]) for row in rows), default=0.0)
+    return float(read_monitor(path)[1][:, 2].max(initial=0.0))
+
+
+def read_monitor(path: pathlib.Path) -> tuple[float, np.ndarray]:
+    """Read a file of Monitor's.
+
+    :param path: of the file
+    :return: when it was begun, in seconds of the wall's clock; and return, length and seconds since
+        then of each episode, [N, 3]
+    :raises CorruptFileError: if it is damaged
+    """
+    try:
+        header, *lines = path.read_text("utf-8").splitlines()
+        start = parse_json(header.removeprefix("#"))["t_start"]
+        rows = [(float(row["r"]), int(row["l"]), float(row["t"])) for row in csv.DictReader(lines)]
+        episodes = np.array(rows, dtype=float).reshape(-1, 3)
+        if not (is_real(start) and np.isfinite(episodes[:, 1:]).all()):
+            raise ValueError("times that are no numbers")
+    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
+        raise CorruptFileError(
+            f"'{path}' is damaged, or no file of Monitor's ({short(error)}): remove it, or use "
+            "another copy."
+        ) from error
+    return float(start), episodes
 
 
 class SteadyStart(float):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tdmpc2_sb3.saving.attribute_checks import is_whole, short
+from tdmpc2_sb3.saving.files import open_zip, read_member
+from tdmpc2_sb3.saving.log_files import MONITOR_FILES, read_monitor
 from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
 PUBLISHED = Path(__file__).with_name("published_curves.csv")
@@ -77,25 +80,21 @@ def read_action_repeat(folder: Path, env_name: str) -> int:
         # Lenient: runs of any algorithm are drawn, whatever else their settings hold.
         env_kwargs = read_yaml(path, strict=False).get("env_kwargs") if path.is_file() else None
         if isinstance(env_kwargs, dict) and "action_repeat" in env_kwargs:
-            return int(env_kwargs["action_repeat"])
+            repeat = env_kwargs["action_repeat"]
+            if not is_whole(repeat, 1, 10**6):
+                raise ValueError(f"'{path}' has the action_repeat {short(repeat)}: correct it.")
+            return int(repeat)
     return 1
 
 
 def read_episodes(folder: Path) -> Episodes:
     """Read the training episodes of a run, of all its environments, in the order they ended."""
-    ends: list[tuple[float, int, float]] = []
-    starts: list[float] = []
-    for path in folder.glob("*.monitor.csv"):
-        with path.open() as file:
-            start = float(json.loads(file.readline().lstrip("#"))["t_start"])
-            starts.append(start)
-            ends += [
-                (start + float(row["t"]), int(row["l"]), float(row["r"]))
-                for row in csv.DictReader(file)
-            ]
-    ends.sort()
-    times, lengths, returns = np.array(ends, dtype=float).reshape(-1, 3).T
-    minutes = (times - min(starts, default=0.0)) / 60
+    files = [read_monitor(path) for path in folder.glob(MONITOR_FILES)]
+    ends = np.concatenate(
+        [np.empty((0, 3)), *(episodes + [0.0, 0.0, start] for start, episodes in files)]
+    )
+    returns, lengths, times = ends[np.lexsort(ends.T)].T  # by time
+    minutes = (times - min((start for start, _ in files), default=0.0)) / 60
     return Episodes(np.cumsum(lengths), minutes, returns, lengths)
 
 
@@ -115,14 +114,37 @@ def minutes_at(folder: Path, steps: np.ndarray) -> np.ndarray:
     return np.interp(steps, clock_steps, clock_minutes)
 
 
+def read_evaluations(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read EvalCallback's `evaluations.npz`.
+
+    :param path: of the file
+    :return: steps [E], and returns and lengths of the episodes [E, N] of each evaluation
+    :raises ValueError: if it is damaged
+    """
+    try:
+        with open_zip(path, "npz", "file of evaluations") as archive:
+            steps, returns, lengths = (
+                np.load(io.BytesIO(read_member(archive, f"{key}.npy")), allow_pickle=False)
+                for key in ("timesteps", "results", "ep_lengths")
+            )
+    except (KeyError, TypeError, ValueError, MemoryError) as error:
+        raise ValueError(f"'{path}' is damaged ({short(error)}): use another copy.") from error
+    numbers = all(each.dtype.kind in "iuf" for each in (steps, returns, lengths))
+    if not numbers or steps.ndim != 1 or returns.shape != lengths.shape or returns.ndim != 2:
+        raise ValueError(f"'{path}' is no file of EvalCallback's: use another copy.")
+    if len(steps) != len(returns):
+        raise ValueError(f"'{path}' has {len(returns)} evaluations at {len(steps)} moments.")
+    return steps, returns, lengths
+
+
 def read_run(folder: Path) -> Run | None:
     """Read a run's folder, such as `logs/tdmpc2/DMC-walker-walk-v0_1`; None if never evaluated."""
     evaluations = folder / "evaluations.npz"
     if not evaluations.is_file():
         return None
     env_name = folder.name.rpartition("_")[0]
-    with np.load(evaluations) as data:
-        steps, returns = data["timesteps"], data["results"].mean(axis=1)
+    steps, results, _ = read_evaluations(evaluations)
+    returns = results.mean(axis=1)
     minutes = minutes_at(folder, steps)
     repeat = read_action_repeat(folder, env_name)
     return Run(folder.parent.name, env_name, steps, returns, minutes, repeat)

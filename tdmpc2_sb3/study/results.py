@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tdmpc2_sb3.saving.attribute_checks import is_whole, short
 from tdmpc2_sb3.saving.files import atomic_write
 from tdmpc2_sb3.study.plan import Cell, Plan
-from tdmpc2_sb3.study.plot import minutes_at, read_action_repeat, read_episodes
+from tdmpc2_sb3.study.plot import minutes_at, read_action_repeat, read_episodes, read_evaluations
 from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
 COLUMNS = ("kind", "steps", "frames", "minutes", "return", "length")
@@ -102,8 +103,7 @@ def _evaluation_rows(run: Path) -> list[tuple[str, int, float, float, int]]:
     file = run / "evaluations.npz"
     if not file.is_file():
         return []
-    with np.load(file) as data:
-        steps, returns, lengths = data["timesteps"], data["results"], data["ep_lengths"]
+    steps, returns, lengths = read_evaluations(file)
     minutes = minutes_at(run, steps)
     return [
         ("evaluation", int(step), round(float(minute), 2), float(value), int(length))
@@ -150,9 +150,15 @@ def parse_csv(text: str, source: str) -> Result:
             own = [row for row in rows if row["kind"] == kind]
             steps = np.array([int(row["steps"]) for row in own], dtype=int)
             series.append((steps, np.array([float(row["return"]) for row in own])))
-        for key in ("arm", "task", "seed", "steps", "action_repeat", "finished"):
+        for key in ("arm", "task", "seed", "finished"):
             header[key]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        for key in ("steps", "action_repeat"):
+            if not is_whole(header[key], 1, 2**53):
+                raise ValueError(f"{key} of {short(header[key])}")
+    except (
+        *(yaml.YAMLError, KeyError, TypeError, ValueError),
+        *(OverflowError, RecursionError, csv.Error),
+    ) as error:
         raise ValueError(
             f"'{source}' is damaged or no result of a study ({' '.join(str(error).split())}): "
             "remove it, and `run` or `collect` writes it again."

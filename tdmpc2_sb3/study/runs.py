@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import shlex
 import sys
 import zipfile
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from tdmpc2_sb3.callbacks import latest_checkpoint
-from tdmpc2_sb3.saving.files import atomic_write
+from tdmpc2_sb3.saving.files import atomic_write, parse_json, read_member
 from tdmpc2_sb3.study.machine import describe, try_lock
 from tdmpc2_sb3.study.plan import Cell, Plan
 from tdmpc2_sb3.study.plot import read_episodes
@@ -106,9 +105,9 @@ def saved_steps(run: Path, name: str) -> int:
     try:
         with zipfile.ZipFile(run / f"{name}.zip") as archive:
             if "data.json" in archive.namelist():  # ours
-                return int(json.loads(archive.read("data.json"))["data"]["num_timesteps"])
-            return int(json.loads(archive.read("data"))["num_timesteps"])
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError):
+                return int(parse_json(read_member(archive, "data.json"))["data"]["num_timesteps"])
+            return int(parse_json(read_member(archive, "data"))["num_timesteps"])
+    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError, NotImplementedError):
         return 0
 
 

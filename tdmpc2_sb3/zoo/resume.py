@@ -18,37 +18,18 @@ import torch as th
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecNormalize
 
-from tdmpc2_sb3.callbacks import load_checkpoint, sound_checkpoint
+from tdmpc2_sb3.callbacks import CHECKPOINT_PREFIX, load_checkpoint, sound_checkpoint
 from tdmpc2_sb3.saving import log_files as run_files
 from tdmpc2_sb3.saving.archive import read_archive
+from tdmpc2_sb3.saving.attribute_checks import short
 from tdmpc2_sb3.saving.checkpoint_files import read_run
-from tdmpc2_sb3.zoo import checkpoints, trust
+from tdmpc2_sb3.zoo import checkpoints, run_options, trust
 from tdmpc2_sb3.zoo.algorithms import ALGORITHMS
 from tdmpc2_sb3.zoo.experiments import advise
 from tdmpc2_sb3.zoo.register import install
 from tdmpc2_sb3.zoo.yaml_files import read_yaml
-
-#: In the checkpoint already; the zoo would run strings among them as code.
-SAVED_WITH_THE_MODEL = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
-
-
-#: The zoo's options without which a run is not made again; a run of ours has them all.
-NEEDED_OPTIONS = (
-    "eval_freq",
-    "eval_episodes",
-    "save_freq",
-    "env_kwargs",
-    "eval_env_kwargs",
-    "log_interval",
-    "save_replay_buffer",
-    "verbose",
-    "vec_env",
-    "n_eval_envs",
-    "num_threads",
-    "device",
-    "progress",
-)
 
 
 class Run(NamedTuple):
@@ -56,7 +37,7 @@ class Run(NamedTuple):
 
     :param folder: absolute path
     :param args: the command line's options
-    :param config: the hyperparameters
+    :param config: the hyperparameters from which it is made again
     """
 
     folder: Path
@@ -72,7 +53,7 @@ class Run(NamedTuple):
     def total_steps(self) -> int:
         """Steps that the run was to make."""
         asked = int(self.args["n_timesteps"])
-        return asked if asked > 0 else int(self.config["n_timesteps"])
+        return asked if asked > 0 else int(self.config.get("n_timesteps", 0))
 
     def finished_steps(self) -> int:
         """Steps of the final model, 0 if there is none."""
@@ -95,15 +76,22 @@ def find_run(folder: str | Path) -> Run:
             "such as logs/tdmpc2/DMC-walker-walk-v0_1."
         )
     run_files.check_confined(path)
-    run = Run(path, read_yaml(found[0]), read_yaml(found[0].with_name("config.yml")))
-    missing = [key for key in ("algo", "env", "n_timesteps", "seed") if key not in run.args]
+    args = read_yaml(found[0])
+    missing = [key for key in run_options.NAMING_OPTIONS if key not in args]
     if missing:
         raise ValueError(f"'{found[0]}' lacks {', '.join(missing)}: it is no file of the zoo's.")
-    if run.args["algo"] not in ALGORITHMS:
+    run_options.check(args, run_options.NAMING_OPTIONS, f"'{found[0]}'")
+    if args["algo"] not in ALGORITHMS:
         raise ValueError(
-            f"'{folder}' is a run of {run.args['algo']}: only {' and '.join(ALGORITHMS)} can be "
+            f"'{folder}' is a run of {args['algo']}: only {' and '.join(ALGORITHMS)} can be "
             "resumed; continue others with the zoo's --trained-agent."
         )
+    known = {**run_options.OPTIONS, **run_options.OTHER_OPTIONS}
+    run_options.check(args, known, f"'{found[0]}'")
+    config = found[0].with_name("config.yml")
+    run = Run(path, args, run_options.hyperparameters(read_yaml(config), f"'{config}'"))
+    if run.total_steps < 1:
+        raise ValueError(f"'{config}' lacks n_timesteps: use another copy, or give -n.")
     return run
 
 
@@ -131,7 +119,7 @@ class ResumedExperiment(ExperimentManager):
     def __init__(self, run: Run, checkpoint: Path, log: Path | None, device: str | None = None):
         args = run.args
         super().__init__(
-            argparse.Namespace(**args),
+            argparse.Namespace(algo=args["algo"], env=args["env"]),
             args["algo"],
             args["env"],
             str(run.folder.parent.parent),
@@ -164,9 +152,8 @@ class ResumedExperiment(ExperimentManager):
         return False
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        left_out = {"eval_freq", *SAVED_WITH_THE_MODEL}
-        config = {name: value for name, value in self.run.config.items() if name not in left_out}
-        return config, self.run.config
+        config = {key: value for key, value in self.run.config.items() if key != "eval_freq"}
+        return {**config, "n_timesteps": self.run.total_steps}, self.run.config
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
         env_id = self.env_name.gym_id
@@ -175,7 +162,22 @@ class ResumedExperiment(ExperimentManager):
             kwargs.setdefault("info_keywords", ("is_success",))
         logged = any(self.run.folder.glob(run_files.MONITOR_FILES))
         self.monitor_kwargs = {**kwargs, "override_existing": not logged}
-        return super().create_envs(n_envs, eval_env, no_log)
+        try:
+            return super().create_envs(n_envs, eval_env, no_log)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever environments and wrappers say to odd arguments
+            raise ValueError(
+                f"The environment '{env_id}' cannot be made with the run's env_kwargs and wrappers "
+                f"({short(error)})."
+            ) from error
+
+    def _maybe_normalize(self, env: Any, eval_env: bool) -> Any:
+        """The zoo's, but that it would unpickle what the working directory has for statistics."""
+        if not self.normalize:
+            return env
+        evaluating = {"norm_reward": False, "training": False} if eval_env else {}
+        return VecNormalize(env, **{**self.normalize_kwargs, **evaluating})
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: Any) -> Any:
         described = read_run(self.checkpoint)
@@ -268,18 +270,21 @@ def import_packages(run: Run, trusted: bool) -> None:
         importlib.import_module(module)
     if run.args["env"] not in gymnasium.registry:
         raise ValueError(f"The run's environment '{run.args['env']}' is not installed here.")
-    missing = [name for name in NEEDED_OPTIONS if name not in run.args]
+    missing = [name for name in run_options.OPTIONS if name not in run.args]
     if missing:
         raise ValueError(f"The run's args.yml lacks {', '.join(missing)}: use another copy.")
 
 
-def resume(run: Run, checkpoint: Path, log: Path | None, device: str | None = None) -> None:
-    """Go on with a run until its end, in its folder.
+def rebuild(
+    run: Run, checkpoint: Path, log: Path | None, device: str | None = None
+) -> tuple[ResumedExperiment, Any]:
+    """Make a run's experiment and its model again, in its folder.
 
     :param run: from :func:`find_run`
     :param checkpoint: from :func:`find_checkpoint`
     :param log: from :func:`find_log`
     :param device: in place of the run's own
+    :raises ValueError: if that cannot be done with what is in the folder
     """
     described = read_run(checkpoint)
     print(f"Resuming '{run.folder}' at step {described['num_timesteps']} of {run.total_steps}")
@@ -288,13 +293,12 @@ def resume(run: Run, checkpoint: Path, log: Path | None, device: str | None = No
     set_random_seed(run.args["seed"])
     if run.args["num_threads"] > 0:
         th.set_num_threads(run.args["num_threads"])
+    run_files.unshare(run.folder, f"{CHECKPOINT_PREFIX}*")
     run_files.rewind(run.folder, described["files"])
     experiment = ResumedExperiment(run, checkpoint, log, device)
     setup = experiment.setup_experiment()
     assert setup is not None
-    model, _ = setup
-    experiment.learn(model)
-    experiment.save_trained_model(model)
+    return experiment, setup[0]
 
 
 def _positive(text: str) -> int:
@@ -339,8 +343,10 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = find_checkpoint(run)
         log = find_log(run, checkpoint, options.tensorboard_log)
         import_packages(run, options.trust_code)
+        experiment, model = rebuild(run, checkpoint, log, options.device)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1
-    resume(run, checkpoint, log, options.device)
+    experiment.learn(model)
+    experiment.save_trained_model(model)
     return 0

@@ -6,11 +6,13 @@ the zoo evaluates. All that is not known to be harmless is asked for first.
 
 from __future__ import annotations
 
-import ast
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from tdmpc2_sb3.zoo import checkpoints
+from tdmpc2_sb3.zoo.algorithms import ENV_PREFIX
+from tdmpc2_sb3.zoo.run_options import CALLBACK, plain_keywords
 
 #: The zoo's own switch for what it downloads.
 TRUST_VARIABLE = "TRUST_REMOTE_CODE"
@@ -23,9 +25,6 @@ _IMPORTED = ("env_wrapper", "vec_env_wrapper")
 
 #: Entries that the zoo evaluates when they are strings.
 _EVALUATED = ("normalize", "monitor_kwargs")
-
-#: Arguments of our checkpoint callback that lead to no other folder.
-_HARMLESS_ARGUMENTS = {"save_freq", "verbose"}
 
 
 def foreign_code(args: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -44,9 +43,18 @@ def foreign_code(args: dict[str, Any], config: dict[str, Any]) -> list[str]:
     if "." in str(config.get("policy", "")):
         found.append(f"policy: {config['policy']}")
     for key in _EVALUATED:
-        if isinstance(config.get(key), str) and not _is_plain(config[key]):
+        if isinstance(config.get(key), str) and plain_keywords(config[key]) is None:
             found.append(f"{key}: {config[key]}")
-    return found
+    env_id = str(args.get("env"))
+    if not env_id.startswith(ENV_PREFIX):
+        # Words may name what others' environments open or import; those of ours are choices.
+        found += [
+            f"{key} of {env_id}: {values[key]}"
+            for values in (args, config)
+            for key in ("env_kwargs", "eval_env_kwargs")
+            if _has_words(values.get(key))
+        ]
+    return [each if each.isprintable() else repr(each) for each in found]
 
 
 def _is_harmless_callback(entry: Any) -> bool:
@@ -56,24 +64,16 @@ def _is_harmless_callback(entry: Any) -> bool:
     return (
         list(entry) == [checkpoints.CALLBACK_NAME]
         and isinstance(arguments, dict)
-        and set(arguments) <= _HARMLESS_ARGUMENTS
+        and set(arguments) <= set(CALLBACK)
     )
 
 
-def _is_plain(expression: str) -> bool:
-    """Whether an expression is a constant, or `dict(...)` of constants."""
-    try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
-            if tree.func.id != "dict" or tree.args:
-                return False
-            for keyword in tree.keywords:
-                ast.literal_eval(keyword.value)
-        else:
-            ast.literal_eval(tree)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+def _has_words(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_words, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_words, value))
+    return not (value is None or isinstance(value, bool | int | float))
 
 
 def is_trusted() -> bool:

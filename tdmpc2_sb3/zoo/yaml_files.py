@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+_MAX_BYTES, _MAX_VALUES = 1 << 20, 100_000
 _PYTHON = "tag:yaml.org,2002:python/"
 
 
@@ -23,13 +24,15 @@ class _LenientLoader(_Loader):
 
 
 def _ordered_dict(loader: yaml.SafeLoader, node: yaml.Node) -> OrderedDict[str, Any]:
-    assert isinstance(node, yaml.SequenceNode)
-    return OrderedDict(*loader.construct_sequence(node, deep=True))
+    return OrderedDict(*_items(loader, node))
 
 
 def _tuple(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[Any, ...]:
-    assert isinstance(node, yaml.SequenceNode)
-    return tuple(loader.construct_sequence(node, deep=True))
+    return tuple(_items(loader, node))
+
+
+def _items(loader: yaml.SafeLoader, node: yaml.Node) -> list[Any]:
+    return loader.construct_sequence(node, deep=True)  # type: ignore[arg-type]  # it checks
 
 
 def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
@@ -57,10 +60,28 @@ def read_yaml(path: Path, strict: bool = True) -> dict[str, Any]:
     """
     loader = _Loader if strict else _LenientLoader
     try:
-        return dict(yaml.load(path.read_text(), Loader=loader))  # a safe loader
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
+        value = yaml.load(path.read_text("utf-8"), Loader=loader)  # a safe loader
+        _check_size(value)
+        return dict(value)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         what = " ".join(str(getattr(error, "problem", None) or error).split())
         raise ValueError(
             f"'{path}' is damaged or holds Python objects, which are not read as they can run "
             f"code ({what}): replace them by plain values."
         ) from error
+
+
+def _check_size(value: Any) -> None:
+    """Refuse what is small in a file, by names for its parts, and without end when it is used."""
+    waiting = [value]
+    for _ in range(_MAX_VALUES):
+        if not waiting:
+            return
+        each = waiting.pop()
+        if isinstance(each, dict):
+            waiting += [*each, *each.values()]
+        elif isinstance(each, list | tuple | set):
+            waiting += each
+    raise ValueError(f"more than {_MAX_VALUES} values")

@@ -18,7 +18,9 @@ def write_run(folder: Path, steps, returns, episodes, config=None, args=None) ->
     env_name = folder.name.rpartition("_")[0]
     (folder / env_name).mkdir(parents=True)
     results = np.array([[value - 1, value + 1] for value in returns], dtype=float)
-    np.savez(folder / "evaluations.npz", timesteps=np.array(steps), results=results)
+    sizes = np.full(np.shape(results), 10)  # as EvalCallback writes them
+    arrays = {"timesteps": np.array(steps), "results": results, "ep_lengths": sizes}
+    np.savez(folder / "evaluations.npz", **arrays)
     for index, (start, rows) in enumerate(episodes):
         lines = [f'#{{"t_start": {start}, "env_id": "DMC/walker-walk-v0"}}', "r,l,t"]
         lines += [f"1.0,{length},{time}" for length, time in rows]

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import os
+import pickle
 import random
 import re
 import shlex
@@ -24,6 +25,7 @@ import torch as th
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tdmpc2_sb3 import TDMPC2
@@ -33,7 +35,9 @@ from tdmpc2_sb3.callbacks import (
     load_checkpoint,
     write_checkpoint,
 )
-from tdmpc2_sb3.zoo import checkpoints, resume, trust
+from tdmpc2_sb3.saving import log_files
+from tdmpc2_sb3.saving.checkpoint_files import read_run
+from tdmpc2_sb3.zoo import checkpoints, resume, run_options, trust
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "resume.md"
 WALKER = "DMC/walker-walk-v0"
@@ -527,6 +531,133 @@ def test_links_out_of_the_folder_are_refused(tmp_path, capsys, name):
     (run / name).unlink()
     (run / name).symlink_to(run / NAME / "args.yml")  # within it
     assert "has no checkpoint" in refusal(capsys, run) or "checkpoint_7" in name
+
+
+def test_files_that_hard_links_share_are_not_written(tmp_path):
+    run = checkpointed_run(tmp_path)
+    described = read_run(latest_checkpoint(run))["files"]
+    elsewhere = {}
+    for name in ("0.monitor.csv", "evaluations.npz", f"{NAME}/vecnormalize.pkl"):
+        (run / name).unlink(missing_ok=True)
+        elsewhere[name] = tmp_path / name.replace("/", "-")
+        elsewhere[name].write_text("precious")
+        os.link(elsewhere[name], run / name)
+    model = latest_checkpoint(run) / "model.zip"  # only ever removed: not worth a copy
+    os.link(model, tmp_path / "model.zip")
+    log_files.unshare(run, "checkpoint_*")
+    assert model.stat().st_nlink == 2
+    for name, other in elsewhere.items():
+        assert (run / name).stat().st_nlink == other.stat().st_nlink == 1
+        assert (run / name).read_text() == "precious"
+    log_files.rewind(run, {**described, "monitor_sizes": {"0.monitor.csv": 3}})
+    assert (run / "0.monitor.csv").read_text() == "pre"
+    assert elsewhere["0.monitor.csv"].read_text() == "precious"
+    assert not list(run.rglob(".*.copy"))
+
+
+def test_statistics_in_the_working_directory_are_not_unpickled(tmp_path, monkeypatch):
+    (tmp_path / NAME).mkdir()
+    witness = tmp_path / "witness"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(witness),)
+
+    (tmp_path / NAME / "vecnormalize.pkl").write_bytes(pickle.dumps(Evil()))
+    monkeypatch.chdir(tmp_path)
+    options = dict.fromkeys(run_options.OPTIONS)
+    options |= {"algo": "tdmpc2", "env": WALKER, "n_timesteps": 5, "seed": 0, "eval_freq": -1}
+    options |= {"device": "cpu", "vec_env": "dummy", "verbose": 0, "save_freq": -1}
+    run = resume.Run(tmp_path, options, {"n_timesteps": 5, "normalize": True})
+    made = resume.ResumedExperiment(run, tmp_path, None)
+    made._preprocess_hyperparams(made.read_hyperparameters()[0])
+    for evaluating in (False, True):
+        env = made.create_envs(1, eval_env=evaluating, no_log=True)
+        assert isinstance(env, VecNormalize)
+        assert (env.training, env.norm_reward) == (not evaluating, not evaluating)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint_9x", "checkpoint_9.1.2", f"checkpoint_{'9' * 5000}"[:200], "checkpoint_"]
+)
+def test_other_folders_are_no_checkpoints(tmp_path, name):
+    run = checkpointed_run(tmp_path)
+    newest = latest_checkpoint(run)
+    shutil.copytree(newest, run / name)
+    assert latest_checkpoint(run) == newest == resume.find_checkpoint(resume.find_run(run))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value", "needed"),
+    [
+        ("args", "env", ["a"], "a word"),
+        ("args", "seed", -1, "a whole number from 0 to 4294967295"),
+        ("args", "eval_episodes", 0, "a whole number from 1 to"),
+        ("args", "vec_env", "fork", "dummy or subproc"),
+        ("args", "num_threads", 10**12, "a whole number from -1 to 4096"),
+        ("args", "gym_packages", "this", "a list of words"),
+        ("args", "env_kwargs", {1: 2}, "a dictionary of keyword arguments or nothing"),
+        ("config", "n_timesteps", float("nan"), "a whole number from 1 to"),
+        ("config", "n_envs", "2", "a whole number from 1 to 65536"),
+        ("config", "env_kwargs", "dict()", "a dictionary of keyword arguments"),
+        ("config", "normalize", 3, "true or false"),
+        ("config", "normalize", {"clip_obs": "x"}, "a number"),
+        ("config", "normalize", "dict(norm_obs='x')", "true or false"),
+        ("config", "monitor_kwargs", {"info_keywords": [1]}, "a list of words"),
+        ("config", "callback", [3], "a name, or a list of names and their arguments"),
+        ("config", "callback", {"a.B": 1, "c.D": 2}, "a name, or a list of names"),
+        ("config", "callback", [{checkpoints.CALLBACK_NAME: {"save_freq": 0}}], "a whole number"),
+        ("config", "env_wrapper", {"a.B": 3}, "a name, or a list of names and their arguments"),
+    ],
+)
+def test_options_that_no_run_has_are_named(tmp_path, capsys, file, name, value, needed):
+    run = write_run(tmp_path)
+    path = run / NAME / f"{file}.yml"
+    path.write_text(yaml.dump({**resume.read_yaml(path), name: value}))
+    message = refusal(capsys, run)
+    assert f"and should be {needed}" in message
+    assert "Traceback" not in message
+    assert message.count("\n") == 1
+
+
+def test_unknown_keywords_of_normalize_are_named(tmp_path, capsys):
+    run = write_run(tmp_path)
+    path = run / NAME / "config.yml"
+    path.write_text(yaml.dump({**resume.read_yaml(path), "normalize": {"venv": 1}}))
+    assert "has an argument 'venv', which is none of training, norm_obs," in refusal(capsys, run)
+
+
+def test_words_for_other_environments_are_asked_for():
+    for env_id, kwargs, asked in (
+        ("HalfCheetah-v5", {"xml_file": "x.xml"}, ["env_kwargs of HalfCheetah-v5: "]),
+        ("HalfCheetah-v5", {"frame_skip": 5, "reset": [0.1, True, None]}, []),
+        (WALKER, {"observation": "pixels"}, []),
+    ):
+        found = trust.foreign_code({"env": env_id}, {"env_kwargs": kwargs})
+        assert [each[: len(start)] for each, start in zip(found, asked, strict=True)] == asked
+    (shown,) = trust.foreign_code({"env": WALKER}, {"policy": "a.B\n\x1b[2Jharmless"})
+    assert shown == repr("policy: a.B\n\x1b[2Jharmless")  # nothing moves the cursor
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x]\n" + "".join(f"{c}: &{c} [{', '.join(10 * [f'*{p}'])}]\n"
+                               for p, c in zip("abcdefgh", "bcdefghi", strict=True)),
+        "a: &a [*a]",
+        "a: " + 5000 * "[",
+        "a: !!python/tuple 5",
+        "!!python/object/apply:collections.OrderedDict 5",
+        "x: " + "y" * 2_000_000,
+    ],
+)  # fmt: skip
+def test_yaml_that_grows_or_is_odd_is_damaged(tmp_path, text):
+    path = tmp_path / "args.yml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is damaged or holds Python objects") as caught:
+        resume.read_yaml(path)
+    assert len(str(caught.value)) < 500
 
 
 def test_missing_options_are_named(tmp_path, capsys):

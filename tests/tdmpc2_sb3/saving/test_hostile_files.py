@@ -432,7 +432,7 @@ def test_damage_is_named_as_such() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 def test_damaged_files_do_no_harm() -> None:
     result = subprocess.run(
-        [sys.executable, FUZZING, "300", "--seed", "7"],
+        [sys.executable, FUZZING, "360", "--seed", "7"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -440,6 +440,7 @@ def test_damaged_files_do_no_harm() -> None:
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     counts = json.loads(result.stdout.splitlines()[-1])
     # The damage is worth something: much is refused, and some gets as far as learning.
-    for name in ("model", "ssm", "policy", "buffer", "official"):
+    for name in ("model", "ssm", "policy", "buffer", "official", "run"):
         assert counts[f"{name} refused"] > 20
     assert counts["model used"] > 0
+    assert counts["run used"] > 20

@@ -185,7 +185,7 @@ _SIZE = _built(_whole(1, None))
 
 SETTINGS: dict[str, Setting] = {
     "policy": Setting(),
-    "env": Setting(),
+    "env": _built(None, "call set_env(env) instead"),
     "learning_rate": Setting(_learning_rate),
     "buffer_size": _built(_whole(1), _BUFFER_IS_BUILT),
     "learning_starts": Setting(_whole(0, AUTOMATIC, remedy="give a number of steps or 'auto'")),
@@ -425,24 +425,42 @@ def automatic_initial_updates(
 
 
 def warn_if_nothing_is_learnt(
-    steps: int, random_steps: int, made: int, train_freq: TrainFreq, n_envs: int
+    steps: int,
+    random_steps: int,
+    made: int,
+    needed: int,
+    stored: int,
+    train_freq: TrainFreq,
+    n_envs: int,
 ) -> None:
     """Says so if a call of learn() ends before learning begins.
 
     :param steps: of the call
     :param random_steps: learning_starts
     :param made: how many of these there were before
+    :param needed: steps in the replay buffer to learn from
+    :param stored: how many there are
     :param train_freq: rollouts are finished
     :param n_envs: that step together
     """
     if train_freq.unit == TrainFrequencyUnit.STEP:
         rollout = train_freq.frequency * n_envs
         steps = math.ceil(steps / rollout) * rollout
-    missing = random_steps - made - steps
-    if steps > 0 and missing > 0:
+    reason = None
+    if random_steps > made + steps:
+        reason = (
+            f"{random_steps} random steps (learning_starts) come first, of which "
+            f"{random_steps - made - steps} are missing at its end. Make total_timesteps larger"
+        )
+    elif needed > stored + steps:
+        reason = (
+            f"the replay buffer holds {stored} steps at its start and {stored + steps} at its end, "
+            f"but {needed} are learnt from (learning_starts, or one sub-sequence). Make "
+            "total_timesteps larger, call load_replay_buffer() where a run goes on"
+        )
+    if steps > 0 and reason is not None:
         warnings.warn(
-            f"This call of learn() makes no gradient step: {random_steps} random steps "
-            f"(learning_starts) come first, of which {missing} are missing at its end. Make "
-            "total_timesteps larger, or pass a smaller learning_starts.",
+            f"This call of learn() makes no gradient step: {reason}, or pass a smaller "
+            "learning_starts.",
             stacklevel=3,
         )

@@ -486,6 +486,8 @@ class TDMPC2Policy(BasePolicy):
         """Actions in [-1, 1], [E, A], as actions within the space's bounds, [E, *shape]."""
         assert isinstance(self.action_space, spaces.Box)
         array = scaled.cpu().numpy().reshape(-1, *self.action_space.shape)
+        if integer_actions.is_of_integers(self.action_space):
+            return self.unscale_action(array)
         # Rounding may step over a bound by an ulp.
         return np.clip(
             self.unscale_action(array), self.action_space.low, self.action_space.high

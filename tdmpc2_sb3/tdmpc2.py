@@ -880,7 +880,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             )
             self._plan_mean = None  # stale once the planner takes over again
         if action_noise is not None:
-            added = th.as_tensor(action_noise(), device=scaled.device).float()
+            # No device has to know double precision.
+            added = th.as_tensor(np.asarray(action_noise(), np.float32), device=scaled.device)
             scaled = (scaled + added).clamp(-1.0, 1.0)
         return self.policy.unscale(scaled), scaled.cpu().numpy()
 

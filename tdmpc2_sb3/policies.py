@@ -289,31 +289,45 @@ class TDMPC2Policy(BasePolicy):
                 f"{self.observation_space}: use {POLICIES[found]}."
             )
 
-    def _make_optimizers(self, learning_rate: float, enc_lr_scale: float) -> None:
+    def _groups(self, enc_lr_scale: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The present parts' parameters with their learning rates' scales: of the model's
+        optimiser, and of the policy prior's."""
         model = self.world_model
         slow = list(model.dynamics.slow_parameters())
         slow_ids = {id(parameter) for parameter in slow}
-        encoder = list(model.encoder.parameters())
         heads: list[nn.Module] = [model.dynamics, model.reward_net, model.q_ensemble]
         if model.termination_net is not None:
             heads.append(model.termination_net)
         others = [p for head in heads for p in head.parameters() if id(p) not in slow_ids]
         groups = [
-            {"params": encoder, "lr_scale": enc_lr_scale},
+            {"params": list(model.encoder.parameters()), "lr_scale": enc_lr_scale},
             {"params": others, "lr_scale": 1.0},
         ]
         if slow:
             groups.append({"params": slow, "lr_scale": model.dynamics.SLOW_LR_SCALE})
-        self.model_parameters = [*encoder, *others, *slow]
-        self.prior_parameters = list(model.policy_net.parameters())
+        return groups, [{"params": list(model.policy_net.parameters()), "lr_scale": 1.0}]
+
+    def _make_optimizers(self, learning_rate: float, enc_lr_scale: float) -> None:
+        groups, prior_groups = self._groups(enc_lr_scale)
         self.model_optimizer = Adam(groups, lr=learning_rate, fused=True)
-        self.prior_optimizer = Adam(
-            [{"params": self.prior_parameters, "lr_scale": 1.0}],
-            lr=learning_rate,
-            eps=1e-5,
-            fused=True,
-        )
+        self.prior_optimizer = Adam(prior_groups, lr=learning_rate, eps=1e-5, fused=True)
         self.set_learning_rate(learning_rate)
+
+    @property
+    def model_parameters(self) -> list[nn.Parameter]:
+        """Those that the world model's losses train, unless they are frozen."""
+        return self.model_optimizer.parameters()
+
+    @property
+    def prior_parameters(self) -> list[nn.Parameter]:
+        """Those that the policy prior's loss trains, unless they are frozen."""
+        return self.prior_optimizer.parameters()
+
+    def follow_parts(self) -> None:
+        """Has the parameters of parts that were replaced trained in place of the former ones."""
+        optimizers = (self.model_optimizer, self.prior_optimizer)
+        for optimizer, groups in zip(optimizers, self._groups(self.enc_lr_scale), strict=True):
+            optimizer.take_groups(groups)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets every optimiser group's rate: the given one times the group's own scale."""
@@ -472,6 +486,8 @@ class TDMPC2Policy(BasePolicy):
         """Actions in [-1, 1], [E, A], as actions within the space's bounds, [E, *shape]."""
         assert isinstance(self.action_space, spaces.Box)
         array = scaled.cpu().numpy().reshape(-1, *self.action_space.shape)
+        if integer_actions.is_of_integers(self.action_space):
+            return self.unscale_action(array)
         # Rounding may step over a bound by an ulp.
         return np.clip(
             self.unscale_action(array), self.action_space.low, self.action_space.high

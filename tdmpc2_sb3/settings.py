@@ -219,7 +219,7 @@ _SAMPLES = 2**20
 
 SETTINGS: dict[str, Setting] = {
     "policy": Setting(),
-    "env": Setting(),
+    "env": _built(None, "call set_env(env) instead"),
     "learning_rate": Setting(
         Check(_learning_rate, "a number or a schedule of numbers, not negative")
     ),
@@ -285,7 +285,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "tensorboard_log": Setting(),
     "policy_kwargs": _built(None, "the policy has been built with them: build a new model"),
-    "verbose": Setting(_whole(0, most=10**6)),
+    "verbose": Setting(_whole(0, False, True, most=10**6)),
     "seed": _built(
         _whole(0, None, most=2**32 - 1),
         "the random streams have begun: call set_random_seed(seed) instead",
@@ -468,24 +468,42 @@ def automatic_initial_updates(
 
 
 def warn_if_nothing_is_learnt(
-    steps: int, random_steps: int, made: int, train_freq: TrainFreq, n_envs: int
+    steps: int,
+    random_steps: int,
+    made: int,
+    needed: int,
+    stored: int,
+    train_freq: TrainFreq,
+    n_envs: int,
 ) -> None:
     """Says so if a call of learn() ends before learning begins.
 
     :param steps: of the call
     :param random_steps: learning_starts
     :param made: how many of these there were before
+    :param needed: steps in the replay buffer to learn from
+    :param stored: how many there are
     :param train_freq: rollouts are finished
     :param n_envs: that step together
     """
     if train_freq.unit == TrainFrequencyUnit.STEP:
         rollout = train_freq.frequency * n_envs
         steps = math.ceil(steps / rollout) * rollout
-    missing = random_steps - made - steps
-    if steps > 0 and missing > 0:
+    reason = None
+    if random_steps > made + steps:
+        reason = (
+            f"{random_steps} random steps (learning_starts) come first, of which "
+            f"{random_steps - made - steps} are missing at its end. Make total_timesteps larger"
+        )
+    elif needed > stored + steps:
+        reason = (
+            f"the replay buffer holds {stored} steps at its start and {stored + steps} at its end, "
+            f"but {needed} are learnt from (learning_starts, or one sub-sequence). Make "
+            "total_timesteps larger, call load_replay_buffer() where a run goes on"
+        )
+    if steps > 0 and reason is not None:
         warnings.warn(
-            f"This call of learn() makes no gradient step: {random_steps} random steps "
-            f"(learning_starts) come first, of which {missing} are missing at its end. Make "
-            "total_timesteps larger, or pass a smaller learning_starts.",
+            f"This call of learn() makes no gradient step: {reason}, or pass a smaller "
+            "learning_starts.",
             stacklevel=3,
         )

@@ -498,6 +498,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         self._follow_planner()
         settings, step = self._made_update_step
         if settings != self._loss_settings() or not step.is_of(unwrapped(self.policy)):
+            unwrapped(self.policy).follow_parts()
             self._update_step = self._make_update_step()
             self._say_plain_ways()
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
@@ -621,7 +622,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         )
         assert self.env is not None
         assert isinstance(self.train_freq, TrainFreq)
-        assert self.replay_buffer is not None
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         envs = [self.env, *environments_of(callback)]
         with last_checkpoint(callback), workers.watched(envs) as self._workers:
             callback.on_training_start(locals(), globals())
@@ -631,6 +632,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 max(total_timesteps - self.num_timesteps, 0),
                 int(self.learning_starts),
                 self._lifetime_steps,
+                self._needed_steps,
+                self.replay_buffer.num_steps,
                 self.train_freq,
                 self.n_envs,
             )
@@ -669,7 +672,11 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None, "You must set the environment before calling learn()"
-        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        if not isinstance(self.replay_buffer, SequenceReplayBuffer):
+            raise RuntimeError(
+                f"replay_buffer is a {type(self.replay_buffer).__name__}: TDMPC2 learns from "
+                "sub-sequences, assign a SequenceReplayBuffer or one of a subclass."
+            )
         self.replay_buffer.check_memory(RuntimeError)
         if self._without_run:
             self._say(
@@ -743,9 +750,14 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
     def _has_enough_steps(self) -> bool:
         # A run continued without its buffer acts by its policy until there is enough again.
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        return not self._warming_up and self.replay_buffer.num_steps >= self._needed_steps
+
+    @property
+    def _needed_steps(self) -> int:
+        """Steps in the replay buffer to learn from."""
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         enough = min(int(self.learning_starts), self.replay_buffer.buffer_size * self.n_envs // 2)
-        enough = max(enough, (self.sequence_length + 1) * self.n_envs)
-        return not self._warming_up and self.replay_buffer.num_steps >= enough
+        return max(enough, (self.sequence_length + 1) * self.n_envs)
 
     def _make_interrupted_updates(self) -> None:
         """The gradient steps that Ctrl-C kept the run from making."""
@@ -886,7 +898,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             )
             self._plan_mean = None  # stale once the planner takes over again
         if action_noise is not None:
-            added = th.as_tensor(action_noise(), device=scaled.device).float()
+            # No device has to know double precision.
+            added = th.as_tensor(np.asarray(action_noise(), np.float32), device=scaled.device)
             scaled = (scaled + added).clamp(-1.0, 1.0)
         return self.policy.unscale(scaled), scaled.cpu().numpy()
 
@@ -1100,6 +1113,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         :raises TypeError: naming an attribute that cannot be written without pickling
         """
         self._follow_planner()
+        unwrapped(self.policy).follow_parts()
         agent_file.save(self, path, exclude or (), include or (), resumable)
 
     @classmethod
@@ -1203,7 +1217,11 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         official_checkpoint.write_checkpoint(path, self.policy.world_model, module_placeholders)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        super().set_env(env, force_reset)
+        is_set_up, self._is_set_up = self._is_set_up, False  # nobody else may assign env
+        try:
+            super().set_env(env, force_reset)
+        finally:
+            self._is_set_up = is_set_up
         self._saved_episodes = None
         self._normalization = self._find_normalization()
 

@@ -21,6 +21,23 @@ class Adam(th.optim.Adam):
 
     _arrays: AdamArrays | None = None  # of the last step
 
+    def parameters(self) -> list[th.nn.Parameter]:
+        """Those of all groups, in their order."""
+        return [each for group in self.param_groups for each in group["params"]]
+
+    def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Goes on with other parameters; those that it has already keep their state.
+
+        :param groups: "params" of each, and settings that differ from the first group's so far
+        """
+        parameters = {id(each) for group in groups for each in group["params"]}
+        if [*map(id, self.parameters())] == [id(p) for group in groups for p in group["params"]]:
+            return
+        settings = {key: value for key, value in self.param_groups[0].items() if key != "params"}
+        self.param_groups = [{**settings, **group} for group in groups]
+        for each in [each for each in self.state if id(each) not in parameters]:
+            del self.state[each]
+
     @th.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """See :meth:`torch.optim.Adam.step`."""

@@ -21,7 +21,11 @@ def values_at(scaled: np.ndarray, space: spaces.Space) -> np.ndarray:
     """The values in whose shares numbers in [-1, 1] lie."""
     low, count = _shares(space)
     share = np.floor(0.5 * (np.asarray(scaled, np.float64) + 1.0) * count)
-    return low + np.clip(share, 0.0, count - 1.0)
+    values = low + np.clip(share, 0.0, count - 1.0)
+    assert isinstance(space, spaces.Box)
+    # The ends of 64 bits are no doubles: what rounds to them or beyond is the end itself.
+    within = values < space.high.astype(np.float64)
+    return np.where(within, np.where(within, values, low).astype(space.dtype), space.high)
 
 
 def _shares(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from tdmpc2_sb3.saving.functions import remembers_nothing
 from tdmpc2_sb3.saving.random_streams import checked_stream
 
 State = dict[str, Any]
@@ -220,16 +220,6 @@ def class_name(thing: object) -> str:
     return _THE_SAME.get(name, name)
 
 
-def _remembers_nothing(function: Any) -> bool:
-    """Whether a function has nothing of its own that may change: no object, no closure but of plain
-    values."""
-    if not isinstance(function, types.FunctionType):
-        return isinstance(function, types.BuiltinFunctionType | np.ufunc)
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return all(isinstance(each, int | float | str | bytes | type(None)) for each in held)
-
-
 class EpisodeOf:
     """The episode in progress of one environment and its wrappers.
 
@@ -258,7 +248,7 @@ class EpisodeOf:
             function = _FUNCTIONS.get(name)
             known = name in STATES
             if function is not None:
-                known = _remembers_nothing(getattr(wrapper, function, None))
+                known = remembers_nothing(getattr(wrapper, function, None))
             if not known:
                 return f"the wrapper {type(wrapper).__name__} may remember what cannot be saved"
         return None

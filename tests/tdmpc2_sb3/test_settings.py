@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
 
@@ -354,3 +355,71 @@ def test_a_field_is_in_use_where_it_has_an_effect():
     }
     assert settings.is_in_use(Options(share=0.0), "share")  # 0 in the place of a default
     assert settings.is_in_use(Options(kind="other"), "kind")
+
+
+PARTS = ("encoder", "dynamics", "reward_net", "q_ensemble", "policy_net")
+
+
+@pytest.mark.parametrize("learnt", [0, 26])
+@pytest.mark.parametrize("part", [*PARTS, "world_model"])
+def test_a_part_put_in_place_of_another_learns(make_agent, tmp_path, part, learnt):
+    agent, other = make_agent(), make_agent(seed=5)
+    if learnt:
+        agent.learn(learnt)
+    kept = agent.policy.world_model.reward_net if part != "reward_net" else None
+    if part == "world_model":
+        agent.policy.world_model = other.policy.world_model
+    else:
+        setattr(agent.policy.world_model, part, getattr(other.policy.world_model, part))
+    before = {k: v.clone() for k, v in agent.policy.state_dict().items()}
+    moments = len(agent.policy.model_optimizer.state)
+    agent.learn(26, reset_num_timesteps=False)
+    for name, parameter in agent.policy.named_parameters():
+        assert not th.equal(parameter, before[name]), name
+    if learnt and part != "world_model" and kept is not None:
+        # What stayed goes on with its moments: 6 + 26 gradient steps and more.
+        weight = next(kept.parameters())
+        steps = agent.policy.model_optimizer.state[weight]["step"]
+        assert steps == agent._n_updates
+    assert not moments or len(agent.policy.model_optimizer.state) == moments
+    agent.save(tmp_path / "agent.zip")
+    loaded = TDMPC2.load(tmp_path / "agent.zip", device="cpu")
+    for name, value in loaded.policy.state_dict().items():
+        assert th.equal(value, agent.policy.state_dict()[name]), name
+
+
+def test_a_weight_put_in_place_of_another_learns_as_the_same_numbers_would(make_agent):
+    agent, other = make_agent(), make_agent()
+    for each in (agent, other):
+        each.learn(26)
+    head = agent.policy.world_model.reward_net[0]
+    bias = head.bias
+    head.bias = th.nn.Parameter(bias.detach().clone())
+    other_bias = other.policy.world_model.reward_net[0].bias
+    del other.policy.model_optimizer.state[other_bias]  # a new parameter has no moments
+    for each in (agent, other):
+        each.train(2, 8)
+    for (name, one), two in zip(
+        agent.policy.named_parameters(), other.policy.parameters(), strict=True
+    ):
+        assert th.equal(one, two), name
+    assert bias not in agent.policy.model_optimizer.state
+
+
+def test_an_environment_is_set_by_set_env(make_agent, point_env):
+    agent = make_agent()
+    with pytest.raises(FixedSettingError, match=r"call set_env\(env\) instead"):
+        agent.env = make_agent(point_env()).env
+    other = make_agent(point_env()).env
+    agent.set_env(other)
+    agent.learn(8)
+    assert agent.env is other
+    with pytest.raises(FixedSettingError):
+        agent.env = None
+
+
+def test_a_buffer_that_knows_no_sub_sequences_is_refused(make_agent):
+    agent = make_agent()
+    agent.replay_buffer = ReplayBuffer(100, agent.observation_space, agent.action_space)
+    with pytest.raises(RuntimeError, match=r"is a ReplayBuffer: .* assign a SequenceReplayBuffer"):
+        agent.learn(8)

@@ -331,3 +331,38 @@ def test_no_learning_is_warned_of(make_agent, point_env, steps, settings, n_envs
         assert "20 random steps (learning_starts) come first" in said[0]
         agent.learn(20 - agent.num_timesteps, reset_num_timesteps=False)
         assert agent._n_updates > 0
+
+
+def no_learning(agent, steps, **kwargs):
+    """What a call of learn() says of it, and its gradient steps."""
+    before = agent._n_updates
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        agent.learn(steps, **kwargs)
+    said = [str(each.message) for each in caught if "no gradient step" in str(each.message)]
+    return said, agent._n_updates - before
+
+
+def test_no_learning_without_the_former_buffer_is_warned_of(make_agent, tmp_path):
+    agent = make_agent()
+    agent.learn(30)
+    agent.save(tmp_path / "agent.zip")
+    agent.save_replay_buffer(tmp_path / "buffer.npz")
+    alone = TDMPC2.load(tmp_path / "agent.zip", env=agent.env, device="cpu")
+    said, updates = no_learning(alone, 12)
+    assert updates == 0
+    assert len(said) == 1
+    assert "holds 0 steps at its start and 12 at its end, but 20 are learnt from" in said[0]
+    assert "load_replay_buffer()" in said[0]
+    assert no_learning(alone, 12, reset_num_timesteps=False) == ([], 5)  # steps 20 to 24
+    whole = TDMPC2.load(tmp_path / "agent.zip", env=agent.env, device="cpu")
+    whole.load_replay_buffer(tmp_path / "buffer.npz")
+    assert no_learning(whole, 12) == ([], 12)
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(8, True), (9, False)])
+def test_less_than_a_sub_sequence_is_warned_of(make_agent, steps, warns):
+    agent = make_agent(learning_starts=0, horizon=8)
+    said, updates = no_learning(agent, steps)
+    assert (len(said), updates == 0) == (warns, warns)
+    assert not warns or "8 at its end, but 9 are learnt from" in said[0]

@@ -119,3 +119,14 @@ def test_plans_and_predictions(make_agent):
     action, _ = agent.predict(np.zeros(2, np.float32))
     assert env.action_space.contains(action)
     assert {tuple(each) for each in env.actions[20:]} != {tuple(env.actions[20])}
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.int32, np.uint32])
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_the_ends_of_what_a_type_holds(dtype, from_zero):
+    low, high = 0 if from_zero else int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+    policy = policy_for(spaces.Box(low, high, (1,), dtype))
+    actions = policy.unscale(th.tensor([[-1.0], [0.0], [1.0], [1.001], [-1.001]]))
+    assert actions.dtype == dtype
+    middle = (low + high + 1) // 2
+    assert [int(each) for each in actions[:, 0]] == [low, middle, high, high, low]

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.overrides import TorchFunctionMode
@@ -306,13 +307,19 @@ def test_the_simulated_device_refuses():
 @pytest.mark.parametrize("name", ["double", "number", "half", "dict", "discrete"])
 @pytest.mark.parametrize("noise", ["white", "pink"])
 def test_devices_without_doubles(make_agent, monkeypatch, name, noise):
+    added = NormalActionNoise(np.zeros(2), np.ones(2), dtype=np.float64)
     monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
     space = SPACES[name]
     env = RandomEnv(space)
     env.action_space = spaces.Box(-2.0, 2.0, (2,), np.float64)
     with NoDoubles(), NoDoublesInside():
         agent = make_agent(
-            env, policy_for(space), exploration_noise=noise, batch_size=2, initial_gradient_steps=1
+            env,
+            policy_for(space),
+            exploration_noise=noise,
+            action_noise=added,
+            batch_size=2,
+            initial_gradient_steps=1,
         ).learn(23)
         observation = space.sample()
         for deterministic in (True, False):

@@ -110,13 +110,17 @@ def _eval_freq_given() -> bool:
 
 
 def _preprocess_hyperparams(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the evaluation environment the YAML's `env_kwargs`, which the zoo keeps from it.
+    """Give the evaluation environment the YAML's `env_kwargs`, which the zoo keeps from it, and the
+    training environment alone its `train_env_kwargs`.
 
     And keep the YAML's checkpoint callback from trials.
     """
 
     @functools.wraps(original)
     def _preprocess_hyperparams(self: Any, hyperparams: dict[str, Any]) -> Any:
+        self.train_env_kwargs = {}
+        if _ours(self):
+            self.train_env_kwargs = _train_env_kwargs(hyperparams)
         result = original(self, hyperparams)
         if _ours(self):
             # --eval-env-kwargs adds to the training environment's and wins over them: an agent
@@ -127,6 +131,19 @@ def _preprocess_hyperparams(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return _preprocess_hyperparams
+
+
+def _train_env_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
+    """Takes them out of the hyperparameters."""
+    found = hyperparams.pop("train_env_kwargs", None) or {}
+    if not isinstance(found, dict):
+        raise SystemExit(
+            f"train_env_kwargs is {found!r}: it must be a dictionary, such as "
+            "{max_episode_steps: 100} in YAML or dict(max_episode_steps=100) behind -params."
+        )
+    if found:
+        print(f"train_env_kwargs={found}")
+    return found
 
 
 def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:
@@ -141,20 +158,23 @@ def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _create_envs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Evaluate in other episodes than those of training, and let signals reach the main process
-    alone: it still needs the environments to save them."""
+    """Evaluate in other episodes than those of training, train with the `train_env_kwargs`, and let
+    signals reach the main process alone: it still needs the environments to save them."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def create_envs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if signature.bind(self, *args, **kwargs).arguments.get("eval_env") and _ours(self):
-            seed = self.seed
-            self.seed += EVALUATION_SEEDS
-            try:
-                return make(self, *args, **kwargs)
-            finally:
-                self.seed = seed
-        return make(self, *args, **kwargs)
+        if not _ours(self):
+            return make(self, *args, **kwargs)
+        seed, env_kwargs = self.seed, self.env_kwargs
+        if signature.bind(self, *args, **kwargs).arguments.get("eval_env"):
+            self.seed = seed + EVALUATION_SEEDS
+        else:
+            self.env_kwargs = {**env_kwargs, **self.train_env_kwargs}
+        try:
+            return make(self, *args, **kwargs)
+        finally:
+            self.seed, self.env_kwargs = seed, env_kwargs
 
     def make(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.algo not in ALGORITHMS or not issubclass(self.vec_env_class, SubprocVecEnv):

@@ -90,6 +90,7 @@ HYPERPARAMETERS = {
     "n_envs": _whole(1, 2**16),
     "eval_freq": _whole(-1),
     "env_kwargs": ARGUMENTS,
+    "train_env_kwargs": ARGUMENTS,
     "frame_stack": _whole(1, 2**10),
     "gamma": NUMBER,
     "policy": WORD,

@@ -51,7 +51,7 @@ def foreign_code(args: dict[str, Any], config: dict[str, Any]) -> list[str]:
         found += [
             f"{key} of {env_id}: {values[key]}"
             for values in (args, config)
-            for key in ("env_kwargs", "eval_env_kwargs")
+            for key in ("env_kwargs", "eval_env_kwargs", "train_env_kwargs")
             if _has_words(values.get(key))
         ]
     return [each if each.isprintable() else repr(each) for each in found]

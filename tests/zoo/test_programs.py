@@ -140,6 +140,28 @@ def test_an_exported_agent_is_small_names_no_machine_and_plays_the_same(zoo, tin
     assert episode_rewards(played) == [f"{evaluated:.2f}"]
 
 
+def test_training_alone_has_its_train_env_kwargs(zoo, tiny, tmp_path):
+    trained = train(
+        zoo, tiny, "-n", "60", "--eval-freq", "60", "--eval-episodes", "1",
+        params=("train_env_kwargs:dict(max_episode_steps=7)",),
+    ).stdout  # fmt: skip
+    assert "train_env_kwargs={'max_episode_steps': 7}" in trained
+    assert "Automatic settings for episodes of 7 steps" in trained
+    run = tmp_path / "logs" / "tdmpc2" / f"{NAME}_1"
+    with np.load(run / "evaluations.npz") as data:
+        assert data["ep_lengths"].tolist() == [[20]]  # 1000 frames at 50 a step: the whole task
+    zoo("resume", "resume", str(run), "-n", "80", module="tdmpc2_sb3.zoo")
+    rows = (run / "0.monitor.csv").read_text().splitlines()[2:]
+    assert [row.split(",")[1] for row in rows] == ["7"] * 11
+    common = ["--algo", "tdmpc2", "--env", CHEETAH, "-f", "logs", "--no-render"]
+    assert "Episode Length 20" in zoo("enjoy", *common, "-n", "20").stdout
+    wrong = zoo(
+        "train", "--algo", "tdmpc2", "--env", CHEETAH, "-n", "60", "-params", "train_env_kwargs:7",
+        check=False,
+    )  # fmt: skip
+    assert "train_env_kwargs is 7: it must be a dictionary" in wrong.stderr
+
+
 def test_workers_in_processes_and_several_evaluation_environments(zoo, tiny, tmp_path):
     train(
         zoo, tiny, "-n", "80", "--eval-freq", "40", "--eval-episodes", "2", "--n-eval-envs", "2",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -119,7 +120,11 @@ def main(arguments: list[str] | None = None) -> None:
         unknown = [name for name in args.groups if name not in GROUPS]
         if unknown:
             raise SystemExit(f"There is no group {unknown[0]!r}; choose of {', '.join(GROUPS)}.")
-        list_tasks(args.groups or list(GROUPS))
+        try:
+            list_tasks(args.groups or list(GROUPS))
+            sys.stdout.flush()
+        except BrokenPipeError:  # as of `list | head`; Python would complain of it at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     try:
         preview(args)

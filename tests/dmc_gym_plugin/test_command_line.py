@@ -139,3 +139,19 @@ def test_preview_of_several_tasks(tmp_path: Path) -> None:
     ids = ["DMC/cartpole-swingup-v0", "DMC/reacher-easy-v0"]
     main(["preview", *ids, "-o", str(output), "--height", "48", "--width", "64", "--steps", "2"])
     assert Image.open(output).size == (6 + 2 * 70, 6 + 48 + 20 + 6)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as on Unix")
+def test_a_reader_that_has_enough_gets_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "dmc_gym_plugin", "list"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -99,6 +99,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"missing are {sorted(set(columns) - set(row))}, "
             f"unknown {sorted(set(row) - set(columns))}"
         )
+    try:
+        generate.check(table, row)
+    except ValueError as error:
+        parser.error(str(error))
     replaced = replace(rows, row, table["key"])
     with (generate.HERE / f"{args.table}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

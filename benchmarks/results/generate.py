@@ -56,12 +56,22 @@ def read_rows(table: dict[str, Any]) -> list[Row]:
     if len(set(reader.fieldnames or ())) != len(reader.fieldnames or ()):
         raise ValueError(f"{name}.csv has two columns of one name: {reader.fieldnames}.")
     for row in rows:
-        missing = [column for column in source_of(table) if not row.get(column)]
-        if missing == ["evidence"] and row["answer"] == facts.UNKNOWN:
-            continue
-        if missing or None in row:
-            raise ValueError(f"{name}.csv: {row} has no {missing or 'heads for all its values'}.")
+        check(table, row)
     return rows
+
+
+def check(table: dict[str, Any], row: Row) -> None:
+    """Raises a ValueError if a row does not tell where it comes from.
+
+    :param table: what tables.yml says of its file
+    """
+    missing = [column for column in source_of(table) if not row.get(column)]
+    if missing == ["evidence"] and row["answer"] == facts.UNKNOWN:
+        missing = []
+    if missing or None in row:
+        raise ValueError(
+            f"{table['file']}.csv: {row} has no {missing or 'heads for all its values'}."
+        )
 
 
 def over_seeds(rows: Sequence[Row], by: Sequence[str], averaged: Sequence[str]) -> list[Row]:

@@ -227,6 +227,24 @@ def test_a_fact_is_replaced_and_was_read_today(copy: Path):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "lacking"),
+    [
+        ("features", ["feature=x", "package=y", "answer=yes", "evidence="], "['evidence']"),
+        ("cold_start", ["acting by=chance", "return=3", "command="], "['command']"),
+    ],
+)
+def test_a_row_without_its_source_is_not_written(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str, values: list[str], lacking: str
+):
+    import add
+
+    with pytest.raises(SystemExit):
+        add.main([name, *values])
+    assert f"has no {lacking}." in capsys.readouterr().err
+    assert (copy / "results" / f"{name}.csv").read_text() == (RESULTS / f"{name}.csv").read_text()
+
+
 def test_an_answer_without_evidence_is_refused(copy: Path, generate: ModuleType):
     path = copy / "results" / "features.csv"
     rows = rows_of(path)

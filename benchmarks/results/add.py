@@ -5,13 +5,14 @@
 
 With --run task, algorithm, seed, steps, minutes and return are read from a run of the zoo: its last
 evaluation, whatever came before. What is named by hand wins. machine and commit are those of this
-machine and this working tree where they are not given.
+machine and this working tree where they are not given; a fact was read today.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import re
 import subprocess
 import sys
@@ -79,13 +80,17 @@ def main(arguments: list[str] | None = None) -> None:
     for value in args.values:
         if "=" not in value:
             parser.error(f"{value!r} is no COLUMN=VALUE")
-    rows = generate.read_rows(args.table)
+    table = tables[args.table]
+    source = generate.source_of(table)
+    rows = generate.read_rows(table)
     columns = list(rows[0])
     row = {} if args.run is None else row_of_run(args.run)
     row.update(value.split("=", 1) for value in args.values)
-    if "machine" not in row:
+    if "read" in source:
+        row.setdefault("read", datetime.date.today().isoformat())
+    if "machine" in source and "machine" not in row:
         row["machine"] = describe(*PACKAGES)
-    if "commit" not in row:
+    if "commit" in source and "commit" not in row:
         head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=7", "HEAD"]
         row["commit"] = subprocess.check_output(head, text=True).strip()
     if set(row) != set(columns):
@@ -94,12 +99,17 @@ def main(arguments: list[str] | None = None) -> None:
             f"missing are {sorted(set(columns) - set(row))}, "
             f"unknown {sorted(set(row) - set(columns))}"
         )
-    replaced = replace(rows, row, tables[args.table]["key"])
+    try:
+        generate.check(table, row)
+    except ValueError as error:
+        parser.error(str(error))
+    replaced = replace(rows, row, table["key"])
     with (generate.HERE / f"{args.table}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print("replaced" if replaced else "added", {name: row[name] for name in columns[:-3]})
+    question = {name: value for name, value in row.items() if name not in source}
+    print("replaced" if replaced else "added", question)
     generate.write()
 
 

@@ -3,8 +3,8 @@
     python benchmarks/results/generate.py           # after a row was added or replaced
     python benchmarks/results/generate.py --check   # says whether the pages agree, writes nothing
 
-tables.yml tells which files there are, in which order, with title and caveat. The last three
-columns of each file say where a row comes from: command, machine, commit.
+tables.yml tells which files there are, in which order, with title and caveat. The last columns of
+each file say where a row comes from: command, machine, commit; in a file of facts evidence, read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import facts
 import yaml
 
 HERE = Path(__file__).resolve().parent
@@ -37,22 +38,40 @@ def read_tables() -> list[dict[str, Any]]:
     return tables
 
 
-def read_rows(name: str) -> list[Row]:
+def source_of(table: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the columns that tell where a row comes from."""
+    return facts.SOURCE if "facts" in table else SOURCE
+
+
+def read_rows(table: dict[str, Any]) -> list[Row]:
     """Returns the rows of a file.
 
-    :param name: of the file, without `.csv`
+    :param table: what tables.yml says of it
     :raises ValueError: if a row does not tell where it comes from, or two columns have one name
     """
+    name = table["file"]
     with (HERE / f"{name}.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
     if len(set(reader.fieldnames or ())) != len(reader.fieldnames or ()):
         raise ValueError(f"{name}.csv has two columns of one name: {reader.fieldnames}.")
     for row in rows:
-        missing = [column for column in SOURCE if not row.get(column)]
-        if missing or None in row:
-            raise ValueError(f"{name}.csv: {row} has no {missing or 'heads for all its values'}.")
+        check(table, row)
     return rows
+
+
+def check(table: dict[str, Any], row: Row) -> None:
+    """Raises a ValueError if a row does not tell where it comes from.
+
+    :param table: what tables.yml says of its file
+    """
+    missing = [column for column in source_of(table) if not row.get(column)]
+    if missing == ["evidence"] and row["answer"] == facts.UNKNOWN:
+        missing = []
+    if missing or None in row:
+        raise ValueError(
+            f"{table['file']}.csv: {row} has no {missing or 'heads for all its values'}."
+        )
 
 
 def over_seeds(rows: Sequence[Row], by: Sequence[str], averaged: Sequence[str]) -> list[Row]:
@@ -163,6 +182,8 @@ def _wrapped_command(command: str) -> list[str]:
 
 def shown_rows(table: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
     """Returns a file's rows as the pages show them."""
+    if "facts" in table:
+        return facts.pivoted(rows)
     averaged = table.get("averaged over seeds")
     if averaged is None:
         return list(rows)
@@ -180,13 +201,14 @@ def results_page() -> str:
     lines = [
         "# Results",
         "",
-        "The newest figure to each question, with its command, its machine and one caveat. This",
-        "page is made from the files in `benchmarks/results`, whose README tells how to add a row.",
+        "The newest figure to each question, with its command, its machine and one caveat, and the",
+        "[features](#features) beside other packages. This page is made from the files in",
+        "`benchmarks/results`, whose README tells how to add a row.",
         "",
     ]
     section = None
     for table in read_tables():
-        rows = read_rows(table["file"])
+        rows = read_rows(table)
         if table["section"] != section:
             section = table["section"]
             lines += [f"## {section}", ""]
@@ -194,14 +216,18 @@ def results_page() -> str:
         shown = shown_rows(table, rows)
         lines += [*format_table(shown, columns_of(shown)), ""]
         lines += [*_wrapped(table["caveat"].strip()), ""]
-        lines += format_sources(rows, table["key"])
+        if "facts" in table:
+            lines += [*_wrapped(facts.states_read(rows)), ""]
+            lines += [*format_table(facts.shown_by(rows), ["feature", "shown by"]), ""]
+        else:
+            lines += format_sources(rows, table["key"])
     return "\n".join(lines).rstrip() + "\n"
 
 
 def readme_table() -> str:
     """Returns what stands between the README's markers."""
     (table,) = [table for table in read_tables() if "readme" in table]
-    shown = shown_rows(table, read_rows(table["file"]))
+    shown = shown_rows(table, read_rows(table))
     lines = [*format_table(shown, table["readme"]), "", *_wrapped(table["caveat"].strip())]
     lines += ["", "Commands, machines and all other figures: [results](docs/results.md)."]
     return "\n".join(lines)

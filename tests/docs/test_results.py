@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import os
 import re
 import shutil
@@ -44,6 +45,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def first(row: dict[str, str]) -> list[str]:
+    """The first of a fact's evidence, by which the page shows it; none where nothing is known."""
+    return row["evidence"].split()[:1]
+
+
 def test_pages_agree_with_the_files(generate: ModuleType):
     for path, text in generate.pages().items():
         assert path.read_text() == text, "run python benchmarks/results/generate.py"
@@ -61,6 +67,9 @@ def test_every_file_is_shown_with_its_source(generate: ModuleType):
         rows = rows_of(RESULTS / f"{table['file']}.csv")
         keys = [tuple(row[column] for column in table["key"]) for row in rows]
         assert len(set(keys)) == len(keys), f"{table['file']}.csv answers a question twice"
+        if "facts" in table:
+            assert all(place.removeprefix("docs/") in part for row in rows for place in first(row))
+            continue
         assert part.count("\nMachine: commit ") == len(
             {
                 (row["commit"], re.sub(r", load average at the start [\d.]+", "", row["machine"]))
@@ -69,6 +78,72 @@ def test_every_file_is_shown_with_its_source(generate: ModuleType):
         )
         for row in rows:
             assert row["command"].split()[-1] in part
+
+
+@pytest.mark.parametrize("name", ["features", "environment_features"])
+def test_every_fact_has_evidence_that_is_there(name: str):
+    rows = rows_of(RESULTS / f"{name}.csv")
+    packages = list(dict.fromkeys(row["package"] for row in rows))
+    features = list(dict.fromkeys(row["feature"] for row in rows))
+    assert [(row["feature"], row["package"]) for row in rows] == [
+        (feature, package) for feature in features for package in packages
+    ]
+    for row in rows:
+        assert datetime.date.fromisoformat(row["read"]) >= datetime.date(2026, 11, 30)
+        assert bool(row["evidence"]) == (row["answer"] != "?"), row
+        for place in row["evidence"].split():
+            if place.startswith("https://"):
+                # What was read stays what it was: no file of a branch that moves on.
+                moving = re.search(
+                    r"github\.com/[^/]+/[^/]+/(blob|tree)/(?![0-9a-f]{40}(/|$))", place
+                )
+                assert not moving, place
+            else:
+                assert_ours_is_there(place)
+        ours = [place for place in row["evidence"].split() if not place.startswith("https://")]
+        assert row["package"] != "this package" or row["answer"] == "?" or ours, row
+
+
+def assert_ours_is_there(place: str) -> None:
+    path, test = (*place.split("::"), "")[:2]
+    path, _, anchor = path.partition("#")
+    assert (REPOSITORY / path).exists(), place
+    assert path.startswith("docs/") or not anchor, place
+    if test:
+        text = (REPOSITORY / path).read_text()
+        assert re.search(rf"^ *def {re.escape(test)}\(", text, re.M), place
+    if anchor:
+        heads = re.findall(r"^#+ (.*)$", (REPOSITORY / path).read_text(), re.M)
+        places = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+        assert anchor in places, place
+
+
+def test_facts_become_a_table_whose_cells_lead_to_their_evidence(generate: ModuleType):
+    import facts
+
+    read = f"https://github.com/a/b/blob/{'0123456789' * 4}/c.py#L1"
+    rows = [
+        {"feature": "x", "package": "ours", "answer": "yes", "evidence": "tests/t.py docs/g.md#h"},
+        {"feature": "x", "package": "b", "answer": "no", "evidence": f"{read} https://d.org"},
+        {"feature": "y", "package": "ours", "answer": "few words", "evidence": "LICENSE"},
+        {"feature": "y", "package": "b", "answer": "?", "evidence": ""},
+    ]
+    for row, day in zip(
+        rows, ("2026-12-02", "2026-11-30", "2026-12-01", "2026-11-30"), strict=True
+    ):
+        row["read"] = day
+    columns = ["feature", "ours", "b"]
+    assert generate.format_table(facts.pivoted(rows), columns) == [
+        "| feature | ours | b |",
+        "|---|---|---|",
+        f"| x | [yes](g.md#h) | [no]({read}) |",
+        "| y | few words | ? |",
+    ]
+    assert facts.states_read(rows) == "Read on 2026-11-30 to 2026-12-02: a/b at 0123456."
+    assert facts.shown_by(rows) == [
+        {"feature": "x", "shown by": "`tests/t.py`"},
+        {"feature": "y", "shown by": "`LICENSE`"},
+    ]
 
 
 def test_seeds_are_averaged(generate: ModuleType):
@@ -133,6 +208,58 @@ def test_a_row_that_lacks_a_column_is_refused(copy: Path, capsys: pytest.Capture
     assert (copy / "results" / "cold_start.csv").read_text() == (
         RESULTS / "cold_start.csv"
     ).read_text()
+
+
+def test_a_fact_is_replaced_and_was_read_today(copy: Path):
+    import add
+
+    cell = {"feature": "Trained agents to download", "package": "this package"}
+    values = {**cell, "answer": "seven", "evidence": "docs/share.md"}
+    path = copy / "results" / "features.csv"
+    before = rows_of(path)
+    add.main(["features", *(f"{name}={value}" for name, value in values.items())])
+    after = rows_of(path)
+    changed = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == [{**values, "read": datetime.date.today().isoformat()}]
+    assert (
+        "| Trained agents to download | [seven](share.md) |"
+        in (copy / "docs" / "results.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "lacking"),
+    [
+        ("features", ["feature=x", "package=y", "answer=yes", "evidence="], "['evidence']"),
+        ("cold_start", ["acting by=chance", "return=3", "command="], "['command']"),
+    ],
+)
+def test_a_row_without_its_source_is_not_written(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str, values: list[str], lacking: str
+):
+    import add
+
+    with pytest.raises(SystemExit):
+        add.main([name, *values])
+    assert f"has no {lacking}." in capsys.readouterr().err
+    assert (copy / "results" / f"{name}.csv").read_text() == (RESULTS / f"{name}.csv").read_text()
+
+
+def test_an_answer_without_evidence_is_refused(copy: Path, generate: ModuleType):
+    path = copy / "results" / "features.csv"
+    rows = rows_of(path)
+    for answer, refused in (("?", False), ("yes", True)):
+        rows[0] = {**rows[0], "answer": answer, "evidence": ""}
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        table = next(each for each in generate.read_tables() if each["file"] == "features")
+        if refused:
+            with pytest.raises(ValueError, match=r"features\.csv: .* has no \['evidence'\]"):
+                generate.read_rows(table)
+        else:
+            assert generate.read_rows(table) == rows
 
 
 @pytest.mark.slow

@@ -238,6 +238,34 @@ def test_settings_of_an_optimiser_are_checked(
     refused(saved, sentence)
 
 
+@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_settings_of_an_optimiser_are_all_there(
+    saved: pathlib.Path, learned: TDMPC2, key: str, missing: bool
+) -> None:
+    def damage(state: dict[str, Any]) -> None:
+        group = state["param_groups"][0]
+        group.pop(key) if missing else group.update({key: None})
+
+    change_tensors(saved, "policy.prior_optimizer", damage)
+    refused(saved, f"The saved policy.prior_optimizer lacks its {key}: ")
+    given = copy.deepcopy(learned.get_parameters())
+    damage(given["policy.prior_optimizer"])
+    with pytest.raises(ValueError, match=f"lacks its {key}"):
+        learned.set_parameters(given, device="cpu")
+
+
+def test_flags_that_former_versions_of_torch_lacked_may_be_missing(saved: pathlib.Path) -> None:
+    change_tensors(
+        saved,
+        "policy.prior_optimizer",
+        lambda state: state["param_groups"][0].pop("fused"),
+    )
+    group = TDMPC2.load(saved, device="cpu").policy.prior_optimizer.param_groups[0]
+    assert group["fused"] is None
+    assert group["eps"] == 1e-5
+
+
 @pytest.mark.parametrize(
     ("part", "entry", "value", "sentence"),
     [

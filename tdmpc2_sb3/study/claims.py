@@ -117,9 +117,9 @@ def _open_database(address: str) -> Any:
         except Exception as error:  # SQLAlchemy's, the driver's, a missing driver
             if last or not isinstance(error, IntegrityError | ProgrammingError):
                 reason = " ".join(str(error).split())
-                raise ValueError(
-                    passwords.mask(f"The storage '{address}' does not open: {reason}")
-                ) from error
+                masked = passwords.mask_address(address)
+                reason = passwords.mask(reason.replace(address, masked))
+                raise ValueError(f"The storage '{masked}' does not open: {reason}") from error
         # Workers that start together on an empty database create its tables at the same moment.
         time.sleep(random.uniform(0.5, 2.0))
     raise AssertionError

@@ -219,10 +219,10 @@ def test_a_failure_is_one_line(study):
 
 def test_a_storage_that_does_not_open_names_no_password(study):
     with pytest.raises(ValueError, match="does not open") as caught:
-        Claims(study(storage="postgresql+psycopg://me:se:cr@t@localhost:1/x?password=hidden"))
-    assert "cr@t" not in str(caught.value)
+        Claims(study(storage="postgresql+psycopg://me:se:c/r@t@localhost:1/x?sslpassword=hidden"))
+    assert "r@t" not in str(caught.value)
     assert "hidden" not in str(caught.value)
-    assert "postgresql+psycopg://me:***@localhost:1/x?password=***" in str(caught.value)
+    assert "postgresql+psycopg://me:***@localhost:1/x?sslpassword=***" in str(caught.value)
 
 
 def test_a_storage_that_is_none(study):

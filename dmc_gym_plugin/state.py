@@ -109,9 +109,14 @@ def restore_random_state(random: np.random.RandomState, state: Any) -> None:
         random.set_state(state)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"The state's random state is {reprlib.repr(state)}, which numpy refuses ({error!r}); "
+            f"The state's random state is {_short(state)}, which numpy refuses ({error!r}); "
             "give what get_state() returned."
         ) from error
+
+
+def _short(value: Any) -> str:
+    """A value in one line: arrays have several."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def _check_twister(state: Any) -> None:
@@ -121,11 +126,12 @@ def _check_twister(state: Any) -> None:
     if not words or not (key[1:].any() or key[0] >> 31):
         raise ValueError("its key is no table of 624 numbers of 32 bits")
     if not isinstance(position, numbers.Integral) or not 0 <= int(position) <= 624:
-        raise ValueError(f"its position is {position!r}")
+        raise ValueError(f"its position is {_short(position)}")
     if not isinstance(state["gauss"], (int, float)) or not math.isfinite(state["gauss"]):
-        raise ValueError(f"its gauss is {state['gauss']!r}")
-    if state["has_gauss"] not in (0, 1):
-        raise ValueError(f"its has_gauss is {state['has_gauss']!r}")
+        raise ValueError(f"its gauss is {_short(state['gauss'])}")
+    has_gauss = state["has_gauss"]
+    if not isinstance(has_gauss, (int, np.integer)) or has_gauss not in (0, 1):
+        raise ValueError(f"its has_gauss is {_short(has_gauss)}")
 
 
 def random_state_from_seed(seed: int | None) -> np.random.RandomState:

@@ -119,7 +119,10 @@ def load(
     same_envs = False
     if env is not None:
         env = cls._wrap_env(env, data.get("verbose", 0))
-        check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+        try:
+            check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+        except ValueError as error:  # its arrays have several lines
+            raise ValueError(" ".join(str(error).split())) from error
         same_envs = env.num_envs == data["n_envs"]
         data["n_envs"] = env.num_envs
     agent = cls(data["policy_class"], env, device=device, _init_setup_model=False)

@@ -118,7 +118,8 @@ def read_archive(
         document = _read_document(archive, names)
         if print_system_info and "system_info.txt" in names:
             print("== SAVED MODEL SYSTEM INFO ==")
-            print(read_member(archive, "system_info.txt").decode(errors="replace"))
+            lines = read_member(archive, "system_info.txt").decode(errors="replace").splitlines()
+            print("\n".join(line if line.isprintable() else repr(line) for line in lines))
         tensors = {name: _load_tensors(archive, name, where) for name in document["tensors"]}
     data: dict[str, Any] = {}
     if load_data:

@@ -223,6 +223,8 @@ def check_directory(archive: zipfile.ZipFile, size: int) -> None:
             problem = f"is compressed by method {member.compress_type}"
         elif member.compress_type == zipfile.ZIP_STORED and member.file_size > size:
             problem = f"claims {member.file_size} bytes of a file of {size}"
+        elif not 0 <= member.header_offset <= size - member.compress_size:
+            problem = f"claims to begin at byte {member.header_offset} of a file of {size}"
         elif taken > size:
             problem = f"claims bytes of other members, beyond the file's {size}"
         if problem:

@@ -107,6 +107,10 @@ def check_optimizer(optimizer: th.optim.Optimizer, state: Any, name: str) -> Non
     for mine, theirs in zip(groups, given, strict=True):
         if not isinstance(theirs, dict) or theirs.get("params") != mine["params"]:
             raise ValueError(f"The saved {name} is of other parameters: {_REMEDY}.")
+        for key, value in mine.items():
+            # torch itself fills in flags, which former versions had not.
+            if not isinstance(value, bool | None) and theirs.get(key) is None:
+                raise ValueError(f"The saved {name} lacks its {key}: {_REMEDY}.")
         for key, value in theirs.items():
             if key != "params":
                 _check_setting(f"{name}'s {key}", str(key), value, mine.get(key))

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import multiprocessing.connection
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
@@ -28,6 +31,10 @@ CLOSING_SECONDS = 8.0
 
 #: How long an error in a pipe may precede the news that a process has ended.
 NEWS_SECONDS = 10.0
+
+
+#: How long a process may be stopped (SIGSTOP, a debugger) until a line tells why nothing happens.
+STOPPED_SECONDS = 10.0
 
 
 class WorkerDiedError(RuntimeError):
@@ -64,6 +71,7 @@ class Watch:
             if not self._over and watched.find_dead():
                 self._dead = watched
                 return
+            watched.tell_stopped()
             time.sleep(0.05)  # an environment at its closing
 
     def check(self) -> None:
@@ -105,6 +113,7 @@ class _Watched:
         # An environment that is thrown away ends its processes by the end of its pipes.
         self.release = weakref.finalize(env, _close_all, self._lines)
         self.dead: int | None = None
+        self._stopped: dict[int, float] = {}  # since when, infinity once it is told
 
     @property
     def closed(self) -> bool:
@@ -129,6 +138,23 @@ class _Watched:
                     line.shutdown(socket.SHUT_RDWR)
         return True
 
+    def tell_stopped(self) -> None:
+        """Print a line about each process that stands still: it may go on, so the run waits."""
+        for number, process in enumerate(self._processes):
+            if not _is_stopped(process.pid):
+                self._stopped.pop(number, None)
+                continue
+            since = self._stopped.setdefault(number, time.monotonic())
+            if time.monotonic() - since > STOPPED_SECONDS:
+                self._stopped[number] = math.inf
+                print(
+                    f"Environment process {number} of {len(self._processes)} (pid {process.pid}) "
+                    f"is stopped, and the run waits for it: kill -CONT {process.pid} lets it go "
+                    f"on, kill -KILL {process.pid} ends the run.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
     def end(self) -> str:
         """End the other processes, so that closing waits for none, and say which one died."""
         assert self.dead is not None
@@ -141,6 +167,15 @@ class _Watched:
         if env is not None:
             kill(env)
         return message
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a signal or a debugger has stopped a process; known on Linux alone."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[:1] in (["T"], ["t"])
 
 
 def _describe(exitcode: int | None) -> str:

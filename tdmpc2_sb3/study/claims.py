@@ -12,9 +12,10 @@ import contextlib
 import os
 import platform
 import random
+import re
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,36 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from tdmpc2_sb3.saving.attribute_checks import is_real, is_whole, short
 from tdmpc2_sb3.study.machine import try_lock
 from tdmpc2_sb3.study.plan import Cell, Plan
+from tdmpc2_sb3.zoo import passwords
 from tdmpc2_sb3.zoo.experiments import HEARTBEAT_SECONDS, MISSED_HEARTBEATS
 
 LOCKS = ".workers"
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32}", value) is not None
+
+
+def _is_progress(value: Any) -> bool:
+    fits = isinstance(value, list) and len(value) == 2
+    return fits and is_whole(value[0], 0, 2**53) and is_real(value[1])
+
+
+#: What a worker's attributes of a trial may be. A worker's id names a file.
+_ATTRIBUTES: dict[str, Callable[[Any], bool]] = {
+    "cell": lambda value: isinstance(value, str),
+    "token": _is_id,
+    "worker": _is_id,
+    "host": lambda value: isinstance(value, str) and value.isprintable(),
+    "beat": lambda value: is_whole(value, 0, 2**63),
+    "progress": _is_progress,
+    "failure": lambda value: isinstance(value, str),
+    "csv": lambda value: isinstance(value, str),
+}
+_DEFAULTS: dict[str, Any] = {"beat": 0, "progress": [0, 0.0], "failure": "", "csv": ""}
 
 
 class Claim(NamedTuple):
@@ -91,7 +117,9 @@ def _open_database(address: str) -> Any:
         except Exception as error:  # SQLAlchemy's, the driver's, a missing driver
             if last or not isinstance(error, IntegrityError | ProgrammingError):
                 reason = " ".join(str(error).split())
-                raise ValueError(f"The storage '{address}' does not open: {reason}") from error
+                masked = passwords.mask_address(address)
+                reason = passwords.mask(reason.replace(address, masked))
+                raise ValueError(f"The storage '{masked}' does not open: {reason}") from error
         # Workers that start together on an empty database create its tables at the same moment.
         time.sleep(random.uniform(0.5, 2.0))
     raise AssertionError
@@ -120,8 +148,21 @@ class Claims:
         self._beats: dict[int, tuple[int, float]] = {}  # trial number -> beat, since when seen
 
     def _trials(self) -> list[FrozenTrial]:
+        """Those that name a cell.
+
+        :raises ValueError: if one holds what no worker writes; the storage is not this user's alone
+        """
         trials = self._study.get_trials(deepcopy=False)
-        return [trial for trial in trials if "cell" in trial.user_attrs]
+        found = [trial for trial in trials if "cell" in trial.user_attrs]
+        for trial in found:
+            for key, fits in _ATTRIBUTES.items():
+                value = trial.user_attrs.get(key, _DEFAULTS.get(key))
+                if not fits(value):
+                    raise ValueError(
+                        f"Trial {trial.number} in the storage has the {key} {short(value)}, which "
+                        "no worker writes: name another storage in the study."
+                    )
+        return found
 
     def _holders(self) -> dict[str, FrozenTrial]:
         """The trial to which each cell belongs, by the cell's key."""
@@ -253,14 +294,15 @@ class Claims:
                 return CellState(state, holder.user_attrs["host"], steps, minutes)
         if failure is not None:
             host = failure.user_attrs["host"]
-            return CellState("failed", host, failure=failure.user_attrs["failure"])
+            said = failure.user_attrs["failure"]
+            return CellState("failed", host, failure=said if said.isprintable() else repr(said))
         return CellState("waiting")
 
     def csv_texts(self) -> dict[str, str]:
         """The CSV of every cell that was finished anywhere, by the cell's name."""
         holders = self._holders()
         return {
-            cell.name: holders[cell.key].user_attrs["csv"]
+            cell.name: holders[cell.key].user_attrs.get("csv", "")
             for cell in self.plan.cells
             if cell.key in holders and holders[cell.key].state is TrialState.COMPLETE
         }

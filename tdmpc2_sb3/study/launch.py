@@ -60,5 +60,7 @@ def _prepare(cores: list[int]) -> None:
 def last_line(plan: Plan, cell: Cell) -> str:
     """The last line that a cell's runs printed."""
     text = log_path(plan, cell).read_text(errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it printed nothing"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return "it printed nothing"
+    return lines[-1] if lines[-1].isprintable() else repr(lines[-1])

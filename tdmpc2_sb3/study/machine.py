@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -68,9 +69,12 @@ def available_cores() -> list[int]:
 def try_lock(path: Path) -> IO[str] | None:
     """Lock a file until the returned object is closed or the process ends.
 
+    What it holds stays, and a link is not followed: others may have put it there.
+
     :return: None if another process has it, or where there are no locks
     """
-    file = path.open("w")
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    file = open(os.open(path, flags, 0o666), "r+")  # noqa: SIM115  (it stays open)
     try:
         import fcntl
 
@@ -94,8 +98,12 @@ class Cores:
         if not hasattr(os, "sched_setaffinity"):
             return cls([], [])
         folder = Path(tempfile.gettempdir()) / f"tdmpc2_sb3_cores_{os.getuid()}"
-        folder.mkdir(exist_ok=True)
         taken = cls([], [])
+        with contextlib.suppress(OSError):  # a file of that name, or no room
+            folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat() if os.path.lexists(folder) else None
+        if status is None or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            return taken  # somebody else's
         for core in available_cores():
             if len(taken.numbers) < count and (lock := try_lock(folder / str(core))):
                 taken.numbers.append(core)

@@ -17,7 +17,10 @@ from tdmpc2_sb3.saving.attribute_checks import is_whole, short
 from tdmpc2_sb3.saving.files import atomic_write
 from tdmpc2_sb3.study.plan import Cell, Plan
 from tdmpc2_sb3.study.plot import minutes_at, read_action_repeat, read_episodes, read_evaluations
-from tdmpc2_sb3.zoo.yaml_files import read_yaml
+from tdmpc2_sb3.zoo.yaml_files import check_size, read_yaml
+
+#: Of a CSV: a run of four million steps in episodes of 25 has 10 MB.
+MAX_BYTES = 1 << 26
 
 COLUMNS = ("kind", "steps", "frames", "minutes", "return", "length")
 
@@ -141,9 +144,12 @@ def parse_csv(text: str, source: str) -> Result:
     :param source: for the sentence
     :raises ValueError: if it is none of ours, or damaged
     """
-    lines = text.splitlines()
     try:
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        lines = text.splitlines()
         header = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("#")))
+        check_size(header)
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
         series = []
         for kind in ("training", "evaluation"):
@@ -174,7 +180,9 @@ def read_result(plan: Plan, cell: Cell) -> Result | None:
     path = csv_path(plan, cell)
     if not path.is_file():
         return None
-    result = parse_csv(path.read_text(), str(path))
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1).decode(errors="replace")
+    result = parse_csv(text, str(path))
     for key, value in cell.settings.items():
         if result.header.get(key) != value:
             raise ValueError(

@@ -16,6 +16,7 @@ from tdmpc2_sb3.saving.files import atomic_write, parse_json, read_member
 from tdmpc2_sb3.study.machine import describe, try_lock
 from tdmpc2_sb3.study.plan import Cell, Plan
 from tdmpc2_sb3.study.plot import read_episodes
+from tdmpc2_sb3.zoo import trust
 from tdmpc2_sb3.zoo.algorithms import ALGORITHMS
 from tdmpc2_sb3.zoo.checkpoints import LOCK_FILE
 
@@ -85,8 +86,11 @@ def train_arguments(plan: Plan, cell: Cell) -> list[str]:
 
 
 def resume_arguments(plan: Plan, run: Path) -> list[str]:
-    """The command that goes on with a run, without the interpreter."""
-    return ["-m", "tdmpc2_sb3.zoo", "resume", str(run.relative_to(plan.folder))]
+    """The command that goes on with a run, without the interpreter.
+
+    What the run imports and evaluates is what the study's own command named.
+    """
+    return ["-m", "tdmpc2_sb3.zoo", "resume", str(run.relative_to(plan.folder)), trust.OPTION]
 
 
 def newest_run(plan: Plan, cell: Cell) -> Path | None:

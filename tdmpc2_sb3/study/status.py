@@ -32,11 +32,13 @@ def fetch(plan: Plan, claims: Claims, present: Collection[str] = ()) -> None:
     """Write the CSVs that other machines have put into the storage.
 
     :param present: names of cells whose CSV is known to be here
+    :raises ValueError: if one is damaged; it is not written
     """
     missing = [cell for cell in plan.cells if cell.name not in present]
     texts = claims.csv_texts() if missing else {}
     for cell in missing:
         if cell.name in texts and not results.csv_path(plan, cell).is_file():
+            results.parse_csv(texts[cell.name], f"{cell.name} in the storage")
             results.write_csv(plan, cell, texts[cell.name])
 
 

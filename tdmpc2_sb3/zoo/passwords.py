@@ -14,24 +14,35 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 
 MASK = "***"
 
 #: Holds the password of a masked address; for PostgreSQL its own variables and file do as well.
 VARIABLE = "TDMPC2_SB3_STORAGE_PASSWORD"
 
-_IN_ADDRESS = re.compile(r"^([\w+.-]+://[^:/@]*:)([^@]*)(?=@)")
-_IN_QUERY = re.compile(r"([?&](?:password|passwd|pwd)=)([^&#\s'\"]*)")
+# An address that is written by hand has passwords with any character, the @ included.
+_IN_ADDRESS = re.compile(r"^([\w+.-]+://[^:/@]*:)([^@]*(?:@[^/?#@]*)*)(?=@)")
 _IN_TEXT = re.compile(r"([\w+.-]+://[^\s:/@'\"]*:)([^\s/'\"]+)(?=@)")
 
+#: Entries of an address' query that are secret, such as `sslpassword`, and within `odbc_connect`.
+_SECRET = r"[\w.-]*(?:pass|passwd|password|pwd|secret|token)"
+_IN_QUERY = re.compile(rf"([?&]({_SECRET})=)([^&]*)", re.I)
+_IN_ODBC = re.compile(rf"((?:[=;]|%3B|%3D)({_SECRET})(?:=|%3D))((?:(?!%3B)[^&;])*)", re.I)
+_IN_TEXT_QUERY = re.compile(rf"((?:[?&;]|%3B){_SECRET}(?:=|%3D))((?:(?!%3B)[^&;#\s'\"])*)", re.I)
+
 _hidden = False
-_password: str | None = None
+_secrets: dict[str, str] = {}  # by the entry's name; "password" is the address' own
 
 
 def mask(text: str) -> str:
     """Return a text with the passwords of all addresses in it masked."""
-    return _IN_QUERY.sub(rf"\1{MASK}", _IN_TEXT.sub(rf"\1{MASK}", text))
+    return _IN_TEXT_QUERY.sub(rf"\1{MASK}", _IN_TEXT.sub(rf"\1{MASK}", text))
+
+
+def mask_address(address: str) -> str:
+    """Return an address of a database with its passwords masked."""
+    return _split(address)[0]
 
 
 def hide() -> None:
@@ -42,16 +53,18 @@ def hide() -> None:
     global _hidden
     if _hidden or multiprocessing.parent_process() is not None:
         return
-    found = {password for argv in (sys.argv, sys.orig_argv) for password in _mask_argument(argv)}
+    found: dict[str, str] = {}
+    for argv in (sys.orig_argv, sys.argv):  # what argparse reads wins
+        found.update(_mask_argument(argv))
     if not found:
         return
     _hidden = True
-    _use(next((each for each in found if each != MASK), None) or _find_password())
+    _use(found, _find_password() if MASK in found.values() else None)
 
 
-def _mask_argument(argv: list[str]) -> list[str]:
-    """Mask the option's value in place, and return the passwords that it had."""
-    found = []
+def _mask_argument(argv: list[str]) -> dict[str, str]:
+    """Mask the option's value in place, and return the passwords that it had, by their names."""
+    found: dict[str, str] = {}
     for position, argument in enumerate(argv):
         option, equals, value = argument.partition("=")
         # argparse also accepts the option's unambiguous beginnings.
@@ -64,18 +77,34 @@ def _mask_argument(argv: list[str]) -> list[str]:
             argv[position + 1], passwords = _split(argv[position + 1])
         else:
             continue
-        found += passwords
+        found.update(passwords)
     return found
 
 
-def _split(address: str) -> tuple[str, list[str]]:
-    passwords = [
-        unquote(found.group(2))
-        for pattern in (_IN_ADDRESS, _IN_QUERY)
-        if "://" in address and (found := pattern.search(address))
-    ]
-    masked = _IN_QUERY.sub(rf"\1{MASK}", _IN_ADDRESS.sub(rf"\1{MASK}", address))
-    return (masked, passwords) if passwords else (address, [])
+def _split(address: str) -> tuple[str, dict[str, str]]:
+    """The masked address, and what was masked as SQLAlchemy would read it, by name."""
+    if "://" not in address:
+        return address, {}
+    found: dict[str, str] = {}
+
+    def own(match: re.Match[str]) -> str:
+        found["password"] = unquote(match.group(2))
+        return match.group(1) + MASK
+
+    def entry(match: re.Match[str]) -> str:
+        found[match.group(2)] = unquote_plus(match.group(3))
+        return match.group(1) + MASK
+
+    def odbc(match: re.Match[str]) -> str:
+        found["password"] = unquote_plus(unquote_plus(match.group(3)))
+        return match.group(1) + MASK
+
+    masked = _IN_ADDRESS.sub(own, address)
+    before, mark, query = masked.partition("?")
+    query = _IN_QUERY.sub(entry, mark + query)
+    if "odbc_connect=" in query:
+        query = _IN_ODBC.sub(odbc, query)
+    return before + query, found
 
 
 def _find_password() -> str | None:
@@ -93,9 +122,11 @@ def _find_password() -> str | None:
     )
 
 
-def _use(password: str | None) -> None:
-    global _password
-    _password = password
+def _use(found: dict[str, str], looked_up: str | None) -> None:
+    """Let SQLAlchemy connect with these passwords, and with the one looked up for a mask."""
+    global _secrets
+    known = {name: looked_up if value == MASK else value for name, value in found.items()}
+    _secrets = {name: value for name, value in known.items() if value is not None}
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
@@ -104,12 +135,15 @@ def _use(password: str | None) -> None:
 
 
 def _connect(dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
-    """Put the password into what SQLAlchemy hands to the database's driver."""
+    """Put the passwords into what SQLAlchemy hands to the database's driver."""
+    own = _secrets.get("password")
     for name in [name for name, value in options.items() if value == MASK]:
-        if _password is None:
+        # Drivers have names of their own for the address' password.
+        value = _secrets.get(name, own)
+        if value is None:
             del options[name]
         else:
-            options[name] = _password
+            options[name] = value
     for position, value in enumerate(arguments):
         if isinstance(value, str):  # drivers that take one string
-            arguments[position] = value.replace(MASK, _password or "")
+            arguments[position] = value.replace(MASK, own or "")

@@ -31,6 +31,9 @@ from tdmpc2_sb3.zoo.experiments import advise
 from tdmpc2_sb3.zoo.register import install
 from tdmpc2_sb3.zoo.yaml_files import read_yaml
 
+#: Characters of a command line that is printed.
+MAX_COMMAND = 10_000
+
 
 class Run(NamedTuple):
     """A run's folder, as the zoo's train wrote it.
@@ -206,11 +209,21 @@ class ResumedExperiment(ExperimentManager):
         super().learn(_Continued(model))  # type: ignore[arg-type]
 
 
+def _read_command(file: Path) -> str:
+    """The command in a run's folder, if it is one line that may be printed."""
+    if not file.is_file():
+        return "the same command"
+    with file.open("rb") as opened:
+        command = opened.read(MAX_COMMAND + 1).decode(errors="replace").strip()
+    if len(command) > MAX_COMMAND or not command.isprintable():
+        return "the same command (command.txt holds more than one line of text)"
+    return command
+
+
 def _explain_missing_checkpoint(run: Run) -> str:
     entries = checkpoints.specified(run.config.get("callback"))
     ours = next((entry for entry in entries if checkpoints.is_checkpoint_entry(entry)), None)
-    command_file = run.folder / run.name / "command.txt"
-    command = command_file.read_text() if command_file.is_file() else "the same command"
+    command = _read_command(run.folder / run.name / "command.txt")
     if "--seed" not in command:
         command += f" --seed {run.args['seed']}"
     if ours is None:

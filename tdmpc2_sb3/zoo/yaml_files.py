@@ -63,7 +63,7 @@ def read_yaml(path: Path, strict: bool = True) -> dict[str, Any]:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES} bytes")
         value = yaml.load(path.read_text("utf-8"), Loader=loader)  # a safe loader
-        _check_size(value)
+        check_size(value)
         return dict(value)
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         what = " ".join(str(getattr(error, "problem", None) or error).split())
@@ -73,8 +73,11 @@ def read_yaml(path: Path, strict: bool = True) -> dict[str, Any]:
         ) from error
 
 
-def _check_size(value: Any) -> None:
-    """Refuse what is small in a file, by names for its parts, and without end when it is used."""
+def check_size(value: Any) -> None:
+    """Refuse what is small in a file, by names for its parts, and without end when it is used.
+
+    :raises ValueError: if it holds too many values
+    """
     waiting = [value]
     for _ in range(_MAX_VALUES):
         if not waiting:

@@ -161,6 +161,14 @@ def change(state: dict[str, Any], path: str, value: Any = None) -> dict[str, Any
             7,
             r"^The state's random state is 7, which numpy refuses \(.*\); give",
         ),
+        *(
+            (f"simulation/random/{part}", np.zeros((3, 1)), rf"\('its {word} is array\(\[\[0\.\], ")
+            for part, word in (
+                ("gauss", "gauss"),
+                ("has_gauss", "has_gauss"),
+                ("state/pos", "position"),
+            )
+        ),
         ("view", 5, r"^The state's view is 5; give"),
         ("steps", "many", r"^The state's steps is 'many'; give"),
         ("max_frames", -1, r"^The state's max_frames is -1; give"),

@@ -177,6 +177,54 @@ def test_no_cell_is_claimed_twice_in_postgresql_and_a_dead_workers_is_taken(stud
         assert Claims(plan).csv_texts() == {cell.name: text for cell in plan.cells}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("worker", "../../precious"),
+        ("worker", 3),
+        ("host", "a\x1b[2Jb"),
+        ("progress", ["x", 1.0]),
+        ("progress", [1, float("nan")]),
+        ("beat", -1),
+        ("failure", 5),
+        ("csv", [1]),
+        ("token", None),
+    ],
+)
+def test_what_no_worker_writes_is_refused(study, key, value):
+    plan = study()
+    precious = plan.folder / "precious"
+    precious.write_text("precious")
+    mine = Claims(plan)
+    good = {"cell": plan.cells[0].key, "token": 32 * "a", "worker": 32 * "b"}
+    attributes = {**good, "host": claims.platform.node(), key: value}
+    mine._study.add_trial(
+        claims.optuna.trial.create_trial(state=claims.TrialState.RUNNING, user_attrs=attributes)
+    )
+    with pytest.raises(ValueError, match=f"Trial 0 in the storage has the {key} .*no worker writ"):
+        mine.states()
+    with pytest.raises(ValueError, match="name another storage in the study"):
+        mine.take(plan.cells)
+    assert precious.read_text() == "precious"
+    mine.close()
+
+
+def test_a_failure_is_one_line(study):
+    plan = study()
+    mine = Claims(plan)
+    mine.release(mine.take(plan.cells), "it \x1b[2J broke\n")
+    assert mine.states()[plan.cells[0].name].failure == r"'it \x1b[2J broke\n'"
+    mine.close()
+
+
+def test_a_storage_that_does_not_open_names_no_password(study):
+    with pytest.raises(ValueError, match="does not open") as caught:
+        Claims(study(storage="postgresql+psycopg://me:se:c/r@t@localhost:1/x?sslpassword=hidden"))
+    assert "r@t" not in str(caught.value)
+    assert "hidden" not in str(caught.value)
+    assert "postgresql+psycopg://me:***@localhost:1/x?sslpassword=***" in str(caught.value)
+
+
 def test_a_storage_that_is_none(study):
     with pytest.raises(ValueError, match=r"name a file that ends in \.log, or a database"):
         Claims(study(storage="cells.txt"))

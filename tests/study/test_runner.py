@@ -140,7 +140,8 @@ def test_runner_and_run_killed_end_as_an_undisturbed_study(tmp_path, tiny):
     assert len(header["attempts"]) == 3
     assert header["attempts"][0]["command"].startswith("python -m rl_zoo3.train --algo tdmpc2 ")
     assert header["attempts"][1]["command"] == (
-        "python -m tdmpc2_sb3.zoo resume logs/mini/mlp/seed3/tdmpc2/DMC-walker-walk-v0_1"
+        "python -m tdmpc2_sb3.zoo resume logs/mini/mlp/seed3/tdmpc2/DMC-walker-walk-v0_1 "
+        "--trust-code"
     )
     assert header["hyperparameters"]["latent_dim"] == 16
 
@@ -238,6 +239,38 @@ def test_results_of_other_machines_arrive_through_the_storage(tmp_path, tiny):
     assert not said
     for cell in here.cells:
         assert results.csv_path(here, cell).read_text() == texts[cell.name]
+
+
+@pytest.mark.slow
+def test_a_run_whose_environment_takes_words_goes_on(tmp_path, tiny):
+    """What `resume` asks a stranger's user about, the study's own command has named."""
+    params = {**tiny, "env_kwargs": {"render_mode": "rgb_array"}}
+    file = write_study(
+        tmp_path / "words",
+        tiny,
+        tasks=["Pendulum-v1"],
+        steps=120,
+        arms={"a": {"params": params}},
+    )
+    runner = start(file)
+    wait_for_step(file, 0, 50, runner)
+    (run,) = children(runner)
+    os.kill(run, signal.SIGKILL)
+    assert "resumed at step" in finish(runner)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# {}\n", "# &a [*a]\n", "x" * (results.MAX_BYTES + 1), "# a: !!python/none\n"]
+)
+def test_a_result_of_a_storage_is_checked_before_it_is_written(tmp_path, tiny, text):
+    plan = read_plan(write_study(tmp_path / "here", tiny))
+    other = Claims(plan)
+    other.finish(other.take(plan.cells), text, 0.0)
+    name = plan.cells[0].name
+    with pytest.raises(ValueError, match=f"'{name} in the storage' is damaged or no result"):
+        Runner(plan, 1, print).work()
+    assert not results.csv_path(plan, plan.cells[0]).exists()
+    other.close()
 
 
 def test_a_run_that_was_taken_over_is_stopped_and_left(tmp_path, tiny):

@@ -38,7 +38,7 @@ def used_after(monkeypatch, arguments: list[str], address: str) -> dict:
 
 
 @pytest.mark.parametrize("form", ["--storage {}", "--storage={}", "--stor {}"])
-@pytest.mark.parametrize("written", ["p%40ss:w/rd", "secret", "a b"])
+@pytest.mark.parametrize("written", ["p%40ss:w/rd", "secret", "a b", "a@b@c", "p'q\"r?#", "a+b"])
 def test_it_leaves_the_arguments_and_comes_back_at_the_connection(monkeypatch, form, written):
     arguments = [part.format(ADDRESS.format(written)) for part in form.split(" ")]
     options = used_after(monkeypatch, arguments, ADDRESS.format("***"))
@@ -56,6 +56,39 @@ def test_it_may_stand_in_the_query(monkeypatch):
     )
     assert options["password"] == "secret"
     assert sys.argv[-1] == address.format("***")
+
+
+def test_several_keep_their_places(monkeypatch):
+    """As libpq's options: the query's win over the address', and a plus is a blank in them."""
+    address = "postgresql+psycopg://tuner:{}@database/optuna?SSLpassword={}&user=x&token={}"
+    options = used_after(
+        monkeypatch,
+        ["--storage", address.format("first", "a+b%26", "third")],
+        address.format("***", "***", "***"),
+    )
+    assert options["password"] == "first"
+    assert options["SSLpassword"] == "a b&"
+    assert options["token"] == "third"
+    assert sys.argv[-1] == address.format("***", "***", "***")
+
+
+def test_the_last_of_two_options_counts(monkeypatch):
+    first, last = ADDRESS.format("first"), ADDRESS.format("last")
+    options = used_after(
+        monkeypatch, ["--storage", first, f"--storage={last}"], ADDRESS.format("***")
+    )
+    assert options["password"] == "last"
+    assert "first" not in " ".join([*sys.argv, *sys.orig_argv])
+
+
+@pytest.mark.parametrize(
+    "form", ["DRIVER=x;UID=u;PWD={};TDS=8", "DRIVER%3Dx%3BUID%3Du%3BPWD%3D{}%3BTDS%3D8", "Pwd={}"]
+)
+def test_a_string_of_odbc(form):
+    address = f"mssql+pyodbc:///?odbc_connect={form}&x=1"
+    masked, found = passwords._split(address.format("se%2540cret"))
+    assert masked == address.format("***")
+    assert list(found.values()) == ["se@cret"]
 
 
 def test_a_masked_one_is_looked_for(monkeypatch, tmp_path):

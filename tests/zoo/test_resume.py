@@ -384,6 +384,20 @@ def test_a_run_without_checkpoint_says_how_to_start_again(tmp_path, capsys):
     assert message.endswith("python -m rl_zoo3.train --algo tdmpc2 --seed 7\n")
 
 
+@pytest.mark.parametrize(
+    "content", [b"python \x1b[2Jx", b"a\nb", b"a\rb", "a\u202eb".encode(), 20_000 * b"a"]
+)
+def test_a_command_of_a_stranger_is_not_printed_as_it_is(tmp_path, capsys, content):
+    run = write_run(tmp_path)
+    (run / NAME / "command.txt").write_bytes(content)
+    assert refusal(capsys, run).endswith(
+        "Start again with:\n"
+        "  the same command (command.txt holds more than one line of text) --seed 7\n"
+    )
+    (run / NAME / "command.txt").write_bytes(b"python \xff\n")
+    assert refusal(capsys, run).endswith("Start again with:\n  python \ufffd --seed 7\n")
+
+
 def test_what_is_no_run_is_named(tmp_path, capsys):
     assert "does not exist: name the folder of a run" in refusal(capsys, tmp_path / "nowhere")
     assert "holds no args.yml" in refusal(capsys, tmp_path)

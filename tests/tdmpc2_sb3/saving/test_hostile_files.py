@@ -238,6 +238,34 @@ def test_settings_of_an_optimiser_are_checked(
     refused(saved, sentence)
 
 
+@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay", "lr_scale"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_settings_of_an_optimiser_are_all_there(
+    saved: pathlib.Path, learned: TDMPC2, key: str, missing: bool
+) -> None:
+    def damage(state: dict[str, Any]) -> None:
+        group = state["param_groups"][0]
+        group.pop(key) if missing else group.update({key: None})
+
+    change_tensors(saved, "policy.model_optimizer", damage)
+    refused(saved, f"The saved policy.model_optimizer lacks its {key}: ")
+    given = copy.deepcopy(learned.get_parameters())
+    damage(given["policy.model_optimizer"])
+    with pytest.raises(ValueError, match=f"lacks its {key}"):
+        learned.set_parameters(given, device="cpu")
+
+
+def test_flags_that_former_versions_of_torch_lacked_may_be_missing(saved: pathlib.Path) -> None:
+    change_tensors(
+        saved,
+        "policy.prior_optimizer",
+        lambda state: state["param_groups"][0].pop("fused"),
+    )
+    group = TDMPC2.load(saved, device="cpu").policy.prior_optimizer.param_groups[0]
+    assert group["fused"] is None
+    assert group["eps"] == 1e-5
+
+
 @pytest.mark.parametrize(
     ("part", "entry", "value", "sentence"),
     [
@@ -398,6 +426,37 @@ def test_members_of_other_kinds_are_refused(saved: pathlib.Path) -> None:
         encrypted[archive.start_dir + 8] |= 1
     saved.write_bytes(encrypted)
     refused(saved, "'data.json' of the saved file is encrypted")
+
+
+@pytest.mark.parametrize(("record", "place"), [(b"PK\1\2", 42), (b"PK\5\6", 16)])
+@pytest.mark.parametrize("more", [1_000_000, 3_000_000_000])
+def test_parts_that_begin_outside_the_file(
+    saved: pathlib.Path, record: bytes, place: int, more: int
+) -> None:
+    content = bytearray(saved.read_bytes())
+    at = content.rindex(record) + place
+    number = int.from_bytes(content[at : at + 4], "little")
+    content[at : at + 4] = (number + more).to_bytes(4, "little")
+    saved.write_bytes(content)
+    refused(saved, r"claims to begin at byte -?\d+ of a file of \d+|no zip file|truncated")
+
+
+def test_other_spaces_are_one_sentence(saved: pathlib.Path) -> None:
+    low = np.array([-1.0, -1.0, -7.5], np.float32)[:, None].repeat(9, 1)
+    env = gymnasium.wrappers.TransformObservation(
+        gymnasium.make("Pendulum-v1"), lambda it: it, gymnasium.spaces.Box(low, np.inf)
+    )
+    refused(saved, r"Observation spaces do not match: Box\(\[.* != Box\(\[", env=env)
+
+
+def test_a_files_system_is_printed_without_control_characters(
+    saved: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(saved, "system_info.txt", lambda text: b"- OS: x\n\x1b[2J\x1b]0;title\x07\n")
+    TDMPC2.load(saved, device="cpu", print_system_info=True)
+    printed = capsys.readouterr().out
+    assert "\n- OS: x\n'\\x1b[2J\\x1b]0;title\\x07'\n" in printed
+    assert "\x1b" not in printed
 
 
 def test_parts_listed_twice_or_missing(saved: pathlib.Path) -> None:

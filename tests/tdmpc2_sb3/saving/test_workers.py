@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -139,6 +140,52 @@ def test_one_of_the_evaluation(tmp_path: Path) -> None:
     callback = CallbackList([EvalCallback(evaluation, eval_freq=10)])
     error = within(20, lambda: model.learn(30, callback=callback))
     assert f"process 1 of 2 (pid {victim.pid})" in str(error)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells who is stopped")
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
+def test_one_that_is_stopped_is_named_and_may_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(workers, "STOPPED_SECONDS", 0.5)
+    told: list[str] = []
+    stderr = SimpleNamespace(write=told.append, flush=lambda: None)
+    env = make(tmp_path, "fork")
+    victim = env.processes[1].pid
+    model = TDMPC2("MlpPolicy", env, **TINY)
+    model.learn(15)
+    monkeypatch.setattr("sys.stderr", stderr)
+    os.kill(victim, signal.SIGSTOP)
+    when(lambda: bool(told), lambda: os.kill(victim, number))
+    if number == signal.SIGCONT:
+        model.learn(15)
+        assert model.num_timesteps == 15
+        env.close()
+    else:
+        error = within(20, lambda: model.learn(15))
+        assert f"Environment process 1 of 3 (pid {victim}) died by signal SIGKILL" in str(error)
+    line = "".join(told).splitlines()
+    assert line == [
+        f"Environment process 1 of 3 (pid {victim}) is stopped, and the run waits for it: "
+        f"kill -CONT {victim} lets it go on, kill -KILL {victim} ends the run."
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_killed_at_once(tmp_path: Path, method: str) -> None:
+    env = make(tmp_path, method)
+    model = TDMPC2("MlpPolicy", env, **TINY)
+    (tmp_path / "slow step").touch()
+
+    def kill_all() -> None:
+        for process in env.processes:
+            os.kill(process.pid, signal.SIGKILL)
+
+    when((tmp_path / "step 2").exists, kill_all)
+    error = within(20, lambda: model.learn(30))
+    assert re.search(r"Environment process \d of 3 \(pid \d+\) died by signal SIGKILL", str(error))
+    assert env.closed
 
 
 class Kill(BaseCallback):

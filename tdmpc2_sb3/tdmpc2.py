@@ -40,7 +40,7 @@ from tdmpc2_sb3.callbacks import Forecast, last_checkpoint
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
 from tdmpc2_sb3.model.integer_actions import is_of_integers
 from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
-from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
+from tdmpc2_sb3.planner import Plan, PlannerConfig, automatic_iterations, fitted_plan
 from tdmpc2_sb3.policies import (
     SIZES,
     CnnPolicy,
@@ -49,7 +49,6 @@ from tdmpc2_sb3.policies import (
     PlanState,
     SSMPolicy,
     TDMPC2Policy,
-    automatic_iterations,
 )
 from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
 from tdmpc2_sb3.replay.environment_facts import (
@@ -190,7 +189,6 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     #: Arguments that the policy is built from; policy_kwargs override them.
-    #: Arguments that the policy is built from.
     POLICY_ARGUMENTS: ClassVar = (
         *("episodic", "model_size", *SIZES, "dynamics", "dynamics_kwargs"),
         *("enc_lr_scale", "compile", *PlannerConfig._fields),

@@ -40,6 +40,7 @@ from tdmpc2_sb3.callbacks import Forecast, last_checkpoint
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
 from tdmpc2_sb3.model.integer_actions import is_of_integers
 from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
+from tdmpc2_sb3.model.torch_state import hindrance
 from tdmpc2_sb3.planner import Plan, PlannerConfig, automatic_iterations, fitted_plan
 from tdmpc2_sb3.policies import (
     SIZES,
@@ -78,6 +79,8 @@ from tdmpc2_sb3.settings import (
     FixedSettingError,
     LiveSettings,
     automatic_initial_updates,
+    check_setting,
+    learn_arguments,
     takes_fields_of,
     usable_device,
     warn_if_nothing_is_learnt,
@@ -591,6 +594,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 print(line)
 
     def set_random_seed(self, seed: int | None = None) -> None:
+        seed = check_setting("seed", seed)
         super().set_random_seed(seed)
         if seed is not None:
             self._seed_streams(seed)
@@ -615,6 +619,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfTDMPC2:
+        total_timesteps, log_interval = learn_arguments(total_timesteps, log_interval)
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -670,6 +675,9 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None, "You must set the environment before calling learn()"
+        hindered = hindrance(unwrapped(self.policy), self.device)
+        if hindered is not None:
+            raise RuntimeError(hindered)
         if not isinstance(self.replay_buffer, SequenceReplayBuffer):
             raise RuntimeError(
                 f"replay_buffer is a {type(self.replay_buffer).__name__}: TDMPC2 learns from "
@@ -837,7 +845,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             try:
                 statistics = self._update_step(batch, noise)  # type: ignore[arg-type]
             except RuntimeError as error:
-                raise RuntimeError(f"Gradient step {self._n_updates + 1}: {error}") from error
+                reason = hindrance(unwrapped(self.policy), self.device) or error
+                raise RuntimeError(f"Gradient step {self._n_updates + 1}: {reason}") from error
             self._n_updates += 1
             self._means.add(statistics)
         self.logger.record("train/learning_rate", learning_rate)

@@ -40,6 +40,11 @@ def check_entries(space: spaces.Space) -> None:
     :raises ValueError: if an entry is of a kind that nobody reads
     """
     for key, entry in entries_of(space).items():
+        if not isinstance(key, str):
+            raise ValueError(
+                f"Observation {key!r} is named by a {type(key).__name__}: name the observations "
+                f"in the Dict by strings, such as {str(key)!r}."
+            )
         if not isinstance(entry, _KNOWN):
             raise ValueError(
                 f"Observation '{key}' is a {type(entry).__name__}: TDMPC2 reads Box, Discrete, "

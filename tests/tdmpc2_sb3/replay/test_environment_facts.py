@@ -145,7 +145,7 @@ def test_action_spaces_that_cannot_be_planned_in(space, message, make_agent, poi
         make_agent(env)
 
 
-@pytest.mark.parametrize("limit", [np.int64(300), np.int16(300), 300.0])
+@pytest.mark.parametrize("limit", [np.int64(300), np.int16(300), 300.0, np.array(300)])
 def test_time_limits_of_any_kind_of_number(make_agent, point_env, limit):
     env = point_env()
     env.max_episode_steps = limit
@@ -154,7 +154,9 @@ def test_time_limits_of_any_kind_of_number(make_agent, point_env, limit):
     assert agent.learning_starts == 1500
 
 
-@pytest.mark.parametrize("limit", [0, -1, np.int64(-1), 2.5, math.nan])
+@pytest.mark.parametrize(
+    "limit", [0, -1, np.int64(-1), 2.5, math.nan, "300", [300], True, np.array([5, 7])]
+)
 def test_time_limits_that_are_none(make_agent, point_env, limit):
     env = point_env()
     env.max_episode_steps = limit

@@ -273,6 +273,13 @@ def test_arguments_of_sb3s_other_policies(make_agent, name, value):
         make_agent(policy_kwargs={name: value})
 
 
+@pytest.mark.parametrize("key", [0, ("camera", 1)])
+def test_names_of_observations_are_strings(make_agent, key):
+    env = RandomEnv(spaces.Dict({key: spaces.Box(-1.0, 1.0, (2,))}))
+    with pytest.raises(ValueError, match=r"Observation .* is named by a .*: name .* by strings"):
+        make_agent(env, "MultiInputPolicy")
+
+
 # -- devices without double precision -------------------------------------------------------------
 
 

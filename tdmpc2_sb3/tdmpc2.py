@@ -20,7 +20,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import check_for_nested_spaces
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -264,7 +263,6 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             env = maybe_make_env(env, verbose)
             # SB3's own checks name no remedy.
             check_action_space(env.action_space)
-            check_for_nested_spaces(env.observation_space)
             check_entries(env.observation_space)
         elif _init_setup_model:
             raise ValueError("env is None: pass an environment or its id.")

@@ -118,6 +118,11 @@ def check_action_space(space: spaces.Space) -> None:
             "wrap the environment in gymnasium.wrappers.TransformAction(env, lambda action: "
             "action, spaces.Box(low, high))."
         )
+    if 0 in space.shape:
+        raise ValueError(
+            f"The action space {space} has no dimension: there is nothing to plan, use an "
+            "environment with at least one action."
+        )
     low, high = (np.asarray(each, dtype=np.float64).ravel() for each in (space.low, space.high))
     widest = np.finfo(np.float32).max
     for index in np.flatnonzero(~((low < high) & (high - low <= widest))):

@@ -134,6 +134,7 @@ def test_what_is_given_is_kept(make_agent):
         (spaces.Discrete(3), r"Discrete\(3\): TDMPC2 plans continuous actions, use .* Box"),
         (spaces.Box(-np.inf, np.inf, (2,)), "infinite bounds: .*TransformAction"),
         (spaces.Box(np.array([-1.0, 0.0]), np.array([1.0, np.inf])), "infinite bounds"),
+        (spaces.Box(-1.0, 1.0, (0,)), "has no dimension: there is nothing to plan, use"),
     ],
 )
 def test_action_spaces_that_cannot_be_planned_in(space, message, make_agent, point_env):

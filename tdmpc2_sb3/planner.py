@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 
 from tdmpc2_sb3.model.operations import TERMINATION_LOGIT, fixed_weights
 from tdmpc2_sb3.model.world_model import WorldModel
-from tdmpc2_sb3.settings import SETTINGS, check_setting
+from tdmpc2_sb3.settings import AUTOMATIC, SETTINGS, check_setting
 
 DEFAULT_ITERATIONS = 6
 EXTRA_ITERATIONS = 2  # where the action has at least
@@ -40,6 +40,13 @@ class PlannerConfig(NamedTuple):
 
 
 PAPER = PlannerConfig()
+
+
+def automatic_iterations(num_iterations: Any, action_dim: int) -> Any:
+    """Iterations of planning: what is given, or for "auto" what suits the action's dimensions."""
+    if isinstance(num_iterations, str) and num_iterations == AUTOMATIC:
+        return DEFAULT_ITERATIONS + EXTRA_ITERATIONS * (action_dim >= MANY_ACTIONS)
+    return num_iterations
 
 
 class PlanNoise(NamedTuple):

@@ -19,11 +19,9 @@ from tdmpc2_sb3.fast.ways import Ways
 from tdmpc2_sb3.model import integer_actions
 from tdmpc2_sb3.model.world_model import WorldModel, resolve_architecture
 from tdmpc2_sb3.planner import (
-    DEFAULT_ITERATIONS,
-    EXTRA_ITERATIONS,
-    MANY_ACTIONS,
     Plan,
     PlannerConfig,
+    automatic_iterations,
     check_planner,
     sample_plan_noise,
     steady_noise,
@@ -37,7 +35,6 @@ from tdmpc2_sb3.replay.observation_entries import (
 from tdmpc2_sb3.saving import policy_file
 from tdmpc2_sb3.saving.parameter_checks import check_world_model
 from tdmpc2_sb3.settings import (
-    AUTOMATIC,
     check_setting,
     refuse_policy_arguments,
 )
@@ -66,13 +63,6 @@ SIZES = (
 )
 #: Which policy each kind of observation takes.
 POLICIES = {"vectors": "MlpPolicy", "images": "CnnPolicy", "dictionaries": "MultiInputPolicy"}
-
-
-def automatic_iterations(num_iterations: Any, action_dim: int) -> Any:
-    """Iterations of planning: what is given, or for "auto" what suits the action's dimensions."""
-    if isinstance(num_iterations, str) and num_iterations == AUTOMATIC:
-        return DEFAULT_ITERATIONS + EXTRA_ITERATIONS * (action_dim >= MANY_ACTIONS)
-    return num_iterations
 
 
 class TDMPC2Policy(BasePolicy):
@@ -289,26 +279,8 @@ class TDMPC2Policy(BasePolicy):
                 f"{self.observation_space}: use {POLICIES[found]}."
             )
 
-    def _groups(self, enc_lr_scale: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The present parts' parameters with their learning rates' scales: of the model's
-        optimiser, and of the policy prior's."""
-        model = self.world_model
-        slow = list(model.dynamics.slow_parameters())
-        slow_ids = {id(parameter) for parameter in slow}
-        heads: list[nn.Module] = [model.dynamics, model.reward_net, model.q_ensemble]
-        if model.termination_net is not None:
-            heads.append(model.termination_net)
-        others = [p for head in heads for p in head.parameters() if id(p) not in slow_ids]
-        groups = [
-            {"params": list(model.encoder.parameters()), "lr_scale": enc_lr_scale},
-            {"params": others, "lr_scale": 1.0},
-        ]
-        if slow:
-            groups.append({"params": slow, "lr_scale": model.dynamics.SLOW_LR_SCALE})
-        return groups, [{"params": list(model.policy_net.parameters()), "lr_scale": 1.0}]
-
     def _make_optimizers(self, learning_rate: float, enc_lr_scale: float) -> None:
-        groups, prior_groups = self._groups(enc_lr_scale)
+        groups, prior_groups = self.world_model.parameter_groups(enc_lr_scale)
         self.model_optimizer = Adam(groups, lr=learning_rate, fused=True)
         self.prior_optimizer = Adam(prior_groups, lr=learning_rate, eps=1e-5, fused=True)
         self.set_learning_rate(learning_rate)
@@ -326,7 +298,8 @@ class TDMPC2Policy(BasePolicy):
     def follow_parts(self) -> None:
         """Has the parameters of parts that were replaced trained in place of the former ones."""
         optimizers = (self.model_optimizer, self.prior_optimizer)
-        for optimizer, groups in zip(optimizers, self._groups(self.enc_lr_scale), strict=True):
+        present = self.world_model.parameter_groups(self.enc_lr_scale)
+        for optimizer, groups in zip(optimizers, present, strict=True):
             optimizer.take_groups(groups)
 
     def set_learning_rate(self, learning_rate: float) -> None:

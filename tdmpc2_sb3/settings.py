@@ -22,6 +22,7 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
 
 AUTOMATIC = "auto"
+MOST_SEED = 2**32 - 1
 MOST_STEPS = 2**53  # of whatever is counted
 ENTROPIES = ("gaussian", "squashed")  # see tdmpc2_sb3.losses.scaled_entropy
 EXPLORATION_NOISES = ("white", "pink")
@@ -187,6 +188,15 @@ def _one_of(*choices: Any) -> Check:
     return Check(convert, allowed)
 
 
+def _seed(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    seed = whole_number(name, value, 0)
+    if seed > MOST_SEED:
+        raise ValueError(f"{name} is {seed}: NumPy takes no seed above {MOST_SEED}, pass another.")
+    return seed
+
+
 def _train_freq(name: str, value: Any) -> Any:
     if not isinstance(value, (tuple, list)):
         return whole_number(name, value, 1)
@@ -287,7 +297,7 @@ SETTINGS: dict[str, Setting] = {
     "policy_kwargs": _built(None, "the policy has been built with them: build a new model"),
     "verbose": Setting(_whole(0, False, True, most=10**6)),
     "seed": _built(
-        _whole(0, None, most=2**32 - 1),
+        Check(_seed, f"None or a whole number from 0 to {MOST_SEED}", MOST_SEED),
         "the random streams have begun: call set_random_seed(seed) instead",
     ),
     "device": _built(
@@ -444,6 +454,20 @@ def refuse_policy_arguments(arguments: dict[str, Any]) -> None:
     for name in arguments:
         instead = _POLICY_LACKS.get(name, "see the arguments of tdmpc2_sb3.policies.TDMPC2Policy")
         raise ValueError(f"policy_kwargs hold {name!r}, which TDMPC2's policy lacks: {instead}.")
+
+
+def learn_arguments(total_timesteps: Any, log_interval: Any) -> tuple[int, Any]:
+    """The arguments of ``learn`` that are numbers: a part of a step is one more.
+
+    :raises RuntimeError: if they are none
+    """
+    try:
+        steps = math.ceil(real_number("total_timesteps", total_timesteps))
+        if log_interval is not None:
+            log_interval = whole_number("log_interval", log_interval, 1)
+    except ValueError as error:  # the zoo would take it for a trial to be pruned
+        raise RuntimeError(str(error)) from error
+    return steps, log_interval
 
 
 def automatic_initial_updates(

@@ -20,7 +20,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import check_for_nested_spaces
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -40,7 +39,8 @@ from tdmpc2_sb3.callbacks import Forecast, last_checkpoint
 from tdmpc2_sb3.losses import LossConfig, sample_update_noise, step_weights
 from tdmpc2_sb3.model.integer_actions import is_of_integers
 from tdmpc2_sb3.model.pink_noise import PinkNoise, uniform
-from tdmpc2_sb3.planner import Plan, PlannerConfig, fitted_plan
+from tdmpc2_sb3.model.torch_state import hindrance
+from tdmpc2_sb3.planner import Plan, PlannerConfig, automatic_iterations, fitted_plan
 from tdmpc2_sb3.policies import (
     SIZES,
     CnnPolicy,
@@ -49,7 +49,6 @@ from tdmpc2_sb3.policies import (
     PlanState,
     SSMPolicy,
     TDMPC2Policy,
-    automatic_iterations,
 )
 from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
 from tdmpc2_sb3.replay.environment_facts import (
@@ -79,6 +78,8 @@ from tdmpc2_sb3.settings import (
     FixedSettingError,
     LiveSettings,
     automatic_initial_updates,
+    check_setting,
+    learn_arguments,
     takes_fields_of,
     usable_device,
     warn_if_nothing_is_learnt,
@@ -190,7 +191,6 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     #: Arguments that the policy is built from; policy_kwargs override them.
-    #: Arguments that the policy is built from.
     POLICY_ARGUMENTS: ClassVar = (
         *("episodic", "model_size", *SIZES, "dynamics", "dynamics_kwargs"),
         *("enc_lr_scale", "compile", *PlannerConfig._fields),
@@ -263,7 +263,6 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             env = maybe_make_env(env, verbose)
             # SB3's own checks name no remedy.
             check_action_space(env.action_space)
-            check_for_nested_spaces(env.observation_space)
             check_entries(env.observation_space)
         elif _init_setup_model:
             raise ValueError("env is None: pass an environment or its id.")
@@ -593,6 +592,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 print(line)
 
     def set_random_seed(self, seed: int | None = None) -> None:
+        seed = check_setting("seed", seed)
         super().set_random_seed(seed)
         if seed is not None:
             self._seed_streams(seed)
@@ -617,6 +617,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfTDMPC2:
+        total_timesteps, log_interval = learn_arguments(total_timesteps, log_interval)
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -672,6 +673,9 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None, "You must set the environment before calling learn()"
+        hindered = hindrance(unwrapped(self.policy), self.device)
+        if hindered is not None:
+            raise RuntimeError(hindered)
         if not isinstance(self.replay_buffer, SequenceReplayBuffer):
             raise RuntimeError(
                 f"replay_buffer is a {type(self.replay_buffer).__name__}: TDMPC2 learns from "
@@ -839,7 +843,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             try:
                 statistics = self._update_step(batch, noise)  # type: ignore[arg-type]
             except RuntimeError as error:
-                raise RuntimeError(f"Gradient step {self._n_updates + 1}: {error}") from error
+                reason = hindrance(unwrapped(self.policy), self.device) or error
+                raise RuntimeError(f"Gradient step {self._n_updates + 1}: {reason}") from error
             self._n_updates += 1
             self._means.add(statistics)
         self.logger.record("train/learning_rate", learning_rate)

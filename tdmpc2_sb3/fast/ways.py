@@ -24,6 +24,7 @@ from tdmpc2_sb3.fast.torch_compile import Compiled
 from tdmpc2_sb3.losses import LossConfig
 from tdmpc2_sb3.model.encoders import Observation
 from tdmpc2_sb3.model.operations import fixed_weights
+from tdmpc2_sb3.model.torch_state import wrong_type
 from tdmpc2_sb3.planner import Plan, PlannerConfig, PlanNoise, shift_plan
 
 if TYPE_CHECKING:
@@ -92,7 +93,26 @@ class Ways:
         :param observation: of E environments
         :param previous_mean: the previous plans' means, [E, H, A]
         :param episode_start: where the previous plan is void, [E], bool
+        :raises RuntimeError: naming a parameter of another type than float32
         """
+        given = (observation, previous_mean, episode_start, noise, config, explore)
+        try:
+            return self._planned(*given)
+        except RuntimeError as error:
+            wrong = wrong_type(self._policy)
+            if wrong is None:
+                raise
+            raise RuntimeError(wrong) from error
+
+    def _planned(
+        self,
+        observation: Observation,
+        previous_mean: th.Tensor,
+        episode_start: th.Tensor,
+        noise: PlanNoise,
+        config: PlannerConfig,
+        explore: bool,
+    ) -> Plan:
         direct = self.direct_planning(config)
         if direct is not None:
             initial_mean = shift_plan(previous_mean, episode_start)

@@ -98,8 +98,9 @@ class PixelEncoder(nn.Module):
             size = [(side - kernel) // stride + 1 for side in size]
         if min(size) < 1:
             raise ValueError(
-                f"An image of {shape[1]}x{shape[2]} pixels is too small for the pixel encoder: "
-                "use at least 39x39, best 64x64."
+                f"An image of {shape[1]}x{shape[2]} pixels is too small for the pixel encoder, "
+                f"which reads the shape {tuple(shape)} as channels, height and width: use at least "
+                "39x39, best 64x64."
             )
         layers: list[nn.Module] = []
         for kernel, stride in CONV_KERNEL_STRIDE:

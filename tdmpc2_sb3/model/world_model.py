@@ -125,6 +125,28 @@ class WorldModel(nn.Module):
         """Whether the model predicts terminations."""
         return self.termination_net is not None
 
+    def parameter_groups(
+        self, enc_lr_scale: float
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The present parts' parameters with their learning rates' scales: those that the world
+        model's losses train, and those that the policy prior's loss trains.
+
+        :param enc_lr_scale: the encoder's learning rate relative to the others'
+        """
+        slow = list(self.dynamics.slow_parameters())
+        slow_ids = {id(parameter) for parameter in slow}
+        heads: list[nn.Module] = [self.dynamics, self.reward_net, self.q_ensemble]
+        if self.termination_net is not None:
+            heads.append(self.termination_net)
+        others = [p for head in heads for p in head.parameters() if id(p) not in slow_ids]
+        groups = [
+            {"params": list(self.encoder.parameters()), "lr_scale": enc_lr_scale},
+            {"params": others, "lr_scale": 1.0},
+        ]
+        if slow:
+            groups.append({"params": slow, "lr_scale": self.dynamics.SLOW_LR_SCALE})
+        return groups, [{"params": list(self.policy_net.parameters()), "lr_scale": 1.0}]
+
     def encode(self, observation: Observation, offsets: th.Tensor | None = None) -> th.Tensor:
         """z = h(o).
 

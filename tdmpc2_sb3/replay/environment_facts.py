@@ -118,6 +118,11 @@ def check_action_space(space: spaces.Space) -> None:
             "wrap the environment in gymnasium.wrappers.TransformAction(env, lambda action: "
             "action, spaces.Box(low, high))."
         )
+    if 0 in space.shape:
+        raise ValueError(
+            f"The action space {space} has no dimension: there is nothing to plan, use an "
+            "environment with at least one action."
+        )
     low, high = (np.asarray(each, dtype=np.float64).ravel() for each in (space.low, space.high))
     widest = np.finfo(np.float32).max
     for index in np.flatnonzero(~((low < high) & (high - low <= widest))):
@@ -141,15 +146,15 @@ def _limit(spec: Any) -> int | None:
 
 
 def _is_limit(limit: Any) -> bool:
-    """Whether it is a number; an infinite one limits nothing."""
-    is_number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
-    return is_number and not (math.isinf(limit) and limit > 0)
+    """Whether it is meant to limit something; infinity and None do not."""
+    return limit is not None and not (isinstance(limit, numbers.Real) and limit == math.inf)
 
 
 def _steps(limit: Any) -> int:
     name = "max_episode_steps of the environment"
     try:
-        return whole_number(name, limit, 1)
+        single = hasattr(limit, "item") and np.size(limit) == 1  # of NumPy
+        return whole_number(name, limit.item() if single else limit, 1)
     except ValueError as error:
         raise ValueError(
             f"{error} Give gymnasium.make or the environment the steps of an episode, or None."

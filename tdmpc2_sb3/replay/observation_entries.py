@@ -22,7 +22,11 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space, maybe_transpose
+from stable_baselines3.common.preprocessing import (
+    check_for_nested_spaces,
+    is_image_space,
+    maybe_transpose,
+)
 
 #: The name of the only entry of a space that is no Dict.
 SINGLE = "observation"
@@ -37,14 +41,30 @@ def entries_of(space: spaces.Space) -> dict[str, spaces.Space]:
 
 def check_entries(space: spaces.Space) -> None:
     """
-    :raises ValueError: if an entry is of a kind that nobody reads
+    :raises ValueError: if an entry is of a kind that nobody reads, or holds no numbers
+    :raises NotImplementedError: as SB3, if there are spaces within an entry
     """
+    try:
+        check_for_nested_spaces(space)
+    except NotImplementedError as error:
+        remedy = "flatten it, e.g. with gymnasium.wrappers.FlattenObservation."
+        raise NotImplementedError(f"{str(error).rstrip('.')}: {remedy}") from error
     for key, entry in entries_of(space).items():
+        if not isinstance(key, str):
+            raise ValueError(
+                f"Observation {key!r} is named by a {type(key).__name__}: name the observations "
+                f"in the Dict by strings, such as {str(key)!r}."
+            )
         if not isinstance(entry, _KNOWN):
             raise ValueError(
                 f"Observation '{key}' is a {type(entry).__name__}: TDMPC2 reads Box, Discrete, "
                 "MultiDiscrete and MultiBinary, alone or in one Dict; flatten it, e.g. with "
                 "gymnasium.wrappers.FlattenObservation."
+            )
+        if math.prod(entry_shape(entry)) == 0:
+            raise ValueError(
+                f"Observation '{key}' has the shape {entry_shape(entry)}, without a number to "
+                "learn from: leave it out, or observe a constant, such as zeros of shape (1,)."
             )
 
 

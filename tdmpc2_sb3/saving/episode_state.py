@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env.stacked_observations import StackedObserva
 
 from tdmpc2_sb3.saving.attribute_checks import is_real
 from tdmpc2_sb3.saving.random_streams import checked_stream
-from tdmpc2_sb3.saving.wrapper_state import ATTRIBUTE, Reachable
+from tdmpc2_sb3.saving.wrapper_state import ATTRIBUTE, Reachable, are_own
 
 KNOWN_LAYERS = (
     *(DummyVecEnv, SubprocVecEnv, VecCheckNan, VecExtractDictObs, VecFrameStack, VecMonitor),
@@ -45,6 +45,8 @@ def obstacle(env: VecEnv, states: EpisodeStates | None = None) -> str | None:
     for layer in _layers(env):
         if type(layer) not in KNOWN_LAYERS:
             return f"the layer {type(layer).__name__} may remember what cannot be saved"
+    if sum(isinstance(layer, VecNormalize) for layer in _layers(env)) > 1:
+        return "there are several VecNormalize, and the statistics of one alone are saved"
     found = _ask(env, "obstacle")
     if states is not None:
         found.append(None if _fit_layers(env, states) else "it was saved with other layers")
@@ -210,14 +212,22 @@ def _ask(env: VecEnv, method: str, *arguments: Any, indices: int | None = None) 
 def _ask_bare(env: VecEnv, index: int, method: str, *arguments: Any) -> Any:
     """The same of an environment in no wrapper at all."""
     if method == "capture":
-        return {"environment": env.env_method("get_state", indices=index)[0], "wrappers": []}
+        state = {"environment": env.env_method("get_state", indices=index)[0], "wrappers": []}
+        generator = env.get_attr("_np_random", indices=index)[0]
+        if isinstance(generator, np.random.Generator):
+            state["random"] = generator.bit_generator.state
+        return state
     if method == "restore":
         try:
             env.env_method("set_state", arguments[0]["environment"], indices=index)
+            if arguments[0].get("random") is not None:
+                generator = env.get_attr("np_random", indices=index)[0]
+                generator.bit_generator.state = arguments[0]["random"]
+                env.set_attr("_np_random", generator, indices=index)  # it may be a copy
         except (KeyError, TypeError, ValueError) as error:
             return str(error)
         return None
-    has_state = env.has_attr("get_state") and env.has_attr("set_state")
+    has_state = are_own(env.env_method("__dir__", indices=index)[0])
     if method == "has_state":
         return has_state
     if method == "mismatch":

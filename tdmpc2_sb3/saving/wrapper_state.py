@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -353,8 +353,17 @@ class EpisodeOf:
         return any(class_name(wrapper) in _GLOBAL_STREAM for wrapper in self.wrappers)
 
 
+def are_own(names: Iterable[str]) -> bool:
+    """Whether an environment or wrapper can be restored by itself.
+
+    :param names: what ``dir()`` lists of it: methods of something within it, to which a
+        ``__getattr__`` leads, are not among them and cover only that
+    """
+    return {"get_state", "set_state"} <= set(names)
+
+
 def _has_state(env: Any) -> bool:
-    return hasattr(env, "get_state") and hasattr(env, "set_state")
+    return are_own(dir(env))
 
 
 #: Where the outermost wrapper gets its :class:`EpisodeOf` for the next call.

@@ -423,3 +423,31 @@ def test_a_buffer_that_knows_no_sub_sequences_is_refused(make_agent):
     agent.replay_buffer = ReplayBuffer(100, agent.observation_space, agent.action_space)
     with pytest.raises(RuntimeError, match=r"is a ReplayBuffer: .* assign a SequenceReplayBuffer"):
         agent.learn(8)
+
+
+@pytest.mark.parametrize("steps", ["30", None, math.inf, math.nan, True, [30]])
+def test_steps_to_learn_that_are_no_number(make_agent, steps):
+    with pytest.raises(RuntimeError, match=r"total_timesteps is .*: it must be a finite number"):
+        make_agent().learn(steps)
+
+
+@pytest.mark.parametrize(("steps", "made"), [(np.int64(21), 21), (2.1e1, 21), (20.5, 21)])
+def test_steps_to_learn_of_any_kind_of_number(make_agent, steps, made):
+    """As in SB3, a part of a step is one more."""
+    assert make_agent().learn(steps).num_timesteps == made
+
+
+@pytest.mark.parametrize("interval", ["4", 0, 1.5])
+def test_log_intervals_that_are_none(make_agent, interval):
+    with pytest.raises(RuntimeError, match=r"log_interval is .*: it must be"):
+        make_agent().learn(20, log_interval=interval)
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**40, 10**30])
+def test_seeds_that_numpy_does_not_take(make_agent, seed):
+    agent = make_agent(seed=2**32 - 1)
+    said = f"seed is {seed}: NumPy takes no seed above 4294967295"
+    with pytest.raises(ValueError, match=said):
+        make_agent(seed=seed)
+    with pytest.raises(ValueError, match=said):
+        agent.set_random_seed(seed)

@@ -134,6 +134,7 @@ def test_what_is_given_is_kept(make_agent):
         (spaces.Discrete(3), r"Discrete\(3\): TDMPC2 plans continuous actions, use .* Box"),
         (spaces.Box(-np.inf, np.inf, (2,)), "infinite bounds: .*TransformAction"),
         (spaces.Box(np.array([-1.0, 0.0]), np.array([1.0, np.inf])), "infinite bounds"),
+        (spaces.Box(-1.0, 1.0, (0,)), "has no dimension: there is nothing to plan, use"),
     ],
 )
 def test_action_spaces_that_cannot_be_planned_in(space, message, make_agent, point_env):
@@ -145,7 +146,7 @@ def test_action_spaces_that_cannot_be_planned_in(space, message, make_agent, poi
         make_agent(env)
 
 
-@pytest.mark.parametrize("limit", [np.int64(300), np.int16(300), 300.0])
+@pytest.mark.parametrize("limit", [np.int64(300), np.int16(300), 300.0, np.array(300)])
 def test_time_limits_of_any_kind_of_number(make_agent, point_env, limit):
     env = point_env()
     env.max_episode_steps = limit
@@ -154,7 +155,9 @@ def test_time_limits_of_any_kind_of_number(make_agent, point_env, limit):
     assert agent.learning_starts == 1500
 
 
-@pytest.mark.parametrize("limit", [0, -1, np.int64(-1), 2.5, math.nan])
+@pytest.mark.parametrize(
+    "limit", [0, -1, np.int64(-1), 2.5, math.nan, "300", [300], True, np.array([5, 7])]
+)
 def test_time_limits_that_are_none(make_agent, point_env, limit):
     env = point_env()
     env.max_episode_steps = limit

@@ -273,6 +273,38 @@ def test_arguments_of_sb3s_other_policies(make_agent, name, value):
         make_agent(policy_kwargs={name: value})
 
 
+@pytest.mark.parametrize("key", [0, ("camera", 1)])
+def test_names_of_observations_are_strings(make_agent, key):
+    env = RandomEnv(spaces.Dict({key: spaces.Box(-1.0, 1.0, (2,))}))
+    with pytest.raises(ValueError, match=r"Observation .* is named by a .*: name .* by strings"):
+        make_agent(env, "MultiInputPolicy")
+
+
+EMPTY = spaces.Box(-1.0, 1.0, (0,))
+WITHIN = spaces.Dict({"inner": spaces.Box(-1.0, 1.0, (2,))})
+
+
+@pytest.mark.parametrize(
+    ("space", "kind", "message"),
+    [
+        (EMPTY, ValueError, r"'observation' has the shape \(0,\), .*: leave it out"),
+        (spaces.Dict({"a": EMPTY, "b": WITHIN["inner"]}), ValueError, "'a' has the shape"),
+        (spaces.Dict({"outer": WITHIN}), NotImplementedError, "Nested .*FlattenObservation"),
+        (spaces.Tuple([WITHIN["inner"]]), ValueError, "is a Tuple: .*FlattenObservation"),
+    ],
+)
+def test_spaces_that_nobody_reads(make_agent, space, kind, message):
+    with pytest.raises(kind, match=message):
+        make_agent(RandomEnv(space), policy_for(space))
+
+
+def test_a_picture_with_its_channels_last_is_told_how_it_is_read(make_agent):
+    """Scaled pictures, unlike bytes, are not turned by SB3."""
+    space = spaces.Box(0.0, 1.0, (40, 40, 3))
+    with pytest.raises(ValueError, match=r"\(40, 40, 3\) as channels, height and width"):
+        make_agent(RandomEnv(space), "CnnPolicy", policy_kwargs={"normalize_images": False})
+
+
 # -- devices without double precision -------------------------------------------------------------
 
 

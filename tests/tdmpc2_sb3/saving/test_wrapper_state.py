@@ -221,6 +221,65 @@ class Secretive(gym.Wrapper):
         return self.env.step(action)
 
 
+class Forwarding(Secretive):
+    """Finds in the environment within what it has not, so also get_state and set_state."""
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+
+class Drifting(gym.Env):
+    """Draws a number from its own stream with every step."""
+
+    observation_space = gym.spaces.Box(-20.0, 20.0, (2,))
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.set_state({"steps": 0, "place": 0.0})
+        return self._observation(), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.place += float(action[0]) + float(self.np_random.uniform())
+        return self._observation(), self.place, False, self.steps == 9, {}
+
+    def _observation(self):
+        return np.array([self.place, self.steps], np.float32)
+
+    def get_state(self):
+        return {"steps": self.steps, "place": self.place}
+
+    def set_state(self, state):
+        self.steps, self.place = state["steps"], state["place"]
+
+
+class Holding(gym.Env):
+    """Holds another environment, to which it forwards, and counts by itself."""
+
+    def __init__(self):
+        self.held = Drifting()
+        self.observation_space, self.action_space = (
+            Drifting.observation_space,
+            Drifting.action_space,
+        )
+        self.calls = 0
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.held, name)
+
+    def reset(self, *, seed=None, options=None):
+        return self.held.reset(seed=seed)
+
+    def step(self, action):
+        self.calls += 1
+        return self.held.step(action)
+
+
 class Subclass(zoo.TimeFeatureWrapper):
     """Of a known class, but may remember more."""
 
@@ -245,6 +304,7 @@ def counting():
             "the wrapper TransformObservation may remember",
         ),
         (lambda env: Monitor(Secretive(env)), "the wrapper Secretive may remember"),
+        (Forwarding, "the wrapper Forwarding may remember"),
     ],
 )
 @pytest.mark.parametrize("verbose", [0, 1])
@@ -265,6 +325,41 @@ def test_what_is_unknown_ends_the_episode_as_truncated(tmp_path, capsys, make, n
     # 9 + 9 + 4 steps, then a whole episode.
     assert [end - begin for begin, end in rings._runs(0)] == [9, 9, 4, 9]
     assert not rings.terminated(np.arange(40)).any()
+
+
+@pytest.mark.parametrize("wrapper", [lambda env: env, Monitor])
+def test_what_leads_to_a_state_within_has_none_of_its_own(wrapper):
+    env = DummyVecEnv([lambda: wrapper(Holding())])
+    env.reset()
+    assert "has no get_state and set_state" in episode_state.obstacle(env)
+    assert episode_state.capture(env) is None
+
+
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("wrapper", [lambda env: env, Monitor])
+def test_an_environments_own_random_stream_goes_on(vec_env, wrapper):
+    """In wrappers and in none, in this process and in others."""
+    envs = [vec_env([lambda: wrapper(Drifting())]) for _ in range(2)]
+    for seed, env in enumerate(envs):
+        env.seed(seed)
+        env.reset()
+    action = np.full((1, 1), 0.5, np.float32)
+    for _ in range(4):
+        envs[0].step(action)
+    episode_state.restore(envs[1], decode(encode(episode_state.capture(envs[0]), "state")))
+    for _ in range(12):  # into the next episode
+        straight, resumed = (env.step(action)[:3] for env in envs)
+        for one, other in zip(straight, resumed, strict=True):
+            np.testing.assert_array_equal(one, other)
+    for env in envs:
+        env.close()
+
+
+def test_several_normalisations_are_not_restored():
+    """The file beside a checkpoint holds the statistics of one."""
+    env = VecNormalize(VecFrameStack(VecNormalize(DummyVecEnv([cartpole])), 2))
+    assert "several VecNormalize" in episode_state.obstacle(env)
+    assert episode_state.obstacle(env.venv) is None
 
 
 def test_a_wrapper_with_a_state_of_its_own_may_say_so(tmp_path):

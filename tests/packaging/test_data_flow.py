@@ -43,7 +43,7 @@ ROWS = {
         ("fast", ["fast", "fast.*"]),
         ("policies", ["policies"]),
         ("update", ["update"]),
-        ("callbacks", ["saving.callback_state", "callbacks"]),
+        ("callbacks", ["callbacks"]),
         ("the agent's file", ["saving.agent_file"]),
         ("algorithm", ["tdmpc2"]),
         ("package", [""]),

@@ -279,7 +279,11 @@ def test_a_run_that_was_taken_over_is_stopped_and_left(tmp_path, tiny):
     runner = Runner(plan, 1, said.append)
     claim = runner.claims.take(plan.cells)
     runner.claims._fail(claim.number)  # as another worker does after 120 silent seconds
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"],
+        # As the runner starts its own: background jobs of a shell would ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     runner._running.append(Running(claim, process, Cores([], []), 0, 0))
     runner._sign()
     assert process.wait(60) != 0

@@ -15,7 +15,10 @@ from tdmpc2_sb3.zoo.algorithms import hyperparams_folder
 FILES = ["tdmpc2", "tdmpc2_paper", "sac", "ppo", "sac_reference", "ppo_reference"]
 CLASSES = {"tdmpc2": TDMPC2, "sac": SAC, "ppo": PPO}
 #: Read by the zoo, or by our part of it (`eval_freq`), and not handed to the algorithm.
-ZOO_KEYS = {"n_timesteps", "env_kwargs", "n_envs", "normalize", "callback", "eval_freq", "policy"}
+ZOO_KEYS = {
+    *("n_timesteps", "env_kwargs", "n_envs", "normalize", "callback", "policy"),
+    *("eval_freq", "train_env_kwargs"),  # our plug-in's
+}
 SUITE_IDS = [env_id(domain, task) for domain, tasks in SUITE.items() for task in tasks]
 
 

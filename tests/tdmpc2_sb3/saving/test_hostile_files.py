@@ -358,7 +358,7 @@ def test_states_of_random_generators() -> None:
         ("num_iterations", 10**4 + 1),
         ("gamma", 1.5),
         *(("value_coef", value) for value in (1e301, 10**400)),
-        ("verbose", 11),
+        ("verbose", 10**7),
         ("use_planner", 1),
     ],
 )

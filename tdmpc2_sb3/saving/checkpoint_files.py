@@ -57,8 +57,9 @@ def read_run(checkpoint: pathlib.Path) -> dict[str, Any]:
         )
         for state in run["callbacks"]:
             check_callback_state(state)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CorruptFileError(f"'{path}' is damaged ({error}): use another copy.") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CorruptFileError(f"'{path}' is damaged ({reason}): use another copy.") from error
     if not plain:
         raise CorruptFileError(f"'{path}' is damaged: use another copy.")
     return run

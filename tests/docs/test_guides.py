@@ -112,7 +112,8 @@ def test_the_start_pages_python_program(tmp_path):
 def test_train(tmp_path):
     printed = run_guide("train", tmp_path)
     runs = {path.name for path in (tmp_path / "logs" / "tdmpc2").iterdir()}
-    assert runs == {"Pendulum-v1_1", *(f"DMC-walker-walk-v0_{n}" for n in (1, 2, 3, 4))}
+    walkers = {f"DMC-walker-walk-v0_{n}" for n in (1, 2, 3, 4)}
+    assert runs == {"Pendulum-v1_1", "DMC-hopper-hop-v0_1", *walkers}
     assert (tmp_path / "logs" / "tdmpc2_ssm" / "DMC-walker-walk-v0_1").is_dir()
     assert printed.count("Episode Length 20") == 2
     videos = tmp_path / "logs" / "tdmpc2" / "DMC-walker-walk-v0_4" / "videos"
@@ -143,7 +144,7 @@ def test_share(tmp_path):
         )
         files = server.repositories["ORG/tdmpc2-DMC-walker-walk-v0"].files
     assert {"README.md", "replay.mp4", "tdmpc2-DMC-walker-walk-v0.zip"} <= set(files)
-    assert printed.count("Episode Length 20") == 1
+    assert printed.count("Episode Length 20") == 2  # of the exported and of the fetched agent
 
 
 @pytest.mark.slow

@@ -74,3 +74,11 @@ def test_states_that_no_callback_has_are_damage(tmp_path):
     for files in ({"monitor_sizes": {"x": -1}, "logger": None}, {"monitor_sizes": {}, "logger": 3}):
         with pytest.raises(CorruptFileError, match="is damaged"):
             write(files=files)
+
+
+@pytest.mark.parametrize("files", [np.zeros(2), [1], 5, None])
+def test_a_run_file_whose_parts_are_of_another_kind_is_damaged(tmp_path, files):
+    (tmp_path / RUN_FILE).write_text(json.dumps(encode({"files": files}, "run")))
+    with pytest.raises(CorruptFileError, match=r"is damaged .*: use another copy") as caught:
+        read_run(tmp_path)
+    assert "\n" not in str(caught.value)

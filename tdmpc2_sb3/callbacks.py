@@ -21,8 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
-from tdmpc2_sb3.saving import checkpoint_files, interrupts
-from tdmpc2_sb3.saving import log_files as run_files
+from tdmpc2_sb3.saving import checkpoint_files, interrupts, log_files
 from tdmpc2_sb3.saving.attribute_checks import short
 from tdmpc2_sb3.saving.callback_state import RestoreCallbacks, callback_states, walk_callbacks
 from tdmpc2_sb3.saving.checkpoint_files import BUFFER_FILE, MODEL_FILE, RUN_FILE, read_run
@@ -168,7 +167,7 @@ def write_checkpoint(
         run = {
             "num_timesteps": model.num_timesteps,
             "callbacks": [] if callback is None else callback_states(callback, model),
-            "files": run_files.describe(folder, getattr(model, "_logger", None)),
+            "files": log_files.describe(folder, getattr(model, "_logger", None)),
             "normalizer": _normalizer_statistics(model.get_vec_normalize_env()),
             "digests": checkpoint_files.digests(partial),
         }

@@ -63,10 +63,10 @@ from tdmpc2_sb3.saving import (
     agent_file,
     episode_state,
     interrupts,
+    log_files,
     official_checkpoint,
     workers,
 )
-from tdmpc2_sb3.saving import log_files as run_files
 from tdmpc2_sb3.saving.agent_file import unwrapped
 from tdmpc2_sb3.saving.archive import read_archive
 from tdmpc2_sb3.saving.callback_state import environments_of
@@ -699,7 +699,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
             result = super()._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
-            run_files.steady_clock(self.env)
+            log_files.steady_clock(self.env)
         self._started = time.monotonic_ns()
         if self._normalization is not None and not going_on:
             self._last_original_obs = self._normalization.first(self._last_obs)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 
 from tdmpc2_sb3.callbacks import CHECKPOINT_PREFIX, load_checkpoint, sound_checkpoint
-from tdmpc2_sb3.saving import log_files as run_files
+from tdmpc2_sb3.saving import log_files
 from tdmpc2_sb3.saving.archive import read_archive
 from tdmpc2_sb3.saving.attribute_checks import short
 from tdmpc2_sb3.saving.checkpoint_files import read_run
@@ -78,7 +78,7 @@ def find_run(folder: str | Path) -> Run:
             f"'{folder}' {state}: name the folder of a run, "
             "such as logs/tdmpc2/DMC-walker-walk-v0_1."
         )
-    run_files.check_confined(path)
+    log_files.check_confined(path)
     args = read_yaml(found[0])
     missing = [key for key in run_options.NAMING_OPTIONS if key not in args]
     if missing:
@@ -163,7 +163,7 @@ class ResumedExperiment(ExperimentManager):
         kwargs = dict(self.monitor_kwargs)
         if ExperimentManager.is_robotics_env(env_id) or "parking-v0" in env_id:
             kwargs.setdefault("info_keywords", ("is_success",))
-        logged = any(self.run.folder.glob(run_files.MONITOR_FILES))
+        logged = any(self.run.folder.glob(log_files.MONITOR_FILES))
         self.monitor_kwargs = {**kwargs, "override_existing": not logged}
         try:
             return super().create_envs(n_envs, eval_env, no_log)
@@ -184,7 +184,7 @@ class ResumedExperiment(ExperimentManager):
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: Any) -> Any:
         described = read_run(self.checkpoint)
-        run_files.continue_clock(self.run.folder, env)
+        log_files.continue_clock(self.run.folder, env)
         model, restore = load_checkpoint(
             ALGOS[self.algo],
             self.checkpoint,
@@ -195,7 +195,7 @@ class ResumedExperiment(ExperimentManager):
         )
         if self.log is not None:
             steps = described["num_timesteps"]
-            model.set_logger(run_files.reopen_logger(self.log, steps, self.verbose))
+            model.set_logger(log_files.reopen_logger(self.log, steps, self.verbose))
         # Behind the progress bar, which the zoo expects first.
         self.callbacks.insert(1 if self.show_progress else 0, restore)
         return model
@@ -262,7 +262,7 @@ def find_log(run: Run, checkpoint: Path, asked: str | None) -> Path | None:
         return Path(asked).absolute() if asked else None
     given = run.args.get("tensorboard_log")
     known = PurePath(os.path.normpath(str(given)), run.name) if given else None
-    return run_files.find_log(run.folder, read_run(checkpoint)["files"], known)
+    return log_files.find_log(run.folder, read_run(checkpoint)["files"], known)
 
 
 def import_packages(run: Run, trusted: bool) -> None:
@@ -306,8 +306,8 @@ def rebuild(
     set_random_seed(run.args["seed"])
     if run.args["num_threads"] > 0:
         th.set_num_threads(run.args["num_threads"])
-    run_files.unshare(run.folder, f"{CHECKPOINT_PREFIX}*")
-    run_files.rewind(run.folder, described["files"])
+    log_files.unshare(run.folder, f"{CHECKPOINT_PREFIX}*")
+    log_files.rewind(run.folder, described["files"])
     experiment = ResumedExperiment(run, checkpoint, log, device)
     setup = experiment.setup_experiment()
     assert setup is not None

@@ -716,9 +716,9 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         """The environments will be reset: what was open is over."""
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         closed = self.replay_buffer.close_episodes()
-        if closed and self.verbose >= 1:
+        if closed:
             why = "" if self._why_anew is None else f" ({self._why_anew})"
-            print(
+            self._say(
                 f"The environment starts anew: {closed} open episode(s) closed as truncated{why}."
             )
         self._why_anew = None

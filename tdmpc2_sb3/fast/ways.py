@@ -95,31 +95,18 @@ class Ways:
         :param episode_start: where the previous plan is void, [E], bool
         :raises RuntimeError: naming a parameter of another type than float32
         """
-        given = (observation, previous_mean, episode_start, noise, config, explore)
         try:
-            return self._planned(*given)
+            direct = self.direct_planning(config)
+            if direct is not None:
+                initial_mean = shift_plan(previous_mean, episode_start)
+                return direct.plan(observation, initial_mean, noise, config, explore)
+            by_torch = self._graphed_plans() or self._plan_by_torch
+            return by_torch(observation, previous_mean, episode_start, noise, config, explore)
         except RuntimeError as error:
             wrong = wrong_type(self._policy)
             if wrong is None:
                 raise
             raise RuntimeError(wrong) from error
-
-    def _planned(
-        self,
-        observation: Observation,
-        previous_mean: th.Tensor,
-        episode_start: th.Tensor,
-        noise: PlanNoise,
-        config: PlannerConfig,
-        explore: bool,
-    ) -> Plan:
-        direct = self.direct_planning(config)
-        if direct is not None:
-            initial_mean = shift_plan(previous_mean, episode_start)
-            return direct.plan(observation, initial_mean, noise, config, explore)
-        given = (observation, previous_mean, episode_start, noise, config, explore)
-        graphed = self._graphed_plans()
-        return self._plan_by_torch(*given) if graphed is None else graphed(*given)
 
     def direct_planning(self, config: PlannerConfig) -> DirectPlanning | None:
         """Plans by one captured call, if the kernels make such by these settings."""

@@ -26,6 +26,7 @@ from tdmpc2_sb3.saving.files import (
     atomic_write,
     open_zip,
     parse_json,
+    printable,
     read_member,
     write_to,
 )
@@ -119,7 +120,7 @@ def read_archive(
         if print_system_info and "system_info.txt" in names:
             print("== SAVED MODEL SYSTEM INFO ==")
             lines = read_member(archive, "system_info.txt").decode(errors="replace").splitlines()
-            print("\n".join(line if line.isprintable() else repr(line) for line in lines))
+            print("\n".join(map(printable, lines)))
         tensors = {name: _load_tensors(archive, name, where) for name in document["tensors"]}
     data: dict[str, Any] = {}
     if load_data:

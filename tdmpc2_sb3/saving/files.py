@@ -286,6 +286,11 @@ def _parse_float(digits: str) -> float:
     return value
 
 
+def printable(line: str) -> str:
+    """A line of somebody else's, its control characters told and not sent to the terminal."""
+    return line if line.isprintable() else repr(line)
+
+
 def check_stream(file: Any, mode: str) -> None:
     """Refuse what is neither a path nor an open binary file that can be read (or written).
 

@@ -24,6 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tdmpc2_sb3.saving.attribute_checks import is_real, is_whole, short
+from tdmpc2_sb3.saving.files import printable
 from tdmpc2_sb3.study.machine import try_lock
 from tdmpc2_sb3.study.plan import Cell, Plan
 from tdmpc2_sb3.zoo import passwords
@@ -294,8 +295,7 @@ class Claims:
                 return CellState(state, holder.user_attrs["host"], steps, minutes)
         if failure is not None:
             host = failure.user_attrs["host"]
-            said = failure.user_attrs["failure"]
-            return CellState("failed", host, failure=said if said.isprintable() else repr(said))
+            return CellState("failed", host, failure=printable(failure.user_attrs["failure"]))
         return CellState("waiting")
 
     def csv_texts(self) -> dict[str, str]:

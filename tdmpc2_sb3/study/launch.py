@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tdmpc2_sb3.saving.files import printable
 from tdmpc2_sb3.study import runs
 from tdmpc2_sb3.study.machine import Cores
 from tdmpc2_sb3.study.plan import Cell, Plan
@@ -61,6 +62,4 @@ def last_line(plan: Plan, cell: Cell) -> str:
     """The last line that a cell's runs printed."""
     text = log_path(plan, cell).read_text(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        return "it printed nothing"
-    return lines[-1] if lines[-1].isprintable() else repr(lines[-1])
+    return printable(lines[-1]) if lines else "it printed nothing"

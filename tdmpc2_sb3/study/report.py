@@ -157,10 +157,7 @@ class Report:
             for name, values in after.items():
                 pairs = statistics.paired(before[name], values)
                 if pairs:
-                    fine = name == "area"
-                    each = ", ".join(f"{seed}: {_number(d, fine)}" for seed, d in pairs.items())
-                    estimate = statistics.t_interval(list(pairs.values()))
-                    rows.append([task.env, arm, name, _shown(estimate, fine), each])
+                    rows.append([task.env, arm, name, *_by_seed(pairs, name == "area")])
         if not rows:
             return ""
         head = ["task", "arm", "figure", f"difference to {base}", "by seed"]
@@ -169,13 +166,13 @@ class Report:
     def contrasts(self) -> str:
         """The contrasts that the study names: on every task, and their mean over all tasks."""
         rows = []
+        found: dict[Task, dict[str, dict[str, dict[int, float]]]] = {}  # task -> arm -> figure
+        if self.plan.contrasts:
+            for task, arm, runs in self._cells():
+                found.setdefault(task, {})[arm] = self._figures(task, runs)
         for name, weights in self.plan.contrasts.items():
             areas: dict[str, list[float]] = {}
-            for task in self.plan.tasks:
-                arms = {
-                    arm: self._figures(task, runs)
-                    for arm, runs in self.grid.get(task.env, {}).items()
-                }
+            for task, arms in found.items():
                 if not weights.keys() <= arms.keys():
                     continue
                 for figure in arms[next(iter(weights))]:
@@ -183,11 +180,8 @@ class Report:
                     sums = statistics.contrast(values, weights)
                     if not sums:
                         continue
-                    fine = figure == "area"
-                    each = ", ".join(f"{seed}: {_number(d, fine)}" for seed, d in sums.items())
-                    estimate = statistics.t_interval(list(sums.values()))
-                    rows.append([name, task.env, figure, _shown(estimate, fine), each])
-                    if fine:
+                    rows.append([name, task.env, figure, *_by_seed(sums, figure == "area")])
+                    if figure == "area":
                         areas[task.env] = list(sums.values())
             if len(areas) > 1:
                 together = aggregate.over_tasks(aggregate.score_matrix(areas))["mean"]
@@ -310,6 +304,12 @@ def _shown(estimate: Estimate | None, fine: bool) -> str:
     if math.isnan(low):
         return _number(mean, fine)
     return f"{_number(mean, fine)} [{_number(low, fine)}, {_number(high, fine)}]"
+
+
+def _by_seed(values: Mapping[int, float], fine: bool) -> tuple[str, str]:
+    """Mean with Student's interval, and the value of each seed."""
+    each = ", ".join(f"{seed}: {_number(value, fine)}" for seed, value in values.items())
+    return _shown(statistics.t_interval(list(values.values())), fine), each
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

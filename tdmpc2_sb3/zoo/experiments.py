@@ -118,11 +118,10 @@ def _preprocess_hyperparams(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _preprocess_hyperparams(self: Any, hyperparams: dict[str, Any]) -> Any:
-        self.train_env_kwargs = {}
-        if _ours(self):
-            self.train_env_kwargs = _train_env_kwargs(hyperparams)
+        ours = _ours(self)
+        self.train_env_kwargs = _train_env_kwargs(hyperparams) if ours else {}
         result = original(self, hyperparams)
-        if _ours(self):
+        if ours:
             # --eval-env-kwargs adds to the training environment's and wins over them: an agent
             # trained at action repeat 2 must not be evaluated at 1 because a camera was chosen.
             self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}

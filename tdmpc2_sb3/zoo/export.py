@@ -14,12 +14,13 @@ from pathlib import Path
 
 from rl_zoo3.utils import ALGOS, get_latest_run_id
 
+from tdmpc2_sb3.saving.log_files import MONITOR_FILES
 from tdmpc2_sb3.zoo import scrubbing
 from tdmpc2_sb3.zoo.register import install
 from tdmpc2_sb3.zoo.resume import Run, find_run
 
-#: Beside the model: what builds its environment, and what it returned.
-KEPT = ("0.monitor.csv", "evaluations.npz")
+#: Beside the model: what it returned, and what builds its environment.
+KEPT = (MONITOR_FILES, "evaluations.npz")
 KEPT_SETTINGS = ("args.yml", "config.yml", "vecnormalize.pkl")
 
 
@@ -49,12 +50,9 @@ def export(run: Run, output: Path, best: bool) -> Path:
         (written / run.name).mkdir(parents=True)
         agent = ALGOS[algo].load(model, device="cpu")
         agent.save(written / f"{run.name}.zip", resumable=False)  # type: ignore[call-arg]
-        for name in KEPT:
-            if (run.folder / name).is_file():
-                shutil.copyfile(run.folder / name, written / name)
-        for name in KEPT_SETTINGS:
-            if (run.folder / run.name / name).is_file():
-                shutil.copyfile(run.folder / run.name / name, written / run.name / name)
+        for pattern in (*KEPT, *(f"{run.name}/{name}" for name in KEPT_SETTINGS)):
+            for path in run.folder.glob(pattern):
+                shutil.copyfile(path, written / path.relative_to(run.folder))
         scrubbing.scrub_folder(written, [algo, str(run.args["env"])], say=lambda _: None)
         number = get_latest_run_id(str(folder), run.name) + 1
         target = folder / f"{run.name}_{number}"

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from tdmpc2_sb3.saving.files import printable
 from tdmpc2_sb3.zoo import checkpoints
 from tdmpc2_sb3.zoo.algorithms import ENV_PREFIX
 from tdmpc2_sb3.zoo.run_options import CALLBACK, plain_keywords
@@ -54,7 +55,7 @@ def foreign_code(args: dict[str, Any], config: dict[str, Any]) -> list[str]:
             for key in ("env_kwargs", "eval_env_kwargs", "train_env_kwargs")
             if _has_words(values.get(key))
         ]
-    return [each if each.isprintable() else repr(each) for each in found]
+    return [*map(printable, found)]
 
 
 def _is_harmless_callback(entry: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Kills a saving process at random moments. Imported by the scripts that the tests run."""
+"""Kills a saving process at random moments, in a script that a test runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import random
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,3 +39,20 @@ def kill_at_random_moments(save: Callable[[], None], check: Callable[[], None], 
             os.close(reader)
             os.close(writer)
         check()
+
+
+def run_script(text: str, *arguments: object) -> str:
+    """Runs a script in a process of its own, which imports what this one can.
+
+    :param arguments: of its command line
+    :return: what it printed
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", text, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_model
 import torch as th
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -28,21 +29,7 @@ from tdmpc2_sb3.callbacks import (
     write_checkpoint,
 )
 
-TINY = {
-    "latent_dim": 16,
-    "enc_dim": 16,
-    "mlp_dim": 16,
-    "num_q": 2,
-    "num_samples": 16,
-    "num_pi_trajs": 2,
-    "num_elites": 4,
-    "num_iterations": 2,
-    "batch_size": 8,
-    "learning_starts": 40,
-    "initial_gradient_steps": 5,
-    "seed": 5,
-    "device": "cpu",
-}
+TINY = {**tiny_model.TINY, "learning_starts": 40, "initial_gradient_steps": 5}
 
 
 def make_env(n_envs: int = 1, kind: type[VecEnv] = DummyVecEnv) -> VecEnv:
@@ -237,7 +224,8 @@ print("done", flush=True)
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = TDMPC2("MlpPolicy", make_env(), **TINY).learn(1500)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     chance = random.Random(0)
     kills = 0
     while not (tmp_path / "final.zip").exists():

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 
 import cloudpickle
@@ -18,6 +16,7 @@ from batches import assert_equal_batches
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import run_script
 
 from tdmpc2_sb3.replay.buffer import SequenceReplayBuffer
 from tdmpc2_sb3.replay.rings import _START, _TERMINATED, _ZERO_PADDED
@@ -246,14 +245,7 @@ print(len(sizes))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_file_loads(tmp_path, times):
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "b.pkl"), str(times)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) == times
+    assert int(run_script(KILLED, tmp_path / "b.pkl", times)) == times
     assert len(os.listdir(tmp_path)) <= 2
 
 

@@ -6,8 +6,6 @@ import copy
 import io
 import json
 import os
-import subprocess
-import sys
 import zipfile
 
 import gymnasium
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from killing import run_script
 from rl_zoo3.utils import SimpleLinearSchedule
 from same_models import assert_same, assert_same_models, no_unpickling
 from stable_baselines3 import SAC
@@ -429,12 +428,5 @@ print(len(steps))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_model_loads(tmp_path, times):
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "m.zip"), str(times), repr(SETTINGS)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) == times
+    assert int(run_script(KILLED, tmp_path / "m.zip", times, SETTINGS)) == times
     assert len(os.listdir(tmp_path)) <= 2

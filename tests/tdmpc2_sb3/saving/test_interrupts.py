@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_model
 import torch as th
 from stable_baselines3.common.callbacks import CallbackList, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -22,20 +24,7 @@ from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.callbacks import ResumableCheckpointCallback, load_checkpoint
 from tdmpc2_sb3.saving import interrupts
 
-TINY = {
-    "latent_dim": 16,
-    "enc_dim": 16,
-    "mlp_dim": 16,
-    "num_q": 2,
-    "num_samples": 16,
-    "num_pi_trajs": 2,
-    "num_elites": 4,
-    "num_iterations": 2,
-    "batch_size": 8,
-    "learning_starts": 20,
-    "seed": 5,
-    "device": "cpu",
-}
+TINY = {**tiny_model.TINY, "learning_starts": 20}
 
 
 @pytest.fixture(autouse=True)
@@ -289,7 +278,6 @@ def test_ending_signals_in_another_thread_install_nothing(usual_ends):
 ENDED_RUN = """
 import os, signal, sys, threading, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from test_interrupts import TINY, make_env
 from tdmpc2_sb3 import TDMPC2
@@ -309,8 +297,14 @@ model.learn(1_000_000, callback=None if kind == "without" else callback)
 
 
 def start_run(folder: Path, kind: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", ENDED_RUN, str(folder), kind, str(Path(__file__).parent)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDED_RUN, str(folder), kind],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process

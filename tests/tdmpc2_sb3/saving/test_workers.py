@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
+import tiny_model
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
@@ -22,20 +23,7 @@ from tdmpc2_sb3.callbacks import ResumableCheckpointCallback, latest_checkpoint
 from tdmpc2_sb3.saving import workers
 from tdmpc2_sb3.saving.workers import WorkerDiedError
 
-TINY = {
-    "latent_dim": 16,
-    "enc_dim": 16,
-    "mlp_dim": 16,
-    "num_q": 2,
-    "num_samples": 16,
-    "num_pi_trajs": 2,
-    "num_elites": 4,
-    "num_iterations": 1,
-    "batch_size": 8,
-    "learning_starts": 12,
-    "seed": 5,
-    "device": "cpu",
-}
+TINY = {**tiny_model.TINY, "num_iterations": 1, "learning_starts": 12}
 
 
 class Slow(gym.Env):

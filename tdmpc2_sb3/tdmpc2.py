@@ -333,7 +333,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         self._rollout_steps = 0  # steps and episodes of a rollout that a checkpoint interrupted
         self._rollout_episodes = 0
         if _init_setup_model:
-            self._setup_model()
+            with workers.watched([self.env]):
+                self._setup_model()
             # Not where a model is loaded: for predictions nothing is stored.
             assert isinstance(self.replay_buffer, SequenceReplayBuffer)
             self.replay_buffer.check_memory()
@@ -1154,7 +1155,8 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
         device = usable_device(device)
         read = read_archive(path, device, custom_objects, True, print_system_info)
         replaced = custom_objects or {}
-        return agent_file.load(cls, path, read, env, device, replaced, force_reset, kwargs)
+        with workers.watched([env if isinstance(env, VecEnv) else None]):
+            return agent_file.load(cls, path, read, env, device, replaced, force_reset, kwargs)
 
     def set_parameters(
         self,

@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
+from tdmpc2_sb3.saving import workers
 from tdmpc2_sb3.saving.attribute_checks import is_real
 from tdmpc2_sb3.saving.random_streams import checked_stream
 from tdmpc2_sb3.saving.wrapper_state import ATTRIBUTE, Reachable, are_own
@@ -70,8 +72,15 @@ def capture(env: VecEnv) -> EpisodeStates | None:
 
     :return: nested dictionaries of numbers, strings and arrays
     """
+    inner = workers.processes_of(env)
+    if inner is not None and inner.closed:
+        return None
     try:
-        return _capture(env) if can_capture(env) else None
+        with workers.watched([env]):
+            return _capture(env) if can_capture(env) else None
+    except workers.WorkerDiedError as error:
+        warnings.warn(f"{error} The episodes in progress are not saved.", stacklevel=4)
+        return None
     except (EOFError, ConnectionError):  # a process that the same signal has ended
         return None
 

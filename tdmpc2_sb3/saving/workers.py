@@ -55,11 +55,17 @@ class Watch:
     Its pipe is then shut down, so that whoever waits for its answer gets an error at once.
 
     :param envs: environments of any kind; only those with processes are watched
+    :raises RuntimeError: if one of those is closed
     """
 
     def __init__(self, envs: Iterable[VecEnv | None] = ()):
         found = {id(each): each for each in map(processes_of, envs) if each is not None}
-        self._watched = [_Watched(env) for env in found.values() if not env.closed]
+        if any(env.closed for env in found.values()):
+            raise RuntimeError(
+                "A SubprocVecEnv is closed, so that its processes have ended: make another "
+                "(for a model: model.set_env(env))."
+            )
+        self._watched = [_Watched(env) for env in found.values()]
         self._dead: _Watched | None = None
         self._over = False
         for each in self._watched:

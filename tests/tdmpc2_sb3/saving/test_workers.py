@@ -176,6 +176,37 @@ def test_all_killed_at_once(tmp_path: Path, method: str) -> None:
     assert env.closed
 
 
+def test_one_that_is_dead_before_its_environment_is_used(tmp_path: Path) -> None:
+    env = make(tmp_path, "fork")
+    kill(env, 1)
+    error = within(20, lambda: TDMPC2("MlpPolicy", env, **TINY))
+    assert "Environment process 1 of 3" in str(error)
+
+    saved, env = make(tmp_path, "fork"), make(tmp_path, "fork")
+    model = TDMPC2("MlpPolicy", saved, **TINY)
+    model.learn(30)
+    kill(saved, 2)
+    with pytest.warns(UserWarning, match=r"process 2 of 3 .* episodes in progress are not saved"):
+        model.save(tmp_path / "model")
+    kill(env, 0)
+    error = within(20, lambda: TDMPC2.load(tmp_path / "model", env=env))
+    assert "Environment process 0 of 3" in str(error)
+
+    going_on = TDMPC2.load(tmp_path / "model", env=make(tmp_path, "fork"))
+    assert going_on.num_timesteps == 30
+    same = [model.policy.state_dict(), going_on.policy.state_dict()]
+    assert all((same[0][name] == same[1][name]).all() for name in same[0])
+    for learner in (model, going_on):
+        learner.env.close()
+        with pytest.raises(RuntimeError, match=r"SubprocVecEnv is closed, .* model.set_env"):
+            learner.learn(30)
+
+
+def kill(env: SubprocVecEnv, number: int) -> None:
+    os.kill(env.processes[number].pid, signal.SIGKILL)
+    env.processes[number].join(10)
+
+
 class Kill(BaseCallback):
     def __init__(self, pid: int):
         super().__init__()

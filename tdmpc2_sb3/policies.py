@@ -198,7 +198,8 @@ class TDMPC2Policy(BasePolicy):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take the random stream along."""
         generator = self._generator
-        stream = None if generator is None else (generator.device, generator.get_state())
+        # An array: a tensor that ends with the pickling does not reach another process.
+        stream = None if generator is None else (generator.device, generator.get_state().numpy())
         return {**self.__dict__, "_generator": stream}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -207,7 +208,7 @@ class TDMPC2Policy(BasePolicy):
         if stream is not None:
             device, numbers = stream
             self._generator = th.Generator(device)
-            self._generator.set_state(numbers)
+            self._generator.set_state(th.as_tensor(numbers))
 
     @property
     def planner(self) -> PlannerConfig:

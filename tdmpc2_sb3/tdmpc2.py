@@ -337,7 +337,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 self._setup_model()
             # Not where a model is loaded: for predictions nothing is stored.
             assert isinstance(self.replay_buffer, SequenceReplayBuffer)
-            self.replay_buffer.check_memory()
+            self.replay_buffer.check_size()
 
     # -- construction --------------------------------------------------------------------------
 
@@ -682,7 +682,7 @@ class TDMPC2(LiveSettings, OffPolicyAlgorithm):
                 f"replay_buffer is a {type(self.replay_buffer).__name__}: TDMPC2 learns from "
                 "sub-sequences, assign a SequenceReplayBuffer or one of a subclass."
             )
-        self.replay_buffer.check_memory(RuntimeError)
+        self.replay_buffer.check_size(RuntimeError)
         if self._without_run:
             self._say(
                 "The agent's file holds no run (it was saved with resumable=False): optimisers, "

@@ -67,7 +67,7 @@ class SequenceReplayBuffer(ReplayBuffer):
     that matters most; ``past_terminations`` lets sub-sequences start at it too and go on, marked
     as not valid, past it.
 
-    Memory is taken at the first stored step (:meth:`check_memory` asks before): R rows for each
+    Memory is taken at the first stored step (:meth:`check_size` asks before): R rows for each
     environment, of the observation plus 4 bytes an action dimension plus 5 (walker-walk: 125 bytes
     a step). Floats are kept as float32.
     Stacked image frames are kept as single frames and put together again when sampled; images that
@@ -109,9 +109,9 @@ class SequenceReplayBuffer(ReplayBuffer):
         # ReplayBuffer's own __init__ would allocate its arrays
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
         self.buffer_size = max(buffer_size // n_envs, 1)  # rows per environment, as SB3 counts
+        self.horizon = horizon
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
-        self.horizon = horizon
         self.sample_open_episodes = sample_open_episodes
         self.past_terminations = past_terminations
         self.rng = np.random.default_rng(seed)
@@ -120,13 +120,17 @@ class SequenceReplayBuffer(ReplayBuffer):
 
     # ----------------------------------------------------------------- memory
 
-    def check_memory(self, error: type[Exception] = ValueError) -> None:
-        """Warn if the memory that the buffer will take is not free, before any step is stored.
+    def check_size(self, error: type[Exception] = ValueError) -> None:
+        """Look at the size before any step is stored.
 
-        :param error: what is raised if the system will not give it at all
+        Warns if the memory that the buffer will take is not free.
+
+        :param error: what is raised if the buffer is too small for a sub-sequence, or the system
+            will not give its memory at all
         """
         if self.stored.storages:
             return
+        self._check_rows(self.horizon + 1, error)
         storages = self.stored.likely_storages()
         try:
             # Not touched, so that it costs nothing; and given back at once.
@@ -310,14 +314,17 @@ class SequenceReplayBuffer(ReplayBuffer):
     def _allocate(self, obs: Arrays, next_obs: Arrays) -> None:
         """Take the memory, now that the first step shows how images can be stored."""
         storages = self.stored.choose(obs, next_obs)
-        needed = self.horizon + max(storage.num_frames for storage in storages.values())
+        num_frames = max(storage.num_frames for storage in storages.values())
+        self._check_rows(self.horizon + num_frames, RuntimeError)
+        self.allocate(storages)
+
+    def _check_rows(self, needed: int, error: type[Exception]) -> None:
         if self.buffer_size < needed:
-            raise RuntimeError(
+            raise error(
                 f"A replay buffer of {self.buffer_size} rows per environment cannot hold a "
                 f"sub-sequence of {self.horizon} steps: set buffer_size to at least "
                 f"{needed * self.n_envs}."
             )
-        self.allocate(storages)
 
     def allocate(self, storages: dict[str, EntryStorage]) -> None:
         """Take the memory for all rows.

@@ -374,6 +374,8 @@ def test_a_buffer_too_small_says_so_when_used_not_when_made():
     buffer = make(size=1)  # the zoo loads models with buffer_size=1
     with pytest.raises(RuntimeError, match=r"1 rows per environment .* 3 steps: .* at least 4"):
         Record(buffer).step([None])
+    with pytest.raises(ValueError, match=r"1 rows per environment .* 3 steps: .* at least 4"):
+        buffer.check_size()  # as models do that are made to learn
     with pytest.raises(ValueError, match="horizon is 0"):
         make(horizon=0)
 
@@ -435,12 +437,12 @@ def test_memory_that_is_not_free_is_warned_of_at_once(monkeypatch):
     buffer = make(size=200_000)
     needed = buffer.rings.num_rows * (4 * (int(np.prod(VECTORS.shape)) + 2) + 5)
     with pytest.warns(UserWarning, match=f"take {needed / 1e9:.2f} GB and 0.00 GB are free: lower"):
-        buffer.check_memory()
+        buffer.check_size()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        buffer.check_memory()  # said once
+        buffer.check_size()  # said once
         Record(buffer).step([None])
-        make(size=1000).check_memory()
+        make(size=1000).check_size()
     assert buffer.nbytes == needed
 
 
@@ -449,7 +451,7 @@ def test_memory_that_no_system_gives(make_agent, point_env, tmp_path):
     images = spaces.Box(0, 255, (3, 64, 64), np.uint8)
     huge = 10**13
     with pytest.raises(ValueError, match=message):
-        make(size=huge, obs_space=images).check_memory()
+        make(size=huge, obs_space=images).check_size()
     with pytest.raises(ValueError, match=message):
         make_agent(point_env(kind="image"), "CnnPolicy", buffer_size=huge)
     with pytest.raises(RuntimeError, match=message):

@@ -128,5 +128,24 @@ def test_a_policy_as_the_argument_of_other_processes(make_agent):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_policy_as_the_argument_of_one_process(make_agent, method):
+    """Its tensors go there through shared memory, which must outlive the pickling."""
+    agent = make_agent()
+    expected = agent.policy.predict(OBSERVATION, deterministic=True)[0]
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    process = context.Process(target=_put_prediction, args=(agent.policy, queue))
+    process.start()
+    np.testing.assert_allclose(queue.get(timeout=60), expected, atol=1e-6)
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def _put_prediction(policy, queue):
+    queue.put(_predict(policy))
+
+
 def _predict(policy):
     return policy.predict(np.array([0.1, 0.2, 0.3], np.float32), deterministic=True)[0]

@@ -15,7 +15,7 @@ import yaml
 from tdmpc2_sb3.study import checks
 
 #: Settings of a run, allowed for the study, for a task and for an arm; the last one named wins.
-RUN_KEYS = ("steps", "seeds", "eval_freq", "eval_episodes")
+RUN_KEYS = ("steps", "seeds", "eval_freq", "eval_episodes", "save_freq")
 TOP_KEYS = (
     "name", "arms", "tasks", *RUN_KEYS, "threads", "device", "storage", "logs", "results", "curve",
     "at_frames", "contrasts",
@@ -66,6 +66,7 @@ class Cell(NamedTuple):
 
     :param steps: agent steps
     :param eval_freq: agent steps between evaluations, None for the zoo's
+    :param save_freq: agent steps between models that are kept, None for none
     """
 
     arm: Arm
@@ -74,6 +75,7 @@ class Cell(NamedTuple):
     steps: int
     eval_freq: int | None
     eval_episodes: int
+    save_freq: int | None = None
 
     @property
     def name(self) -> str:
@@ -295,7 +297,10 @@ def _cells(
         eval_freq = checks.count(eval_freq, f"eval_freq {where}")
     steps = checks.count(settings["steps"], f"steps {where}")
     episodes = checks.count(settings.get("eval_episodes", 10), f"eval_episodes {where}")
+    save_freq = settings.get("save_freq")
+    if save_freq is not None:
+        save_freq = checks.count(save_freq, f"save_freq {where}")
     return [
-        ((number, *place), Cell(arm, task, seed, steps, eval_freq, episodes))
+        ((number, *place), Cell(arm, task, seed, steps, eval_freq, episodes, save_freq))
         for number, seed in enumerate(seeds)
     ]

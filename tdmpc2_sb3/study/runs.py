@@ -71,6 +71,7 @@ def train_arguments(plan: Plan, cell: Cell) -> list[str]:
         "-n": cell.steps,
         "--eval-freq": cell.eval_freq,
         "--eval-episodes": cell.eval_episodes,
+        "--save-freq": cell.save_freq,
         "--num-threads": plan.threads,
         "--device": plan.device,
         "--conf-file": cell.arm.conf_file,

@@ -102,7 +102,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="runs outlive a kille
 @linux
 @pytest.mark.slow
 def test_runner_and_run_killed_end_as_an_undisturbed_study(tmp_path, tiny):
-    whole, killed = (write_study(tmp_path / name, tiny) for name in ("whole", "killed"))
+    whole, killed = (
+        write_study(tmp_path / name, tiny, save_freq=100) for name in ("whole", "killed")
+    )
     printed = finish(start(whole, "--jobs", "1"))
     assert printed.count("finished: ") == 2
     assert "2 of 2 cells done\n" in printed
@@ -136,6 +138,9 @@ def test_runner_and_run_killed_end_as_an_undisturbed_study(tmp_path, tiny):
         (str(50 * n), str(2000 * n)) for n in range(1, 6)
     ]
     plan = read_plan(killed)
+    for cell in plan.cells:
+        kept = runs.newest_run(plan, cell).glob("rl_model_*_steps.zip")
+        assert sorted(path.name.split("_")[2] for path in kept) == ["100", "200"]
     header = results.read_result(plan, plan.cells[0]).header
     assert len(header["attempts"]) == 3
     assert header["attempts"][0]["command"].startswith("python -m rl_zoo3.train --algo tdmpc2 ")

@@ -16,7 +16,7 @@ it with several environments: at the same update ratio, and (``sparse``) with on
 steps. ``--authors`` runs a checkout of the authors' repository beside ours, its device changed to
 this one as it is imported (it needs their requirements, above all tensordict). ``--jax`` does the
 same with a checkout of tdmpc2-jax at 5M, whose planning and updates are compiled (it needs jax,
-flax, optax, jaxtyping and einops).
+flax, optax, jaxtyping and einops). ``--torchrl`` does it with TorchRL's, where that is installed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import authors
+import torchrl_peer
 from machine import command, describe
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.kernels import Layer, fixed_weights, networks
@@ -52,7 +53,7 @@ PEAKS = ("peak by torch", "peak by kernels")
 LOOP_STEPS = 4  # timed at once
 SPARSE_RATIO = 4  # steps for each update
 PAUSE = 0.2  # seconds, in which the last one's threads go to sleep
-OTHERS = ("authors'", "JAX port's")
+OTHERS = ("authors'", "JAX port's", "TorchRL's")
 ZOO_YAML = Path(__file__).parents[1] / "hyperparams" / "tdmpc2.yml"
 ZOO_ENTRY = "DMC/walker-walk-v0"
 NOT_ARGUMENTS = ("policy", "n_timesteps", "eval_freq", "env_kwargs", "callback", "buffer_size")
@@ -216,6 +217,22 @@ def authors_contenders(model: str, args: argparse.Namespace) -> list[Contender]:
         Contender(f"authors' plan ({model})", plan),
         Contender(f"authors' update ({model})", update),
     ]
+
+
+def torchrl_contenders(model: str, args: argparse.Namespace) -> list[Contender]:
+    """Planning and updating of TorchRL's agent with the same sizes and data shapes."""
+    agent = build(model, "mlp", args)
+    contenders = []
+    functions = torchrl_peer.plan_and_update(agent, OBSERVATION_DIM, ACTION_DIM)
+    for what, function in zip(("plan", "update"), functions, strict=True):
+
+        def run(function: Callable[[], object] = function) -> None:
+            function()
+            synchronize(agent.device)
+
+        run()
+        contenders.append(Contender(f"TorchRL's {what} ({model})", run))
+    return contenders
 
 
 def jax_contenders(args: argparse.Namespace) -> list[Contender]:
@@ -388,10 +405,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--authors", help="a checkout of the authors' repository")
     parser.add_argument("--jax", help="a checkout of tdmpc2-jax")
+    parser.add_argument("--torchrl", action="store_true", help="TorchRL's agent too")
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     args = parser.parse_args()
     th.set_num_threads(args.threads)
-    machine = describe("torch", "numpy", "stable-baselines3", "gymnasium", threads=args.threads)
+    others = ("torchrl-nightly", "tensordict-nightly") if args.torchrl else ()
+    others += ("jax", "flax") if args.jax else ()
+    packages = ("torch", "numpy", "stable-baselines3", "gymnasium", *others)
+    machine = describe(*packages, threads=args.threads)
 
     contenders = peak_contenders(th.device(args.device))
     for model in args.models:
@@ -400,6 +421,8 @@ def main() -> None:
             contenders += loop_contenders(model, dynamics, args)
         if args.authors and model != "zoo":
             contenders += authors_contenders(model, args)
+        if args.torchrl and model != "zoo":
+            contenders += torchrl_contenders(model, args)
         if args.jax and model == "5":
             contenders += jax_contenders(args)
     measure(contenders, 2)  # warm

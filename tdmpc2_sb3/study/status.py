@@ -121,4 +121,5 @@ def table(plan: Plan, survey: Sequence[Progress]) -> str:
             line += f", {duration(each.minutes)}"
         lines.append(f"{line}: {each.failure}" if each.failure else line)
     jobs = max(1, sum(each.state == "running" for each in survey))
-    return "\n".join([*lines, f"{plan.name}: {estimate(survey, jobs)} (at {jobs} runs at a time)"])
+    together = "one run" if jobs == 1 else f"{jobs} runs"
+    return "\n".join([*lines, f"{plan.name}: {estimate(survey, jobs)} (at {together} at a time)"])

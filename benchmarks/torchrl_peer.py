@@ -50,7 +50,8 @@ def plan_and_update(
         device=device,
         **sizes,
     )
-    horizon, discount = ours.horizon, float(ours.gamma)
+    config = ours.policy.planner  # "auto" is resolved there
+    horizon, discount = config.horizon, config.gamma
     loss = TdMpc2Loss(world_model, prior, q_ensemble, horizon=horizon, discount=discount)
     planner = TdMpc2Planner(
         world_model,
@@ -58,10 +59,10 @@ def plan_and_update(
         q_ensemble,
         horizon=horizon,
         discount=discount,
-        num_samples=ours.num_samples,
-        num_elites=ours.num_elites,
-        num_pi_trajs=ours.num_pi_trajs,
-        iterations=ours.num_iterations,
+        num_samples=config.num_samples,
+        num_elites=config.num_elites,
+        num_pi_trajs=config.num_pi_trajs,
+        iterations=config.num_iterations,
     )
     rate = float(ours.learning_rate)
     encoder = list(world_model.encoder.parameters())

@@ -50,7 +50,8 @@ def test_the_command_is_the_zoos_and_its_parameters_keep_their_types(study):
     plan = study(arms=arms, seeds=[101], eval_freq=50, save_freq=30, threads=2, device="cpu")
     assert shlex.join(runs.train_arguments(plan, plan.cells[0])) == (
         "-m rl_zoo3.train --algo tdmpc2 --env DMC/walker-walk-v0 --seed 101 -n 100 --eval-freq 50 "
-        "--eval-episodes 10 --save-freq 30 --num-threads 2 --device cpu -f logs/mini/a/seed101 -params "
+        "--eval-episodes 10 --save-freq 30 --num-threads 2 --device cpu -f logs/mini/a/seed101 "
+        "-params "
         """'entropy:'"'"'squashed'"'"'' learning_rate:0.0001 """
         """'env_kwargs:{'"'"'action_repeat'"'"': 2}'"""
     )

@@ -33,6 +33,7 @@ from tdmpc2_sb3.replay.observation_entries import (
     is_image,
 )
 from tdmpc2_sb3.saving import policy_file
+from tdmpc2_sb3.saving.attribute_checks import short
 from tdmpc2_sb3.saving.parameter_checks import check_world_model
 from tdmpc2_sb3.settings import (
     check_setting,
@@ -277,7 +278,7 @@ class TDMPC2Policy(BasePolicy):
         if self.OBSERVATIONS not in ("", found):
             raise ValueError(
                 f"{type(self).__name__} is for {self.OBSERVATIONS}, but the observation space is "
-                f"{self.observation_space}: use {POLICIES[found]}."
+                f"{short(self.observation_space, 200)}: use {POLICIES[found]}."
             )
 
     def _make_optimizers(self, learning_rate: float, enc_lr_scale: float) -> None:

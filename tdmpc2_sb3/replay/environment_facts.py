@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from tdmpc2_sb3.saving.attribute_checks import short
 from tdmpc2_sb3.settings import whole_number
 
 GAMMA_MIN = 0.95
@@ -107,20 +108,21 @@ def check_action_space(space: spaces.Space) -> None:
     """
     :raises ValueError: if the space is no Box, or one whose bounds are not finite and apart
     """
+    shown = short(space, 200)
     if not isinstance(space, spaces.Box):
         raise ValueError(
-            f"The action space is {space}: TDMPC2 plans continuous actions, use an environment "
+            f"The action space is {shown}: TDMPC2 plans continuous actions, use an environment "
             "with a Box action space (DQN or PPO handle discrete ones)."
         )
     if not space.is_bounded():
         raise ValueError(
-            f"The action space {space} has infinite bounds: TDMPC2 plans within finite ones; "
+            f"The action space {shown} has infinite bounds: TDMPC2 plans within finite ones; "
             "wrap the environment in gymnasium.wrappers.TransformAction(env, lambda action: "
             "action, spaces.Box(low, high))."
         )
     if 0 in space.shape:
         raise ValueError(
-            f"The action space {space} has no dimension: there is nothing to plan, use an "
+            f"The action space {shown} has no dimension: there is nothing to plan, use an "
             "environment with at least one action."
         )
     low, high = (np.asarray(each, dtype=np.float64).ravel() for each in (space.low, space.high))

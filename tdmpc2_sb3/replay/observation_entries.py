@@ -28,6 +28,8 @@ from stable_baselines3.common.preprocessing import (
     maybe_transpose,
 )
 
+from tdmpc2_sb3.saving.attribute_checks import short
+
 #: The name of the only entry of a space that is no Dict.
 SINGLE = "observation"
 _CHOICES = (spaces.Discrete, spaces.MultiDiscrete)
@@ -126,7 +128,10 @@ def check_choices(values: np.ndarray, key: str, space: spaces.Space) -> str | No
     if ((offsets >= 0) & (offsets < counts)).all():
         return None
     named = "The observation" if key == SINGLE else f"The observation {key!r}"
-    return f"{named} is {values.tolist()}, which {space} does not contain: check the environment."
+    return (
+        f"{named} is {short(values.tolist(), 200)}, which {short(space, 200)} does not "
+        "contain: check the environment."
+    )
 
 
 def _choices(space: spaces.Space) -> tuple[list[int], list[int]]:
@@ -164,7 +169,7 @@ def batched(
     if isinstance(observation, dict) != is_dict:
         raise ValueError(
             f"The observation is a {type(observation).__name__}, but the observation space is "
-            f"{space}: pass what the environment returns."
+            f"{short(space, 200)}: pass what the environment returns."
         )
     given = observation
     if not isinstance(given, dict):

@@ -25,8 +25,7 @@ from tdmpc2_sb3.saving.files import (
     CorruptFileError,
     PathOrFile,
     open_zip,
-    parse_json,
-    read_member,
+    read_json,
     write_to,
 )
 from tdmpc2_sb3.saving.random_streams import checked_stream
@@ -110,7 +109,7 @@ def _header(buffer: SequenceReplayBuffer) -> dict[str, Any]:
 
 def _read_header(buffer: SequenceReplayBuffer, archive: zipfile.ZipFile) -> dict[str, Any]:
     try:
-        header = parse_json(read_member(archive, _HEADER))
+        header = read_json(archive, _HEADER)
         name, version, kind = header["format"], header["version"], dict(header["kind"])
     except CorruptFileError:
         raise

@@ -21,12 +21,15 @@ import torch as th
 from stable_baselines3.common.utils import get_device, get_system_info
 
 from tdmpc2_sb3.saving.files import (
+    EXPANDED_BYTES,
+    MAX_VALUES,
     CorruptFileError,
     PathOrFile,
     atomic_write,
+    count_values,
     open_zip,
-    parse_json,
     printable,
+    read_json,
     read_member,
     write_to,
 )
@@ -37,7 +40,7 @@ from tdmpc2_sb3.saving.json_classes import (
     register_class,
 )
 from tdmpc2_sb3.saving.json_codec import decode, encode
-from tdmpc2_sb3.saving.tensor_file import is_plain_tensor, read_tensors
+from tdmpc2_sb3.saving.tensor_file import Allowance, is_plain_key, is_plain_tensor, read_tensors
 
 __all__ = [
     "CorruptFileError",
@@ -76,13 +79,16 @@ def write_archive(path: PathOrFile, data: dict[str, Any], tensors: dict[str, Any
         "tensors": list(tensors),
         "data": encoded,
     }
-    text = json.dumps(document, indent=1, allow_nan=False)
+    text = json.dumps(document, indent=1, allow_nan=False).encode()
+    # What would expand to more than a file may is written as it is.
+    small = len(text) <= EXPANDED_BYTES and count_values(text) <= MAX_VALUES
+    how = zipfile.ZIP_DEFLATED if small else zipfile.ZIP_STORED
     for name, value in tensors.items():
         _check_tensors(value, name)
 
     def writer(file: IO[bytes]) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(_DATA, text, compress_type=zipfile.ZIP_DEFLATED)
+            archive.writestr(_DATA, text, compress_type=how)
             for name, value in tensors.items():
                 with archive.open(f"{name}.pth", "w", force_zip64=True) as member:
                     th.save(value, member)
@@ -121,7 +127,10 @@ def read_archive(
             print("== SAVED MODEL SYSTEM INFO ==")
             lines = read_member(archive, "system_info.txt").decode(errors="replace").splitlines()
             print("\n".join(map(printable, lines)))
-        tensors = {name: _load_tensors(archive, name, where) for name in document["tensors"]}
+        opcodes = Allowance()
+        tensors = {
+            name: _load_tensors(archive, name, where, opcodes) for name in document["tensors"]
+        }
     data: dict[str, Any] = {}
     if load_data:
         replaced = custom_objects or {}
@@ -146,7 +155,7 @@ def _read_document(archive: zipfile.ZipFile, names: list[str]) -> dict[str, Any]
             "check the path, or use another copy or an earlier checkpoint."
         )
     try:
-        document = parse_json(read_member(archive, _DATA))
+        document = read_json(archive, _DATA)
         kind, version = document["format"], document["version"]
         parts = document["tensors"]
         if not isinstance(document["data"], dict) or not isinstance(parts, list):
@@ -173,7 +182,9 @@ def _name_of(archive: zipfile.ZipFile) -> str:
     return f"'{archive.filename}' " if archive.filename else ""
 
 
-def _load_tensors(archive: zipfile.ZipFile, name: str, device: th.device) -> Any:
+def _load_tensors(
+    archive: zipfile.ZipFile, name: str, device: th.device, opcodes: Allowance
+) -> Any:
     try:
         content = read_member(archive, f"{name}.pth")  # compares the checksum
     except KeyError as error:
@@ -181,7 +192,7 @@ def _load_tensors(archive: zipfile.ZipFile, name: str, device: th.device) -> Any
             f"The saved model {_name_of(archive)}lacks its part '{name}': use another copy."
         ) from error
     try:
-        return read_tensors(content, device)
+        return read_tensors(content, device, opcodes)
     except Exception as error:  # whatever wrong opcodes lead to
         raise CorruptFileError(
             f"The part '{name[:80]}' of the saved model is damaged or holds more than tensors: "
@@ -193,6 +204,11 @@ def _check_tensors(value: Any, name: str) -> None:
     """Refuse now what :func:`read_tensors` would refuse at loading."""
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
+            if not is_plain_key(key):
+                raise UnsaveableError(
+                    f"Cannot save '{name}': its key {key!r} is neither a word nor a whole number "
+                    "up to 2**53; use one of these."
+                )
             _check_tensors(item, f"{name}[{key!r}]")
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):

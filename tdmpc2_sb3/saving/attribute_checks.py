@@ -139,10 +139,10 @@ def is_real(value: Any) -> bool:
     return number and not isinstance(value, bool) and abs(float(value)) < 1e300
 
 
-def short(value: Any) -> str:
-    """A value in a line of at most 60 characters, for an error."""
+def short(value: Any, most: int = 60) -> str:
+    """A value in a line of at most so many characters, for an error."""
     text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _check_numbers(data: Mapping[str, Any]) -> None:

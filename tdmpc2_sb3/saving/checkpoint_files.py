@@ -13,7 +13,7 @@ import numpy as np
 from tdmpc2_sb3.saving.archive import read_archive
 from tdmpc2_sb3.saving.attribute_checks import is_real
 from tdmpc2_sb3.saving.callback_state import check_callback_state
-from tdmpc2_sb3.saving.files import CorruptFileError, open_zip, parse_json, read_member
+from tdmpc2_sb3.saving.files import CorruptFileError, open_zip, parse_json, read_json
 from tdmpc2_sb3.saving.json_codec import decode
 
 MODEL_FILE = "model.zip"
@@ -116,7 +116,7 @@ def check(checkpoint: pathlib.Path) -> None:
 
 def _collected_steps(archive: zipfile.ZipFile) -> int:
     try:
-        header = parse_json(read_member(archive, "header.json"))
+        header = read_json(archive, "header.json")
         steps = header["num_added"] * header["kind"]["n_envs"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptFileError(f"The saved replay buffer is damaged ({error!r}).") from error

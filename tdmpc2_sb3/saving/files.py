@@ -29,8 +29,11 @@ PathOrFile = str | pathlib.Path | io.BufferedIOBase
 
 _TEMPORARY_SUFFIX = ".saving"
 _ENCRYPTED = 0x1  # bit of a zip member's flags
-# What a compressed member may expand to: so many bytes, and so many times its compressed ones.
-_EXPANDED_BYTES, _EXPANDED_RATIO = 1 << 26, 16
+# What the compressed members of a file may expand to, all together: so many bytes, and so many
+# times those of the file.
+EXPANDED_BYTES, _EXPANDED_RATIO = 1 << 26, 16
+#: Values in a JSON that expands to more than it has of compressed bytes: each takes some 100 bytes.
+MAX_VALUES = 1 << 20
 _MAX_DEPTH = 200  # of nested JSON
 _CHUNK_BYTES = 1 << 24  # large arrays pass in pieces, so that saving needs no second copy in memory
 
@@ -211,9 +214,11 @@ def check_directory(archive: zipfile.ZipFile, size: int) -> None:
     """
     members = archive.infolist()
     names: set[str] = set()
-    taken = 0
+    taken = expanded = 0
+    may_expand = EXPANDED_BYTES + _EXPANDED_RATIO * size
     for member in members:
         taken += member.compress_size
+        expanded += 0 if member.compress_type == zipfile.ZIP_STORED else member.file_size
         problem = ""
         if member.filename in names:
             problem = "is there twice"
@@ -227,6 +232,8 @@ def check_directory(archive: zipfile.ZipFile, size: int) -> None:
             problem = f"claims to begin at byte {member.header_offset} of a file of {size}"
         elif taken > size:
             problem = f"claims bytes of other members, beyond the file's {size}"
+        elif expanded > may_expand:
+            problem = f"expands to {member.file_size} bytes, the file beyond {may_expand}"
         if problem:
             raise CorruptFileError(
                 f"The part {member.filename[:80]!r} of the saved file {problem}: use another copy."
@@ -239,13 +246,12 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int | None = None) -
 
     :param archive: open for reading
     :param name: of the member
-    :param limit: bytes that it may have; None: what its compressed size lets expect
+    :param limit: bytes that it may have; None: what :func:`check_directory` found right
     :raises CorruptFileError: it is larger
     :raises KeyError: there is no such member
     """
     member = archive.getinfo(name)
-    if limit is None:
-        limit = _EXPANDED_BYTES + _EXPANDED_RATIO * member.compress_size
+    limit = member.file_size if limit is None else limit
     if member.file_size <= limit:
         with archive.open(member) as file:
             content = file.read(limit + 1)
@@ -257,11 +263,33 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int | None = None) -
     )
 
 
-def parse_json(text: bytes | str) -> Any:
+def read_json(archive: zipfile.ZipFile, name: str) -> Any:
+    """Return what a JSON member of a checked zip holds.
+
+    :param archive: open for reading
+    :param name: of the member
+    :raises CorruptFileError: see :func:`read_member`
+    :raises KeyError: there is no such member
+    :raises ValueError: see :func:`parse_json`
+    """
+    content = read_member(archive, name)
+    return parse_json(content, MAX_VALUES + archive.getinfo(name).compress_size)
+
+
+def count_values(text: bytes) -> int:
+    """Return how many values a JSON text holds at most; commas in its words count as well."""
+    return sum(map(text.count, (b",", b"[", b"{"))) + 1
+
+
+def parse_json(text: bytes | str, most: int | None = None) -> Any:
     """Return what a JSON text of a file holds.
 
+    :param text: of a file, or of a part of one
+    :param most: values that it may hold; None for any number, where it was not compressed
     :raises ValueError: it is no JSON, is nested too deep, or holds numbers beyond what is saved
     """
+    if most is not None and count_values(text.encode() if isinstance(text, str) else text) > most:
+        raise ValueError(f"more than {most} values")
     try:
         value = json.loads(text, parse_float=_parse_float, parse_constant=_parse_float)
     except RecursionError as error:

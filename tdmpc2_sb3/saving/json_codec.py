@@ -13,7 +13,7 @@ import base64
 import math
 import pathlib
 import re
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +36,7 @@ from tdmpc2_sb3.saving.random_streams import checked_stream
 from tdmpc2_sb3.saving.tensor_file import DTYPES, check_shape, is_plain_tensor, tensor_of
 
 _TAG = "__type__"
+_MAX_ALIKE = 100  # keys of the same hash
 
 # Numbers of up to 32 bytes (a pair of long doubles), strings of up to 9999 characters.
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f(2|4|8|12|16)|c(8|16|24|32)|[SU][1-9][0-9]{0,3})")
@@ -238,6 +239,22 @@ def _encode_generator(value: np.random.Generator, name: str) -> dict[str, Any]:
     return {_TAG: "numpy generator", "state": _encode(value.bit_generator.state, name)}
 
 
+def _hashed(items: list[Any]) -> list[Any]:
+    """Return keys, or items of a set, that are not so many of one hash that they never end.
+
+    Whole numbers can be chosen so; those that come about have a hash to themselves, or nearly.
+    """
+    most = max(Counter(map(hash, items)).values(), default=0)
+    if most > _MAX_ALIKE:
+        raise ValueError(f"{most} keys of the same hash")
+    return items
+
+
+def _decode_dict(value: dict[str, Any]) -> dict[Any, Any]:
+    keys = _hashed([decode(key) for key, _ in value["items"]])
+    return dict(zip(keys, (decode(item) for _, item in value["items"]), strict=True))
+
+
 def _decode_generator(value: dict[str, Any]) -> np.random.Generator:
     return np.random.Generator(_decode_bit_generator(decode(value["state"])))
 
@@ -384,12 +401,10 @@ _ENCODERS: dict[type, Callable[[Any, str], dict[str, Any]]] = {
 _DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "float": lambda value: {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[value["value"]],
     "tuple": lambda value: tuple(decode(value["items"])),
-    "set": lambda value: set(decode(value["items"])),
-    "frozenset": lambda value: frozenset(decode(value["items"])),
-    "dict": lambda value: {decode(key): decode(item) for key, item in value["items"]},
-    "OrderedDict": lambda value: OrderedDict(
-        (decode(key), decode(item)) for key, item in value["items"]
-    ),
+    "set": lambda value: set(_hashed(decode(value["items"]))),
+    "frozenset": lambda value: frozenset(_hashed(decode(value["items"]))),
+    "dict": _decode_dict,
+    "OrderedDict": lambda value: OrderedDict(_decode_dict(value)),
     "deque": lambda value: deque(decode(value["items"]), maxlen=value["maxlen"]),
     "bytes": lambda value: base64.b64decode(value["base64"], validate=True),
     "ndarray": _decode_array,

@@ -48,7 +48,27 @@ _MAX_AXES = 16
 _MAX_DEPTH = 32
 _MAX_ITEMS = 1_000_000
 _OPCODES_BYTES = 1 << 26
+_MAX_OPCODES = 1 << 20  # a tensor takes some 30
+_MAX_KEY = 1 << 53
 _MARK = object()
+
+
+class Allowance:
+    """How many opcodes the parts of one file may have, all together: each takes time and memory,
+    and compressed ones nearly no bytes.
+    """
+
+    def __init__(self) -> None:
+        self._left = _MAX_OPCODES
+
+    def take(self) -> None:
+        """Count one more.
+
+        :raises ValueError: there have been too many
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("too many opcodes")
 
 
 class _Name(NamedTuple):
@@ -67,6 +87,14 @@ class _Storage(NamedTuple):
 def is_plain_tensor(value: th.Tensor) -> bool:
     """Say whether a tensor can be read again from a file."""
     return value.layout == th.strided and str(value.dtype) in DTYPES
+
+
+def is_plain_key(key: Any) -> bool:
+    """Say whether a dictionary in a torch file may have such a key.
+
+    Numbers beyond can be chosen so that all have the same hash, which takes a dictionary's speed.
+    """
+    return type(key) is str or (type(key) is int and -_MAX_KEY <= key <= _MAX_KEY)
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
@@ -116,11 +144,12 @@ def tensor_of(
     return th.frombuffer(content, dtype=dtype).as_strided(shape, strides, offset)
 
 
-def read_tensors(content: bytes, device: th.device) -> Any:
+def read_tensors(content: bytes, device: th.device, allowance: Allowance | None = None) -> Any:
     """Read what ``torch.save`` wrote: nested dictionaries and lists of tensors and plain values.
 
     :param content: the file
     :param device: where the tensors go
+    :param allowance: that it shares with other parts of a file
     :raises ValueError: it is damaged or holds anything else
     :raises zipfile.BadZipFile: it is no zip, or a checksum does not agree
     """
@@ -137,7 +166,9 @@ def read_tensors(content: bytes, device: th.device) -> Any:
             if order != sys.byteorder:
                 raise ValueError(f"byte order {order}")
         opcodes = read_member(archive, found[0], _OPCODES_BYTES)
-        value = _Machine(archive, folder, len(content), device).run(opcodes)
+        value = _Machine(archive, folder, len(content), device).run(
+            opcodes, allowance or Allowance()
+        )
     _check_extent(value, _MAX_DEPTH, [_MAX_ITEMS])
     return value
 
@@ -229,9 +260,10 @@ class _Machine:
         del self._stack[at:]
         return items
 
-    def run(self, opcodes: bytes) -> Any:
+    def run(self, opcodes: bytes, allowance: Allowance) -> Any:
         argument: Any
         for opcode, argument, _ in pickletools.genops(opcodes):
+            allowance.take()
             name = opcode.name
             if name in self._plain:
                 self._stack.append(self._plain[name](argument))
@@ -243,6 +275,8 @@ class _Machine:
             elif name in ("SETITEM", "SETITEMS"):
                 pair = name == "SETITEM"
                 items = list(reversed([self._pop(), self._pop()])) if pair else self._to_mark()
+                if not all(map(is_plain_key, items[::2])):
+                    raise ValueError("a key that is neither a word nor a small number")
                 self._top(dict).update(zip(items[::2], items[1::2], strict=True))
             elif name == "BUILD":
                 state = self._pop()

@@ -16,6 +16,7 @@ import torch as th
 from stable_baselines3.common.preprocessing import is_image_space
 
 from tdmpc2_sb3.planner import Plan
+from tdmpc2_sb3.saving.attribute_checks import short
 from tdmpc2_sb3.stability.agent import PlanningAgent
 from tdmpc2_sb3.stability.simulation import Candidates, can_restore, try_candidates
 from tdmpc2_sb3.tdmpc2 import TDMPC2
@@ -96,8 +97,8 @@ def record_episodes(agent: TDMPC2, env: gym.Env, config: RecordingConfig) -> Ite
     """
     if env.action_space != agent.action_space:
         raise RuntimeError(
-            f"The environment's actions {env.action_space} are not the agent's "
-            f"{agent.action_space}: give the environment that it was trained on."
+            f"The environment's actions {short(env.action_space, 200)} are not the agent's "
+            f"{short(agent.action_space, 200)}: give the environment that it was trained on."
         )
     for seed in range(config.seed, config.seed + config.episodes):
         yield _record_episode(PlanningAgent(agent, seed), env, config, seed)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import shlex
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from tdmpc2_sb3.callbacks import latest_checkpoint
-from tdmpc2_sb3.saving.files import atomic_write, parse_json, read_member
+from tdmpc2_sb3.saving.files import atomic_write, open_zip, read_json
 from tdmpc2_sb3.study.machine import describe, try_lock
 from tdmpc2_sb3.study.plan import Cell, Plan
 from tdmpc2_sb3.study.plot import read_episodes
@@ -108,11 +107,11 @@ def newest_run(plan: Plan, cell: Cell) -> Path | None:
 def saved_steps(run: Path, name: str) -> int:
     """Steps of a run's final model, 0 if there is none or it was never written to its end."""
     try:
-        with zipfile.ZipFile(run / f"{name}.zip") as archive:
+        with open_zip(run / f"{name}.zip", "zip", "model") as archive:
             if "data.json" in archive.namelist():  # ours
-                return int(parse_json(read_member(archive, "data.json"))["data"]["num_timesteps"])
-            return int(parse_json(read_member(archive, "data"))["num_timesteps"])
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError, NotImplementedError):
+                return int(read_json(archive, "data.json")["data"]["num_timesteps"])
+            return int(read_json(archive, "data")["num_timesteps"])
+    except (OSError, KeyError, TypeError, ValueError):
         return 0
 
 

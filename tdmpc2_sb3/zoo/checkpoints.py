@@ -97,6 +97,17 @@ def write_last(callbacks: list[Any], model: Any, total_steps: int) -> None:
         print("The last step was broken off: the resumed run starts with new episodes.")
 
 
+def tell_last(callbacks: list[Any]) -> None:
+    """Say how to go on with a run that ends before all is saved.
+
+    :param callbacks: of the run
+    """
+    print("Stopped while the model was saved; the file that was there is unchanged.")
+    for each in callbacks:
+        if isinstance(each, ResumableCheckpointCallback):
+            print(each.describe_last())
+
+
 def spare_workers() -> None:
     """Let environment processes that are started from now on ignore the signals that stop a run.
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,6 +231,9 @@ def _save_trained_model(original: Callable[..., None]) -> Callable[..., None]:
             interrupts.drop_closed_output()
             original(self, model)
             checkpoints.write_last(self.callbacks, model, self.n_timesteps)
+        except KeyboardInterrupt as stop:  # pressed again, while this was written
+            checkpoints.tell_last(self.callbacks)
+            raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
         finally:
             _close(model.env)
             if self.__dict__.get("_run_lock") is not None:

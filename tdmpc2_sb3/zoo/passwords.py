@@ -25,14 +25,28 @@ VARIABLE = "TDMPC2_SB3_STORAGE_PASSWORD"
 _IN_ADDRESS = re.compile(r"^([\w+.-]+://[^:/@]*:)([^@]*(?:@[^/?#@]*)*)(?=@)")
 _IN_TEXT = re.compile(r"([\w+.-]+://[^\s:/@'\"]*:)([^\s/'\"]+)(?=@)")
 
-#: Entries of an address' query that are secret, such as `sslpassword`, and within `odbc_connect`.
-_SECRET = r"[\w.-]*(?:pass|passwd|password|pwd|secret|token)"
-_IN_QUERY = re.compile(rf"([?&]({_SECRET})=)([^&]*)", re.I)
-_IN_ODBC = re.compile(rf"((?:[=;]|%3B|%3D)({_SECRET})(?:=|%3D))((?:(?!%3B)[^&;])*)", re.I)
+#: Names of what is secret: entries of an address' query, such as `sslpassword`, and within
+#: `odbc_connect`; arguments of environments.
+_SECRET = (
+    r"[\w.-]*(?:pass|passwd|password|passphrase|pwd|secret|token|credentials?"
+    r"|(?:api|access|account|auth|private|secret)[_-]?key)"
+)
+_NAME = re.compile(_SECRET, re.I)
+_IN_QUERY = re.compile(r"([?&]([^=&]+)=)([^&]*)")
+_IN_ODBC = re.compile(
+    rf"((?:[=;]|%3B|%3D)({_SECRET})(?:=|%3D))"
+    r"((?:\{|%7B)(?:(?!\}|%7D)[^&])*(?:\}|%7D)|(?:(?!%3B)[^&;])*)",
+    re.I,
+)
 _IN_TEXT_QUERY = re.compile(rf"((?:[?&;]|%3B){_SECRET}(?:=|%3D))((?:(?!%3B)[^&;#\s'\"])*)", re.I)
 
 _hidden = False
 _secrets: dict[str, str] = {}  # by the entry's name; "password" is the address' own
+
+
+def is_secret(name: str) -> bool:
+    """Say whether what has such a name, such as `api_key`, is to be told to nobody."""
+    return _NAME.fullmatch(name) is not None
 
 
 def mask(text: str) -> str:
@@ -92,7 +106,10 @@ def _split(address: str) -> tuple[str, dict[str, str]]:
         return match.group(1) + MASK
 
     def entry(match: re.Match[str]) -> str:
-        found[match.group(2)] = unquote_plus(match.group(3))
+        name = unquote_plus(match.group(2))
+        if not is_secret(name):
+            return match.group()
+        found[name] = unquote_plus(match.group(3))
         return match.group(1) + MASK
 
     def odbc(match: re.Match[str]) -> str:

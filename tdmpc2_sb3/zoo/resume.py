@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -360,6 +361,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped before the first step: the same command goes on.", file=sys.stderr)
+        return 128 + signal.SIGINT
     experiment.learn(model)
     experiment.save_trained_model(model)
     return 0

@@ -25,6 +25,8 @@ from urllib.parse import unquote
 
 import yaml
 
+from tdmpc2_sb3.zoo.passwords import is_secret
+
 MASK = "***"
 
 #: Options of the zoo's command line that tell of the machine alone, and what is written for them.
@@ -56,6 +58,8 @@ _ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 MIN_BINARY_LENGTH = 6
 MIN_LENGTH = 3
 
+_WORD = "tag:yaml.org,2002:str"
+
 #: Compressed pictures: no words.
 _OPAQUE = (".mp4", ".png", ".gif")
 
@@ -79,6 +83,40 @@ def words_of_text(text: str) -> set[str]:
         if match.group(1) or not text[: match.start()].endswith(("http", "https")):
             found |= {unquote(group) for group in match.groups() if group}
     return found
+
+
+def secrets_of_yaml(text: str) -> set[str]:
+    """Return the values of a YAML whose names say that they are secret, such as `api_key`."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return set()
+    found: set[str] = set()
+
+    def visit(node: yaml.Node | None) -> None:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        for name, value in _pairs(node):
+            scalars = isinstance(name, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)
+            if not scalars or not is_secret(name.value):
+                continue
+            # No flag and no small number.
+            if value.tag == _WORD or len(value.value) >= MIN_BINARY_LENGTH:
+                found.add(value.value)
+        for child in children:
+            for each in child if isinstance(child, tuple) else (child,):
+                visit(each)
+
+    visit(root)
+    return found
+
+
+def _pairs(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Names and values: those of a dictionary, and those of the zoo's, which are lists of pairs."""
+    if isinstance(node, yaml.MappingNode):
+        return list(node.value)
+    if isinstance(node, yaml.SequenceNode) and len(node.value) == 2:
+        return [(node.value[0], node.value[1])]
+    return []
 
 
 class Scrubber:
@@ -164,15 +202,12 @@ class Scrubber:
             scrubbed = self.text(node.value)
             changed = scrubbed != node.value
             if changed:
-                node.value, node.style = scrubbed, "'"
+                node.value, node.style, node.tag = scrubbed, "'", _WORD
             return changed
-        pairs = list(node.value) if isinstance(node, yaml.MappingNode) else []
-        children = [value for _, value in pairs] or list(node.value)
-        # The zoo's dictionaries are lists of pairs.
-        if isinstance(node, yaml.SequenceNode) and len(children) == 2:
-            pairs = [tuple(children)]
+        is_mapping = isinstance(node, yaml.MappingNode)
+        children = [value for _, value in node.value] if is_mapping else list(node.value)
         changed = False
-        for key, value in pairs:
+        for key, value in _pairs(node):
             if isinstance(key, yaml.ScalarNode) and key.value in NEUTRAL_OPTIONS:
                 changed = _neutralise(value, NEUTRAL_OPTIONS[key.value]) or changed
         for child in children:
@@ -239,9 +274,15 @@ def scrub_folder(folder: Path, keep: Iterable[str], say: Callable[[str], None] =
     words = words_of_machine()
     for path in _files(folder):
         if path.suffix in (".yml", ".yaml"):
-            words |= words_of_text(path.read_text(errors="replace"))
+            text = path.read_text(errors="replace")
+            words |= words_of_text(text) | secrets_of_yaml(text)
     scrubber = Scrubber(words, keep)
     for path in _files(folder):
+        name = str(path.relative_to(folder))
+        if scrubber.text(name) != name:
+            raise SystemExit(
+                f"The name of '{path}' tells of this machine, and it is not uploaded: rename it."
+            )
         content = path.read_bytes()
         scrubbed = scrubber.content(content, path.name)
         if scrubbed != content:

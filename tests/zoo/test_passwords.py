@@ -91,6 +91,37 @@ def test_a_string_of_odbc(form):
     assert list(found.values()) == ["se@cret"]
 
 
+@pytest.mark.parametrize(
+    "form", ["UID=u;PWD={};TDS=8", "UID%3Du%3BPWD%3D{}%3BTDS%3D8", "PWD={}&x=1"]
+)
+@pytest.mark.parametrize(("written", "is_percent"), [("{p;w=x}", False), ("%7Bp%3Bw%7D", True)])
+def test_a_password_in_braces_may_hold_the_separator(form, written, is_percent):
+    address = f"mssql+pyodbc:///?odbc_connect={form}"
+    masked, found = passwords._split(address.format(written))
+    assert masked == address.format("***")
+    assert found == {"password": "{p;w}" if is_percent else "{p;w=x}"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        ("p%61ssword", "password"), ("PASS%57D", "PASSWD"), ("sslpassphrase", "sslpassphrase"),
+        ("api_key", "api_key"), ("ApiKey", "ApiKey"), ("aws_secret_access_key",) * 2,
+        ("credentials", "credentials"), ("auth-token", "auth-token"),
+    ],
+)  # fmt: skip
+def test_names_of_secrets_in_other_spellings(entry, name):
+    address = f"postgresql://host/db?x=1&{entry}={{}}&sslkey=client.key"
+    masked, found = passwords._split(address.format("se%20cret+"))
+    assert masked == address.format("***")
+    assert found == {name: "se cret "}
+
+
+def test_names_that_are_no_secrets():
+    for name in ("sslkey", "keyboard", "passive", "tokens", "key", "author", "target"):
+        assert not passwords.is_secret(name)
+
+
 def test_a_masked_one_is_looked_for(monkeypatch, tmp_path):
     masked = ["--storage", ADDRESS.format("***")]
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -326,6 +326,35 @@ def test_the_yaml_names_the_callback_which_learns_its_folder(tmp_path):
     assert none.callbacks == []
 
 
+def press_ctrl_c(*args, **kwargs) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_the_model_is_saved_tells_how_to_go_on(tmp_path, capsys):
+    made = experiment(tmp_path, eval_freq=-1)
+    model = small_model()
+    model.learn(10, callback=made.callbacks)
+    made.callbacks[0].write()
+    model.save = press_ctrl_c
+    with pytest.raises(SystemExit) as ended:
+        made.save_trained_model(model)
+    assert ended.value.code == 130
+    run = Path(made.save_path)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "Stopped while the model was saved; the file that was there is unchanged.",
+        f"The last checkpoint is '{run / 'checkpoint_000000000010'}'. To go on: "
+        f"{checkpoints.resume_command(run)}",
+    ]
+
+
+def test_ctrl_c_before_a_resumed_run_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resume, "find_checkpoint", press_ctrl_c)
+    run = checkpointed_run(tmp_path)
+    assert resume.main([str(run)]) == 130
+    said = "Stopped before the first step: the same command goes on.\n"
+    assert capsys.readouterr().err == said
+
+
 class Other(BaseCallback):
     def _on_step(self) -> bool:
         return True

@@ -115,3 +115,35 @@ def test_what_cannot_be_taken_out_is_refused(tmp_path: Path, monkeypatch):
     (tmp_path / "y.bin").write_bytes(b"\xff" + USER.encode())
     with pytest.raises(SystemExit, match=r"y.bin' still names"):
         scrubbing.scrub_folder(tmp_path, [])
+
+
+def test_secret_arguments_of_environments_are_masked_wherever_they_stand(tmp_path: Path):
+    secrets = {"api_key": "sk-4f:x/1", "inner": {"Password": "hunter two"}, "auth_token": 1234567}
+    plain = {"action_repeat": 2, "use_token": True, "token": 12}
+    arguments = {**secrets, **plain}
+    (tmp_path / "args.yml").write_text(yaml.dump(OrderedDict(env_kwargs=arguments)))
+    (tmp_path / "config.yml").write_text(yaml.dump(OrderedDict(env_kwargs=dict(secrets))))
+    (tmp_path / "README.md").write_text(f"```python\n{arguments}\n```\n")
+    (tmp_path / "command.txt").write_text("train --env-kwargs api_key:'\"sk-4f:x/1\"'")
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        archive.writestr("0.monitor.csv", '#{"key": "hunter two"}')
+    scrubbing.scrub_folder(tmp_path, [])
+    read = yaml.load((tmp_path / "args.yml").read_text(), Loader=yaml.UnsafeLoader)
+    hidden = {"api_key": "***", "inner": {"Password": "***"}, "auth_token": "***"}
+    assert read["env_kwargs"] == {**hidden, **plain}
+    assert (tmp_path / "README.md").read_text() == (
+        "```python\n{'api_key': '***', 'inner': {'Password': '***'}, 'auth_token': ***, "
+        "'action_repeat': 2, 'use_token': True, 'token': 12}\n```\n"
+    )
+    for path in tmp_path.iterdir():
+        assert not any(each in path.read_bytes() for each in (b"sk-4f", b"hunter", b"1234567"))
+
+
+def test_names_of_files_tell_nothing_of_the_machine(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("USER", USER)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / f"events.out.tfevents.17.{USER}.5").write_bytes(b"\0")
+    with pytest.raises(
+        SystemExit, match=rf"The name of '.*{USER}.5' tells of this machine.*rename"
+    ):
+        scrubbing.scrub_folder(tmp_path, [])

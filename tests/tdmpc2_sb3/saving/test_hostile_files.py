@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +22,9 @@ import torch as th
 
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.policies import MlpPolicy
-from tdmpc2_sb3.saving.archive import read_archive
+from tdmpc2_sb3.saving.archive import UnsaveableError, read_archive, write_archive
 from tdmpc2_sb3.saving.files import CorruptFileError, parse_json
-from tdmpc2_sb3.saving.json_codec import decode
+from tdmpc2_sb3.saving.json_codec import decode, encode
 from tdmpc2_sb3.saving.random_streams import checked_stream
 from tdmpc2_sb3.saving.tensor_file import read_tensors, tensor_of
 
@@ -416,7 +417,7 @@ def test_members_of_other_kinds_are_refused(saved: pathlib.Path) -> None:
     refused(saved, "'data.json' of the saved file is compressed by method 14")
     saved.write_bytes(content)
     rewrite(saved, "data.json", lambda text: b"0" * (90 << 20), compression=zipfile.ZIP_DEFLATED)
-    refused(saved, "'data.json' of the saved file claims 94371840 bytes and may have")
+    refused(saved, "'data.json' of the saved file expands to 94371840 bytes, the file beyond 6")
     saved.write_bytes(content)
     with zipfile.ZipFile(saved, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("policy.pth", b"")
@@ -439,6 +440,13 @@ def test_parts_that_begin_outside_the_file(
     content[at : at + 4] = (number + more).to_bytes(4, "little")
     saved.write_bytes(content)
     refused(saved, r"claims to begin at byte -?\d+ of a file of \d+|no zip file|truncated")
+
+
+def test_spaces_of_several_lines_are_named_in_one(saved: pathlib.Path) -> None:
+    fields = {"nvec": [10**9] * 40, "start": [0] * 40, "dtype": "<i8"}
+    space = {"__type__": "space", "kind": "MultiDiscrete", "fields": fields, "random": None}
+    change_data(saved, action_space=space)
+    refused(saved, r"The action space is MultiDiscrete\(\[1000000000 100.*\.\.\.: TDMPC2 plans")
 
 
 def test_other_spaces_are_one_sentence(saved: pathlib.Path) -> None:
@@ -477,6 +485,95 @@ def test_json_beyond_what_is_saved(saved: pathlib.Path, text: str) -> None:
         parse_json(text)
     rewrite(saved, "data.json", lambda _: text.encode())
     refused(saved, "damaged data.json")
+
+
+def with_values(item: str, count: int) -> Callable[[bytes], bytes]:
+    values = ",".join([item] * count)
+    return lambda text: text.replace(b'"data": {', f'"data": {{"x": [{values}],'.encode(), 1)
+
+
+@pytest.mark.parametrize("item", ["{}", "[]", "0"])
+def test_values_that_compress_to_nothing_are_not_built(saved: pathlib.Path, item: str) -> None:
+    change = with_values(item, 3 << 20)
+    rewrite(saved, "data.json", change, compression=zipfile.ZIP_DEFLATED)
+    assert saved.stat().st_size < 1 << 18
+    tracemalloc.start()
+    try:
+        refused(saved, "damaged data.json")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20  # the text is some 10 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_values_written_as_they_are_may_be_many(saved: pathlib.Path) -> None:
+    rewrite(saved, "data.json", with_values("0", 3 << 20))
+    assert TDMPC2.load(saved, device="cpu").x == [0] * (3 << 20)
+
+
+@pytest.mark.parametrize("note", [np.zeros(60 << 20, np.uint8), [0] * (3 << 20)])
+def test_what_is_saved_can_be_loaded(tmp_path: pathlib.Path, note: Any) -> None:
+    """Also where it compresses to next to nothing."""
+    write_archive(tmp_path / "a", {"note": note}, {})
+    np.testing.assert_array_equal(read_archive(tmp_path / "a")[0]["note"], note)
+
+
+def test_parts_expand_together_to_no_more_than_one_may(saved: pathlib.Path) -> None:
+    with zipfile.ZipFile(saved, "a", zipfile.ZIP_DEFLATED) as archive:
+        for index in range(3):
+            archive.writestr(f"{index}", bytes(30 << 20))
+    refused(saved, "'2' of the saved file expands to 31457280 bytes, the file beyond")
+
+
+@pytest.mark.parametrize("opcode", [b"]", b"}", b"N"])
+def test_opcodes_of_all_parts_are_counted(saved: pathlib.Path, opcode: bytes) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + opcode * (600_000) + b".")
+    assert read_tensors(stream.getvalue(), th.device("cpu")) in ([], {}, None)
+    with zipfile.ZipFile(saved) as archive:
+        document = json.loads(archive.read("data.json"))
+    text = json.dumps({**document, "tensors": ["first", "second"]}).encode()
+    rewrite(saved, "data.json", lambda _: text)
+    with zipfile.ZipFile(saved, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("first.pth", stream.getvalue())
+        archive.writestr("second.pth", stream.getvalue())
+    refused(saved, "The part 'second' of the saved model is damaged")
+
+
+ALIKE = [index * (2**61 - 1) for index in range(1000)]  # all of hash 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"__type__": "dict", "items": [[key, 0] for key in ALIKE]},
+        {"__type__": "OrderedDict", "items": [[key, {}] for key in ALIKE]},
+        {"__type__": "set", "items": ALIKE},
+        {"__type__": "frozenset", "items": [{"__type__": "tuple", "items": []}] * 1000},
+    ],
+)
+def test_keys_of_the_same_hash_are_refused(value: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="1000 keys of the same hash"):
+        decode(value)
+
+
+def test_other_keys_are_kept() -> None:
+    value = {-1: "a", -2: "b", 2.5: "c", **dict.fromkeys(range(5000)), (1, 2): {3, 4}}
+    assert decode(json.loads(json.dumps(encode(value, "value")))) == value
+
+
+def test_keys_of_torch_files_are_words_and_small_numbers(tmp_path: pathlib.Path) -> None:
+    for key, fits in ((2**53, True), (-3, True), (2**53 + 1, False), (1.5, False), ((1,), False)):
+        stream = io.BytesIO()
+        th.save({"a": {key: th.ones(1)}}, stream)
+        if fits:
+            assert list(read_tensors(stream.getvalue(), th.device("cpu"))["a"]) == [key]
+            write_archive(tmp_path / "a", {}, {"part": {key: 1}})
+        else:
+            with pytest.raises(ValueError, match="a key that is neither a word nor a small number"):
+                read_tensors(stream.getvalue(), th.device("cpu"))
+            with pytest.raises(UnsaveableError, match=r"its key .* is neither a word nor a whole"):
+                write_archive(tmp_path / "a", {}, {"part": {key: 1}})
 
 
 def test_damage_is_named_as_such() -> None:

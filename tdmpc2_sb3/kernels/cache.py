@@ -11,13 +11,16 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 VARIABLE = "XDG_CACHE_HOME"  # names another place
 FOLDER = "tdmpc2_sb3"
+BUILD_PREFIX = "build-"  # of the folder in which one is under way
 
 
 class CacheError(OSError):
@@ -123,6 +126,17 @@ def find(folder: Path, name: str) -> Path | None:
         with contextlib.suppress(OSError):
             path.unlink()
     return None
+
+
+def clear(folder: Path, seconds: float) -> None:
+    """Remove what builds left in the cache that were killed.
+
+    :param seconds: age from which on no build can still be at work there
+    """
+    for path in folder.glob(f"{BUILD_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > seconds:
+                shutil.rmtree(path)
 
 
 def _is_intact(path: Path) -> bool:

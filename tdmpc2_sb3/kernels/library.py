@@ -25,7 +25,16 @@ from typing import Any, NamedTuple
 
 import torch as th
 
-from tdmpc2_sb3.kernels.cache import VARIABLE, CacheError, cache_directory, find, keep, told
+from tdmpc2_sb3.kernels.cache import (
+    BUILD_PREFIX,
+    VARIABLE,
+    CacheError,
+    cache_directory,
+    clear,
+    find,
+    keep,
+    told,
+)
 from tdmpc2_sb3.kernels.interface import (
     HEADER,
     INTERFACE,
@@ -38,7 +47,7 @@ from tdmpc2_sb3.kernels.interface import (
 SWITCH = "TDMPC2_SB3_KERNELS"  # 0 in the environment switches the kernels off
 FOLDER = Path(__file__).parent  # of the sources; kernels.c includes all others
 COMPILERS = ("cc", "gcc", "clang")
-BUILD_SECONDS = 120
+BUILD_SECONDS = 600
 # The arithmetic may not be reordered but where the source says so; errno and traps are not used.
 # The loops of products are so short that it costs some hundredths if they begin amid a cache line.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-falign-loops=64")
@@ -68,9 +77,13 @@ def library() -> ctypes.CDLL | None:
         raise
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, subprocess.TimeoutExpired):
+            reason = f"the compiler took longer than {BUILD_SECONDS} s"
         remedy = (
             f"Set {VARIABLE} to a folder that you can write to and from which programs may run"
             if isinstance(error, OSError)
+            else "Start again when the machine has less to do"
+            if isinstance(error, subprocess.TimeoutExpired)
             else "Install a C compiler (Debian: apt install gcc; macOS: xcode-select --install)"
         )
         warnings.warn(
@@ -219,6 +232,7 @@ def build(folder: Path) -> ctypes.CDLL:
     :param folder: where libraries are kept; one a source, compiler and processor
     :raises RuntimeError: if there is no compiler or every way to build fails
     :raises CacheError: if it has to be built and the folder cannot be written to
+    :raises TimeoutExpired: if the compiler takes too long
     :raises OSError: if what was built cannot be loaded
     :raises InterfaceError: if the sources contradict each other
     """
@@ -231,7 +245,7 @@ def build(folder: Path) -> ctypes.CDLL:
                 compiler, options, runtime, folder, name, interface
             )
             return _load(path, interface)
-        except (CacheError, InterfaceError):
+        except (CacheError, InterfaceError, subprocess.TimeoutExpired):
             raise
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             failure = error
@@ -302,7 +316,8 @@ def _compile(
 ) -> Path:
     # Linked apart, so that the compiler does not add an OpenMP runtime of its own.
     with told(folder):
-        work = tempfile.TemporaryDirectory(dir=folder)
+        clear(folder, 2 * BUILD_SECONDS)
+        work = tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder)
     with work:
         objects, library = f"{work.name}/kernels.o", f"{work.name}/kernels.so"
         checks = Path(work.name) / "checks.h"

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -284,3 +285,40 @@ def test_a_kept_library_serves_where_nothing_can_be_written(folder, monkeypatch)
     kept(folder).unlink()
     with pytest.raises(CacheError, match="Read-only file system"):
         build(cache_directory())
+
+
+def test_what_killed_builds_left_is_removed(tmp_path):
+    for name, age in (("build-old", 2000), ("build-new", 10), ("other", 2000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "kernels.o").touch()
+        os.utime(folder, (time.time() - age,) * 2)
+    cache.clear(tmp_path, 1200)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build-new", "other"]
+
+
+def test_a_compiler_that_does_not_end_is_named_and_not_started_again(tmp_path):
+    compiler = tmp_path / "slow-cc"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && exit\n'
+        f"echo started >> {tmp_path}/starts\n"
+        "exec sleep 60\n"
+    )
+    compiler.chmod(0o755)
+    program = (
+        "from tdmpc2_sb3.kernels import library\n"
+        "library.BUILD_SECONDS = 1\n"
+        "print(library.library())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CC": str(compiler)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "None\n"
+    assert "could not be built (the compiler took longer than 1 s)" in done.stderr
+    assert "Start again when the machine has less to do, or set" in done.stderr
+    assert (tmp_path / "starts").read_text() == "started\n"

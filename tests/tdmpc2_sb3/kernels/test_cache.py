@@ -307,9 +307,10 @@ def test_a_compiler_that_does_not_end_is_named_and_not_started_again(tmp_path):
     )
     compiler.chmod(0o755)
     program = (
-        "from tdmpc2_sb3.kernels import library\n"
-        "library.BUILD_SECONDS = 1\n"
-        "print(library.library())\n"
+        "import importlib\n"
+        "module = importlib.import_module('tdmpc2_sb3.kernels.library')\n"
+        "module.BUILD_SECONDS = 1\n"
+        "print(module.library())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -143,6 +143,12 @@ def _train_env_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
         )
     if found:
         print(f"train_env_kwargs={found}")
+    steps = found.get("max_episode_steps")
+    if steps is not None:
+        print(
+            f"Training episodes have at most {steps} steps, and rollout/ep_rew_mean is of those; "
+            "eval/mean_reward is of the task's whole episodes."
+        )
     return found
 
 

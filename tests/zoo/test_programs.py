@@ -146,6 +146,7 @@ def test_training_alone_has_its_train_env_kwargs(zoo, tiny, tmp_path):
         params=("train_env_kwargs:dict(max_episode_steps=7)",),
     ).stdout  # fmt: skip
     assert "train_env_kwargs={'max_episode_steps': 7}" in trained
+    assert "Training episodes have at most 7 steps, and rollout/ep_rew_mean is of those" in trained
     assert "Automatic settings for episodes of 7 steps" in trained
     run = tmp_path / "logs" / "tdmpc2" / f"{NAME}_1"
     with np.load(run / "evaluations.npz") as data:

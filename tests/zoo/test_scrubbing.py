@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from tdmpc2_sb3 import TDMPC2
@@ -92,6 +93,22 @@ def test_pickles_and_arrays_in_archives_in_archives():
     np.testing.assert_array_equal(arrays["numbers"], np.arange(7))
     assert read["path"] == "*" * len(HOME) + "/x"
     assert pickle.loads(serialized)["who"] == ["*" * len(USER), "*" * len(HOST)]
+
+
+@pytest.mark.parametrize("number", [b"/9ZB", b"~a/A", b"{[}A"])
+def test_numbers_that_read_like_words_stay(number):
+    value = torch.frombuffer(bytearray(number), dtype=torch.float32)
+    file = io.BytesIO()
+    torch.save({"scale": value}, file)
+    content = file.getvalue()
+    assert SCRUBBER.content(content, "policy.pth") is content
+    with zipfile.ZipFile(outer := io.BytesIO(), "w") as archive:
+        archive.writestr("policy.pth", content)
+        archive.writestr("data.json", json.dumps({"log": f"{HOME}/tb"}))
+    with zipfile.ZipFile(io.BytesIO(SCRUBBER.content(outer.getvalue(), "model.zip"))) as archive:
+        read = torch.load(io.BytesIO(archive.read("policy.pth")))
+        assert json.loads(archive.read("data.json")) == {"log": "***"}
+    assert read["scale"].numpy().tobytes() == number
 
 
 def test_a_model_loads_with_its_weights_and_without_its_log(tmp_path: Path):

@@ -170,9 +170,9 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _wrapped_command(command: str) -> list[str]:
-    """Breaks a command before options, with the shell's sign that it goes on."""
+    """Breaks a command before options and settings, with the shell's sign that it goes on."""
     lines = [""]
-    for part in re.split(r" (?=--|taskset )", command):
+    for part in re.split(r" (?=--|-params|taskset |\"?[a-z_]+:)", command):
         if lines[-1] and len(lines[-1]) + len(part) > WIDTH - 3:
             lines[-1] += " \\"
             lines.append("   ")

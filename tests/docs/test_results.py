@@ -184,7 +184,9 @@ def test_a_rerun_replaces_its_row(copy: Path):
 
     path = copy / "results" / "learning.csv"
     before = rows_of(path)
-    old = next(row for row in before if (row["task"], row["algorithm"]) == ("hopper-hop", "tdmpc2"))
+    old = next(
+        row for row in before if (row["task"], row["algorithm"]) == ("finger-spin", "tdmpc2")
+    )
     values = {**old, "return": "123.4", "commit": "abcdef0"}
     add.main(["learning", *(f"{name}={value}" for name, value in values.items())])
     after = rows_of(path)
@@ -196,7 +198,7 @@ def test_a_rerun_replaces_its_row(copy: Path):
 
     add.main(["learning", *(f"{n}={v}" for n, v in {**values, "seed": "2"}.items())])
     assert len(rows_of(path)) == len(before) + 1
-    assert "| hopper-hop | tdmpc2 | 1, 2 |" in (copy / "README.md").read_text()
+    assert "| finger-spin | tdmpc2 | 1, 2 |" in (copy / "README.md").read_text()
 
 
 def test_a_row_that_lacks_a_column_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]):

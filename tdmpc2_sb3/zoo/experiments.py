@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gymnasium
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from tdmpc2_sb3.saving import interrupts, workers
@@ -152,6 +153,19 @@ def _train_env_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _of_training(
+    env_id: str, env_kwargs: dict[str, Any], train_env_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The training environment's settings; its episodes are never longer than the task's."""
+    merged = {**env_kwargs, **train_env_kwargs}
+    spec = gymnasium.registry.get(env_id)
+    whole = None if spec is None else spec.max_episode_steps
+    steps, repeat = train_env_kwargs.get("max_episode_steps"), merged.get("action_repeat", 1)
+    if whole is not None and steps is not None and steps * repeat > whole:
+        del merged["max_episode_steps"]
+    return merged
+
+
 def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:
     """Let the checkpoint callback know the run's folder."""
 
@@ -176,7 +190,7 @@ def _create_envs(original: Callable[..., Any]) -> Callable[..., Any]:
         if signature.bind(self, *args, **kwargs).arguments.get("eval_env"):
             self.seed = seed + EVALUATION_SEEDS
         else:
-            self.env_kwargs = {**env_kwargs, **self.train_env_kwargs}
+            self.env_kwargs = _of_training(self.env_name.gym_id, env_kwargs, self.train_env_kwargs)
         try:
             return make(self, *args, **kwargs)
         finally:

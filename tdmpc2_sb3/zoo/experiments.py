@@ -157,13 +157,12 @@ def _of_training(
     env_id: str, env_kwargs: dict[str, Any], train_env_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """The training environment's settings; its episodes are never longer than the task's."""
-    merged = {**env_kwargs, **train_env_kwargs}
     spec = gymnasium.registry.get(env_id)
     whole = None if spec is None else spec.max_episode_steps
-    steps, repeat = train_env_kwargs.get("max_episode_steps"), merged.get("action_repeat", 1)
+    steps, repeat = train_env_kwargs.get("max_episode_steps"), env_kwargs.get("action_repeat", 1)
     if whole is not None and steps is not None and steps * repeat > whole:
-        del merged["max_episode_steps"]
-    return merged
+        train_env_kwargs = {k: v for k, v in train_env_kwargs.items() if k != "max_episode_steps"}
+    return {**env_kwargs, **train_env_kwargs}
 
 
 def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:

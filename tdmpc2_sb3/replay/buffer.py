@@ -109,9 +109,9 @@ class SequenceReplayBuffer(ReplayBuffer):
         # ReplayBuffer's own __init__ would allocate its arrays
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
         self.buffer_size = max(buffer_size // n_envs, 1)  # rows per environment, as SB3 counts
-        self.horizon = horizon
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
+        self.horizon = horizon
         self.sample_open_episodes = sample_open_episodes
         self.past_terminations = past_terminations
         self.rng = np.random.default_rng(seed)

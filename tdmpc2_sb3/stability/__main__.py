@@ -17,23 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import yaml
 
 from tdmpc2_sb3.stability.metrics import MAX_LAG
 from tdmpc2_sb3.stability.recording import RecordingConfig
-from tdmpc2_sb3.stability.report import draw, format_table, write_episodes, write_summary
+from tdmpc2_sb3.stability.report import format_table, write
 from tdmpc2_sb3.stability.study import Subject, default_label, run_study
 from tdmpc2_sb3.tdmpc2 import TDMPC2
-from tdmpc2_sb3.zoo.algorithms import config_path
-
-
-def zoo_env_kwargs(env_id: str) -> dict[str, Any]:
-    """The environment's settings in our YAML, such as the action repeat; {} without an entry."""
-    path = config_path("tdmpc2", env_id)
-    if path is None or not path.is_file():
-        return {}
-    entry = yaml.safe_load(path.read_text()).get(env_id) or {}
-    return dict(entry.get("env_kwargs") or {})
+from tdmpc2_sb3.zoo.algorithms import zoo_env_kwargs
 
 
 def parse_env_kwargs(items: Sequence[str]) -> dict[str, Any]:
@@ -121,10 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         study = run_study(subjects, env, config, options.lag, progress)
     except (ValueError, RuntimeError, OSError, gym.error.Error) as error:
         parser.error(str(error))
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_summary(study.estimates, options.output / "stability.csv")
-    write_episodes(study, options.output / "stability_episodes.csv")
-    draw(study, options.output / "stability.png", options.env)
+    write(study, options.output, options.env)
     print(format_table(study.estimates))
     print(f"Written to {options.output}/: stability.csv, stability_episodes.csv, stability.png")
 

@@ -36,6 +36,18 @@ HEADLINES: tuple[tuple[str, str, bool | None], ...] = (
 )
 
 
+def write(study: Study, folder: Path, title: str) -> None:
+    """Tables and picture.
+
+    :param folder: of the files
+    :param title: of the picture
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_summary(study.estimates, folder / "stability.csv")
+    write_episodes(study, folder / "stability_episodes.csv")
+    draw(study, folder / "stability.png", title)
+
+
 def write_summary(estimates: Sequence[Estimate], path: Path) -> None:
     """One line an arm, measure and k."""
     with path.open("w", newline="") as file:

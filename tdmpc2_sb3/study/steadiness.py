@@ -115,13 +115,13 @@ def two_arms(plan: Plan, contrast: str) -> tuple[str, str]:
 
 def groups(
     plan: Plan, task: Task, contrasts: Sequence[str], least: float, within: float
-) -> dict[str, list[tuple[str, Kept]]]:
-    """What is measured together on a task, by name: labelled agents.
+) -> dict[str, list[Kept]]:
+    """What is measured together on a task, by name.
 
     :param contrasts: of two arms, whose pairs of equal skill are a group of their own
     :raises ValueError: if there is no agent, or no pair of a contrast
     """
-    ends = [(kept.cell.arm.name, kept) for kept in at_the_end(plan, task)]
+    ends = at_the_end(plan, task)
     if not ends:
         raise ValueError(
             f"There is no agent of a finished run on {task.env} in '{plan.folder / plan.logs}': "
@@ -138,7 +138,7 @@ def groups(
                 "give the study 'save_freq' for more agents."
             )
         name = re.sub(r"\W+", "_", contrast).strip("_")
-        found[name] = [(each.cell.arm.name, each) for pair in pairs for each in pair]
+        found[name] = [each for pair in pairs for each in pair]
     return found
 
 
@@ -157,41 +157,40 @@ def correlations(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def measure(
     task: Task,
-    kept: Sequence[tuple[str, Kept]],
+    kept: Sequence[Kept],
     folder: Path,
     config: RecordingConfig,
     say: Callable[[str], None],
 ) -> str:
     """Measure agents of one task together, and write tables and picture.
 
-    :param kept: each agent with the label of its arm
     :param folder: of the files
     :return: the table
     """
     import gymnasium as gym
 
     import dmc_gym_plugin  # noqa: F401  registers DMC/ ids
-    from tdmpc2_sb3.stability.__main__ import zoo_env_kwargs
-    from tdmpc2_sb3.stability.report import draw, format_table, write_episodes, write_summary
+    from tdmpc2_sb3.stability.report import format_table, write
     from tdmpc2_sb3.stability.study import Subject, run_study
     from tdmpc2_sb3.tdmpc2 import TDMPC2
+    from tdmpc2_sb3.zoo.algorithms import zoo_env_kwargs
 
     env = gym.make(task.env, **zoo_env_kwargs(task.env))
     subjects = [
-        Subject(label, f"{each.cell.name}_{each.steps}", TDMPC2.load(each.path, device="cpu"))
-        for label, each in kept
+        Subject(
+            each.cell.arm.name,
+            f"{each.cell.name}_{each.steps}",
+            TDMPC2.load(each.path, device="cpu"),
+        )
+        for each in kept
     ]
     study = run_study(subjects, env, config, progress=say)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_summary(study.estimates, folder / "stability.csv")
-    write_episodes(study, folder / "stability_episodes.csv")
-    draw(study, folder / "stability.png", task.env)
+    write(study, folder, task.env)
     with (folder / "agents.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["label", "arm", "seed", "steps", "skill"])
-        for label, each in kept:
-            row = [label, each.cell.arm.name, each.cell.seed, each.steps, round(each.skill, 1)]
-            writer.writerow(row)
+        writer.writerow(["arm", "seed", "steps", "skill"])
+        for each in kept:
+            writer.writerow([each.cell.arm.name, each.cell.seed, each.steps, round(each.skill, 1)])
     means: dict[str, dict[str, float]] = {}
     single = [each for each in study.measurements if len(each.values) == 1]
     for name in {each.name for each in single}:

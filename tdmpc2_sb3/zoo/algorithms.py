@@ -6,7 +6,7 @@ Facts alone, which every other module here may ask for: this one imports none of
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: Environment ids that are ours, whatever the algorithm.
 ENV_PREFIX = "DMC/"
@@ -53,3 +53,14 @@ def config_path(algo: str, env_id: str) -> Path | None:
     if algo in BASELINES and env_id.startswith(ENV_PREFIX):
         return hyperparams_folder() / f"{algo}.yml"
     return None
+
+
+def zoo_env_kwargs(env_id: str) -> dict[str, Any]:
+    """The environment's settings in our YAML, such as the action repeat; {} without an entry."""
+    import yaml  # not at every start of Python, where this module is looked at
+
+    path = config_path("tdmpc2", env_id)
+    if path is None or not path.is_file():
+        return {}
+    entry = yaml.safe_load(path.read_text()).get(env_id) or {}
+    return dict(entry.get("env_kwargs") or {})

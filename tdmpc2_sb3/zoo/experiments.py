@@ -121,8 +121,9 @@ def _preprocess_hyperparams(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _preprocess_hyperparams(self: Any, hyperparams: dict[str, Any]) -> Any:
         ours = _ours(self)
-        self.train_env_kwargs = _train_env_kwargs(hyperparams) if ours else {}
+        given = _train_env_kwargs(hyperparams) if ours else {}
         result = original(self, hyperparams)
+        self.train_env_kwargs = _within_task(self.env_name.gym_id, self.env_kwargs, given)
         if ours:
             # --eval-env-kwargs adds to the training environment's and wins over them: an agent
             # trained at action repeat 2 must not be evaluated at 1 because a camera was chosen.
@@ -144,25 +145,30 @@ def _train_env_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
         )
     if found:
         print(f"train_env_kwargs={found}")
-    steps = found.get("max_episode_steps")
-    if steps is not None:
-        print(
-            f"Training episodes have at most {steps} steps, and rollout/ep_rew_mean is of those; "
-            "eval/mean_reward is of the task's whole episodes."
-        )
     return found
 
 
-def _of_training(
+def _within_task(
     env_id: str, env_kwargs: dict[str, Any], train_env_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The training environment's settings; its episodes are never longer than the task's."""
+    """The `train_env_kwargs`, without a limit of episodes that are longer than the task's."""
+    steps = train_env_kwargs.get("max_episode_steps")
+    if not isinstance(steps, int):
+        return train_env_kwargs
     spec = gymnasium.registry.get(env_id)
     whole = None if spec is None else spec.max_episode_steps
-    steps, repeat = train_env_kwargs.get("max_episode_steps"), env_kwargs.get("action_repeat", 1)
-    if whole is not None and steps is not None and steps * repeat > whole:
-        train_env_kwargs = {k: v for k, v in train_env_kwargs.items() if k != "max_episode_steps"}
-    return {**env_kwargs, **train_env_kwargs}
+    repeat = {**env_kwargs, **train_env_kwargs}.get("action_repeat", 1)
+    if whole is not None and steps * repeat > whole:
+        print(
+            f"Training has the task's whole episodes: {steps} steps (train_env_kwargs) at an "
+            f"action repeat of {repeat} are more than its {whole}."
+        )
+        return {k: v for k, v in train_env_kwargs.items() if k != "max_episode_steps"}
+    print(
+        f"Training episodes have at most {steps} steps, and rollout/ep_rew_mean is of those; "
+        "eval/mean_reward is of the task's whole episodes."
+    )
+    return train_env_kwargs
 
 
 def _create_callbacks(original: Callable[..., None]) -> Callable[..., None]:
@@ -189,7 +195,7 @@ def _create_envs(original: Callable[..., Any]) -> Callable[..., Any]:
         if signature.bind(self, *args, **kwargs).arguments.get("eval_env"):
             self.seed = seed + EVALUATION_SEEDS
         else:
-            self.env_kwargs = _of_training(self.env_name.gym_id, env_kwargs, self.train_env_kwargs)
+            self.env_kwargs = {**env_kwargs, **self.train_env_kwargs}
         try:
             return make(self, *args, **kwargs)
         finally:

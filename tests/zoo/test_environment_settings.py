@@ -48,10 +48,13 @@ def test_training_evaluation_and_tuning(tmp_path, algo):
     assert repeats(experiment.create_envs(1, no_log=True), short) == [2]  # a trial's training
 
 
-def test_the_command_lines_settings_reach_evaluation_too(tmp_path):
+def test_the_command_lines_settings_reach_evaluation_too(tmp_path, capsys):
     by_params = prepared("tdmpc2", tmp_path, hyperparams={"env_kwargs": {"action_repeat": 4}})
     assert repeats(by_params.create_envs(1), True) == [4]
     assert repeats(by_params.create_envs(1, eval_env=True)) == [4]
+    whole = prepared("tdmpc2", tmp_path, hyperparams={"env_kwargs": {"action_repeat": 10}})
+    assert "200 steps (train_env_kwargs) at an action repeat of 10" in capsys.readouterr().out
+    assert repeats(whole.create_envs(1), True) == [10]
     by_option = prepared("tdmpc2", tmp_path, env_kwargs={"action_repeat": 5})
     assert repeats(by_option.create_envs(1), True) == [5]
     assert repeats(by_option.create_envs(1, eval_env=True)) == [5]

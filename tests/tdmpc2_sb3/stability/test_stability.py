@@ -13,10 +13,11 @@ import torch as th
 import dmc_gym_plugin  # noqa: F401
 from tdmpc2_sb3 import TDMPC2
 from tdmpc2_sb3.stability import metrics, simulation
-from tdmpc2_sb3.stability.__main__ import main, parse_env_kwargs, zoo_env_kwargs
+from tdmpc2_sb3.stability.__main__ import main, parse_env_kwargs
 from tdmpc2_sb3.stability.agent import PlanningAgent
 from tdmpc2_sb3.stability.recording import Episode, Probe, RecordingConfig, record_episodes
 from tdmpc2_sb3.stability.study import Measurement, bootstrap_interval, default_label, estimate
+from tdmpc2_sb3.zoo.algorithms import zoo_env_kwargs
 
 ENV_ID = "DMC/pendulum-swingup-v0"
 SIZES = {

@@ -30,7 +30,7 @@ class Kept(NamedTuple):
     """A saved agent of a cell.
 
     :param steps: of its run when it was saved
-    :param skill: mean return of the last ten training episodes until then
+    :param skill: mean return of the last ten training episodes until then, NaN if fewer had ended
     """
 
     cell: Cell
@@ -40,10 +40,7 @@ class Kept(NamedTuple):
 
 
 def kept_models(plan: Plan, cell: Cell) -> list[Kept]:
-    """The agents of a cell's run in the order of their steps: those of ``save_freq`` and the last.
-
-    Those saved before the run's first ten episodes had ended are left out.
-    """
+    """The agents of a cell's run in the order of their steps: those of ``save_freq`` and the last."""
     run = runs.newest_run(plan, cell)
     if run is None:
         return []
@@ -59,8 +56,8 @@ def kept_models(plan: Plan, cell: Cell) -> list[Kept]:
     kept = []
     for steps, path in sorted(found.items()):
         returns = episodes.returns[episodes.steps <= steps]
-        if len(returns) >= LAST:
-            kept.append(Kept(cell, path, steps, float(returns[-LAST:].mean())))
+        skill = float(returns[-LAST:].mean()) if len(returns) >= LAST else float("nan")
+        kept.append(Kept(cell, path, steps, skill))
     return kept
 
 

@@ -113,7 +113,8 @@ def test_train(tmp_path):
     printed = run_guide("train", tmp_path)
     runs = {path.name for path in (tmp_path / "logs" / "tdmpc2").iterdir()}
     walkers = {f"DMC-walker-walk-v0_{n}" for n in (1, 2, 3, 4)}
-    assert runs == {"Pendulum-v1_1", "DMC-hopper-hop-v0_1", *walkers}
+    hoppers = {f"DMC-hopper-hop-v0_{n}" for n in (1, 2)}
+    assert runs == {"Pendulum-v1_1", *hoppers, *walkers}
     assert (tmp_path / "logs" / "tdmpc2_ssm" / "DMC-walker-walk-v0_1").is_dir()
     assert printed.count("Episode Length 20") == 2
     videos = tmp_path / "logs" / "tdmpc2" / "DMC-walker-walk-v0_4" / "videos"
@@ -164,8 +165,9 @@ def test_experiments(tmp_path):
     for given, short in (
         ("{horizon: 3}", f"{{horizon: 3, {tiny}}}"),
         ("{horizon: 5}", f"{{horizon: 5, {tiny}}}"),
-        ("steps: 15000 ", "steps: 60 "),
+        ("steps: 15000 ", "steps: 240 "),  # twelve episodes: skill is the mean of ten
         ("eval_freq: 1500", "eval_freq: 30"),
+        ("save_freq: 2500", "save_freq: 40"),
         # What the stand-in makes of the run by hand.
         ("{algo: tdmpc2}", f"{{params: {{{tiny}}}}}"),
         ("steps: 20000", "steps: 60"),
@@ -181,6 +183,12 @@ def test_experiments(tmp_path):
     text = (tmp_path / "horizons" / "README.md").read_text()
     assert text.count("| DMC/walker-walk-v0 | horizon5 |") == 4  # main table, three differences
     assert (tmp_path / "by_hand" / "curves.png").is_file()
+    steadiness = tmp_path / "horizons" / "steadiness" / "DMC-walker-walk-v0"
+    agents = {
+        folder.name: (folder / "agents.csv").read_text().count("horizon5,")
+        for folder in steadiness.iterdir()
+    }
+    assert agents == {"end": 2, "horizon_5_against_3": 2}  # of each seed one
 
 
 @pytest.mark.slow

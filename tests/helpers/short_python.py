@@ -64,6 +64,8 @@ def shorten(module: str, arguments: list[str]) -> list[str]:
         replace(arguments, "-n", "20")
     elif module == "tdmpc2_sb3.zoo" and arguments[0] == "resume":
         replace(arguments, "-n", "120")
+    elif module == "tdmpc2_sb3.study" and arguments[0] == "steadiness":
+        arguments += ["--episodes", "2", "--max-steps", "20", "--within", "1"]
     elif module == "rl_zoo3.record_training":
         replace(arguments, "-n", "10")
     return arguments

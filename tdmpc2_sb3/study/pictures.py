@@ -19,6 +19,7 @@ COLUMNS = 3
 PUBLISHED_COLOURS = {"tdmpc2": "black", "sac": "grey"}
 
 Grid = Mapping[str, Mapping[str, Sequence[Result]]]  # task -> arm -> runs
+Beside = Sequence[tuple[Plan, Grid]]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -65,39 +66,66 @@ def _stretches(
     return np.array(means)
 
 
-def learning_curves(plan: Plan, grid: Grid, path: Path) -> None:
-    """Return against frames, a picture a task, with 95% intervals and the published curves."""
+def learning_curves(plan: Plan, grid: Grid, path: Path, kind: str, beside: Beside = ()) -> None:
+    """Return against frames, a picture a task, with 95% intervals.
+
+    Returns of whole episodes have the published curves and the tasks' references beside them.
+
+    :param kind: `evaluation` or `training`
+    :param beside: other studies with their runs, drawn dashed, for which frames are on a log scale
+    """
     tasks = [task for task in plan.tasks if any(grid.get(task.env, {}).values())]
     columns = min(COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = _figure(4.6 * columns + 0.4, 3.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, task in zip(axes, tasks, strict=False):
-        _learning_curve(plan, task, grid[task.env], axis)
+        arms = [(arm.name, "-", grid[task.env].get(arm.name, ())) for arm in plan.arms]
+        for other, runs in beside:
+            own = runs.get(task.env, {})
+            arms += [(arm.name, "--", own.get(arm.name, ())) for arm in other.arms]
+        _learning_curve(axis, task, arms, kind)
     for axis in axes[len(tasks) :]:
         axis.remove()
     figure.savefig(path, dpi=120)
 
 
 def _learning_curve(
-    plan: Plan, task: Task, arms: Mapping[str, Sequence[Result]], axis: Any
+    axis: Any, task: Task, arms: Sequence[tuple[str, str, Sequence[Result]]], kind: str
 ) -> None:
-    for number, arm in enumerate(plan.arms):
-        places, returns = lines(arms.get(arm.name, ()), plan.curve)
+    starts = []
+    for number, (name, style, runs) in enumerate(arms):
+        places, returns = lines(runs, kind)
         if len(places) == 0:
             continue
+        starts.append(places[0])
         mean, low, high = aggregate.mean_curve(returns)
-        label = f"{arm.name} ({len(returns)})"
-        axis.plot(places, mean, color=f"C{number}", label=label, linewidth=2, marker=".")
-        axis.fill_between(places, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-    axis.set_xlim(left=0)
-    if task.env.startswith("DMC/"):
-        draw_published(axis, task.name, PUBLISHED_COLOURS)
-    axis.set(title=task.env, xlabel="frames", ylabel=f"{plan.curve} return")
+        label, colour = f"{name} ({len(returns)})", f"C{number % 10}"
+        axis.plot(places, mean, style, color=colour, label=label, linewidth=2, marker=".")
+        axis.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+    if any(style == "--" for _, style, _ in arms):
+        axis.set_xscale("log")
+        axis.set_xlim(left=min(starts))
+    else:
+        axis.set_xlim(left=0)
+    if kind == "evaluation" or task.is_whole:
+        _draw_others(axis, task)
+    axis.set(title=task.env, xlabel="frames", ylabel=f"{kind} return")
     axis.xaxis.set_major_formatter(lambda value, _: thousands(value))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize="small")
+
+
+def _draw_others(axis: Any, task: Task) -> None:
+    """The published curves, and the returns that the task's references have."""
+    if task.env.startswith("DMC/"):
+        draw_published(axis, task.name, PUBLISHED_COLOURS)
+    for number, (name, frames, height) in enumerate(task.references):
+        if frames is None:
+            axis.axhline(height, color="black", linestyle=(number, (1, 4)), label=name)
+        else:
+            axis.plot([frames], [height], "x", color="black", markersize=8, label=name)
 
 
 def profiles(scores: Mapping[str, np.ndarray], colours: Mapping[str, int], path: Path) -> None:

@@ -18,10 +18,10 @@ from tdmpc2_sb3.study import checks
 RUN_KEYS = ("steps", "seeds", "eval_freq", "eval_episodes", "save_freq")
 TOP_KEYS = (
     "name", "arms", "tasks", *RUN_KEYS, "threads", "device", "storage", "logs", "results", "curve",
-    "at_frames", "contrasts",
+    "at_frames", "contrasts", "beside",
 )  # fmt: skip
 ARM_KEYS = ("algo", "params", "conf_file", "tasks", *RUN_KEYS)
-TASK_KEYS = ("floor", "range", *RUN_KEYS)
+TASK_KEYS = ("floor", "range", "references", *RUN_KEYS)
 CURVES = ("evaluation", "training")
 SUITE_RANGE = (0.0, 1000.0)  # of a suite task's return
 
@@ -48,12 +48,19 @@ class Task(NamedTuple):
     :param floor: the return whose first crossing is reported, None for none
     :param low: the return that counts as 0
     :param high: the return that counts as 1
+    :param references: returns of others by name, to be drawn: at some frames, or (None) as a line
     """
 
     env: str
     floor: float | None
     low: float
     high: float
+    references: tuple[tuple[str, int | None, float], ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its training episodes are judged as the suite's whole ones."""
+        return (self.low, self.high) == SUITE_RANGE
 
     @property
     def name(self) -> str:
@@ -119,6 +126,7 @@ class Plan:
     :param at_frames: frames at which the report gives the return
     :param contrasts: by name, weights of arms whose sum is estimated: an interaction of two factors
         is {a2b2: 1, a1b2: -1, a2b1: -1, a1b1: 1}
+    :param beside: files of studies whose evaluations are drawn beside this one's
     """
 
     file: Path
@@ -134,6 +142,7 @@ class Plan:
     curve: str
     at_frames: tuple[int, ...]
     contrasts: dict[str, dict[str, float]]
+    beside: tuple[str, ...]
 
     @property
     def folder(self) -> Path:
@@ -207,6 +216,7 @@ def _plan(file: Path, content: Any) -> Plan:
         curve=curve,
         at_frames=tuple(checks.counts(top.get("at_frames", []), "at_frames")),
         contrasts=_contrasts(top.get("contrasts"), arms),
+        beside=_beside(top.get("beside", [])),
         **texts,
     )
 
@@ -229,11 +239,34 @@ def _tasks(given: Any) -> dict[str, tuple[Task, dict[str, Any]]]:
         floor = own.get("floor")
         if floor is not None and not checks.is_number(floor):
             raise ValueError(f"'floor' of '{env}' is {floor!r}: it must be a return.")
-        task = Task(checks.text(env, "a task"), None if floor is None else float(floor), low, high)
-        tasks[env] = (task, own)
+        env = checks.text(env, "a task")
+        references = _references(own.get("references"), env)
+        tasks[env] = (
+            Task(env, None if floor is None else float(floor), low, high, references),
+            own,
+        )
     if not tasks:
         raise ValueError("'tasks' is empty: name at least one, such as DMC/walker-walk-v0.")
     return tasks
+
+
+def _references(given: Any, env: str) -> tuple[tuple[str, int | None, float], ...]:
+    found = []
+    for name, value in checks.mapping(given, f"'references' of '{env}'").items():
+        frames, height = value if isinstance(value, list) and len(value) == 2 else (None, value)
+        if not checks.is_number(height) or not (frames is None or checks.is_number(frames)):
+            raise ValueError(
+                f"reference '{name}' of '{env}' is {value!r}: it must be a return, or "
+                "[frames, return]."
+            )
+        found.append((checks.text(name, "a reference"), frames, float(height)))
+    return tuple(found)
+
+
+def _beside(given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list):
+        raise ValueError(f"'beside' is {given!r}: it must be a list of studies' files.")
+    return tuple(checks.text(each, "a study of 'beside'") for each in given)
 
 
 def _arm(name: str, own: Mapping[str, Any]) -> Arm:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tdmpc2_sb3.saving.files import atomic_write
 from tdmpc2_sb3.study import aggregate, pictures, statistics
-from tdmpc2_sb3.study.plan import Cell, Plan, Task
+from tdmpc2_sb3.study.plan import Cell, Plan, Task, read_plan
 from tdmpc2_sb3.study.plot import PUBLISHED_LABELS, read_published
 from tdmpc2_sb3.study.results import Result, csv_path, read_results
 from tdmpc2_sb3.study.statistics import LAST, Estimate
@@ -56,17 +56,12 @@ class Report:
     def text(self) -> str:
         """The whole report; draws the pictures on the way."""
         plan = self.plan
-        runs = {
-            env: {arm: list(seeds.values()) for arm, seeds in arms.items()}
-            for env, arms in self.grid.items()
-        }
-        pictures.learning_curves(plan, runs, plan.results_folder / "curves.png")
         parts = [
             f"# {plan.name}",
             _explanation(plan),
             "## Tasks",
             self.main_table(),
-            "![Learning curves](curves.png)",
+            self.curves(),
             self.differences(),
             self.contrasts(),
             self.over_tasks(),
@@ -74,6 +69,23 @@ class Report:
             self.runs(),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def curves(self) -> str:
+        """Learning curves; of a study that is judged by training episodes also the evaluations'."""
+        plan, runs = self.plan, _grid(self.plan, self.results)
+        beside = []
+        for file in plan.beside:
+            other = read_plan(plan.folder / file)
+            beside.append((other, _grid(other, read_results(other))))
+        folder, training = plan.results_folder, plan.curve == "training"
+        drawn = ["![Learning curves](curves.png)"]
+        pictures.learning_curves(
+            plan, runs, folder / "curves.png", plan.curve, () if training else beside
+        )
+        if training and any(len(run.evaluations[0]) for run in self.results.values()):
+            pictures.learning_curves(plan, runs, folder / "evaluations.png", "evaluation", beside)
+            drawn.append("![Evaluations](evaluations.png)")
+        return "\n\n".join(drawn)
 
     def frames(self, task: Task) -> int:
         """Frames to which all arms of a task are compared: those of its shortest run."""
@@ -261,6 +273,16 @@ class Report:
         command = str(attempts[0].get("command")).replace("|", "\\|")
         minutes = f"{result.header['minutes']:.0f}"
         return [link, state, minutes, ", ".join(commits), "; ".join(machines), f"`{command}`"]
+
+
+def _grid(plan: Plan, results: Mapping[str, Result]) -> dict[str, dict[str, list[Result]]]:
+    """Results by task and arm, in the order of their seeds."""
+    found: dict[str, dict[str, list[Result]]] = {}
+    for cell in plan.cells:
+        if cell.name in results:
+            arms = found.setdefault(cell.task.env, {})
+            arms.setdefault(cell.arm.name, []).append(results[cell.name])
+    return found
 
 
 def _explanation(plan: Plan) -> str:

@@ -40,7 +40,7 @@ class Kept(NamedTuple):
 
 
 def kept_models(plan: Plan, cell: Cell) -> list[Kept]:
-    """The agents of a cell's run in the order of their steps: those of ``save_freq`` and the last."""
+    """The agents of a cell's run, by steps: those of ``save_freq``, and the last one."""
     run = runs.newest_run(plan, cell)
     if run is None:
         return []

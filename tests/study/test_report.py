@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tdmpc2_sb3.study import pictures, report, results
@@ -75,6 +76,56 @@ def test_the_report_of_fixed_csvs(plan):
     assert row(text, "new", "2 x 2")[5] == "1.000 [1.000, 1.000]"
     for picture in ("curves.png", "aggregates.png", "profiles.png"):
         assert Image.open(plan.results_folder / picture).size[0] > 500
+
+
+def test_other_studies_and_references_stand_beside_the_evaluations(study, made_csv, tmp_path):
+    other = study(name="sac", arms={"sac": {"algo": "sac"}}, steps=4000)
+    made_csv(other, other.cells[0].name, [(4000, 9.0)], [(2000, 5.0), (4000, 7.0)])
+    (tmp_path / "mini.yml").rename(tmp_path / "sac.yml")
+    references = {"given, SAC": [60, 73], "given, PPO": 184}
+    plan = study(
+        tasks={WALKER: {"references": references, "range": [0, 400]}},
+        curve="training",
+        beside=["sac.yml"],
+    )
+    made_csv(plan, plan.cells[0].name, [(50, 1.0), (100, 2.0)], [(50, 3.0), (100, 4.0)])
+    report.write(plan)
+    text = (plan.results_folder / report.FILE).read_text()
+    assert "![Evaluations](evaluations.png)" in text
+    assert Image.open(plan.results_folder / "evaluations.png").size[0] > 500
+
+    axis = Figure().subplots()
+    arms = [
+        ("a", "-", list(results.read_results(plan).values())),
+        ("sac", "--", list(results.read_results(other).values())),
+    ]
+    pictures._learning_curve(axis, plan.tasks[0], arms, "evaluation")
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert drawn["a (1)"] == [[100, 3], [200, 4]]
+    assert drawn["sac (1)"] == [[4000, 5], [8000, 7]]
+    assert drawn["given, SAC"] == [[60, 73]]
+    assert {y for _, y in drawn["given, PPO"]} == {184}
+    assert axis.get_xscale() == "log"
+
+    # Of episodes that are shorter than the suite's, nothing of others is beside.
+    axis = Figure().subplots()
+    pictures._learning_curve(axis, plan.tasks[0], arms[:1], "training")
+    assert [line.get_label() for line in axis.lines] == ["a (1)"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"tasks": {WALKER: {"references": {"x": [1, 2, 3]}}}},
+        {"tasks": {WALKER: {"references": {"x": "184"}}}},
+        {"tasks": {WALKER: {"references": 184}}},
+        {"beside": "sac.yml"},
+        {"beside": [3]},
+    ],
+)
+def test_wrong_references_are_one_sentence(study, content):
+    with pytest.raises(ValueError, match=r"(reference|beside).* must be"):
+        study(**content)
 
 
 def test_an_interaction_of_fixed_csvs(study, made_csv):

@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import facts
+import numpy as np
 import yaml
+
+from tdmpc2_sb3.study.plot import read_published
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 SOURCE = ("command", "machine", "commit")
+PUBLISHED = "published TD-MPC2"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 WIDTH = 100
 LOAD = re.compile(r", load average at the start ([\d.]+)")
@@ -188,7 +192,19 @@ def shown_rows(table: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
     if averaged is None:
         return list(rows)
     by = [column for column in rows[0] if column not in ("seed", *averaged, *SOURCE)]
-    return over_seeds(rows, by, averaged)
+    shown = over_seeds(rows, by, averaged)
+    if table.get("published"):
+        shown = [{**row, PUBLISHED: published(row["task"], int(row["frames"]))} for row in shown]
+    return shown
+
+
+def published(task: str, frames: int) -> str:
+    """Returns the published TD-MPC2's mean return after some frames of a suite task, or a dash.
+
+    Its points lie every 100,000 frames; between them it is interpolated.
+    """
+    curve = read_published(f"DMC-{task}-v0").get("tdmpc2")
+    return f"{np.interp(frames, *curve):.0f}" if curve and frames <= curve[0][-1] else "-"
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -158,6 +158,14 @@ def test_seeds_are_averaged(generate: ModuleType):
     assert (second["seed"], second["return"]) == ("3", "7.25")
 
 
+def test_published_returns_are_interpolated(generate: ModuleType):
+    # walker-walk: 28.0 at 0 and 961.9 at 100,000 frames; hopper-hop: 13.6 at 100,000.
+    assert generate.published("walker-walk", 30_000) == "308"
+    assert generate.published("hopper-hop", 100_000) == "14"
+    assert generate.published("hopper-hop", 10**9) == "-"
+    assert generate.published("lqr-lqr_2_1", 100_000) == "-"
+
+
 def test_machines_are_said_once_and_commands_wrapped(generate: ModuleType):
     command = "python x.py --seed {} " + " ".join(f"--option-{n} {n}" for n in range(8))
     rows = [

@@ -127,8 +127,11 @@ class Report:
             for name, values in found.items()
         }
 
-    def main_table(self) -> str:
-        """A line for every arm on every task."""
+    def main_table(self, columns: Sequence[str] | None = None) -> str:
+        """A line for every arm on every task.
+
+        :param columns: those wanted, None for all
+        """
         published = list(PUBLISHED_LABELS)
         rows = []
         for task, arm, runs in self._cells():
@@ -155,7 +158,9 @@ class Report:
             )
         names = list(self._figures(*self._cells()[0][::2]))
         head = ["task", "arm", "frames", "seeds", *names, "above the floor", "minutes"]
-        return _table([*head, *(f"published {algo}" for algo in published)], rows)
+        head += [f"published {algo}" for algo in published]
+        kept = [n for n, name in enumerate(head) if columns is None or name in columns]
+        return table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
     def differences(self) -> str:
         """The differences of every arm to the first one, by seed."""
@@ -173,31 +178,45 @@ class Report:
         if not rows:
             return ""
         head = ["task", "arm", "figure", f"difference to {base}", "by seed"]
-        return f"## Differences by seed\n\n{_table(head, rows)}"
+        return f"## Differences by seed\n\n{table(head, rows)}"
 
-    def contrasts(self) -> str:
-        """The contrasts that the study names: on every task, and their mean over all tasks."""
+    def sums(self, task: Task, contrast: str) -> dict[str, dict[int, float]]:
+        """A contrast of the study on a task: figure -> seed -> weighted sum of the arms.
+
+        :return: empty if an arm has no run there
+        """
+        weights, runs = self.plan.contrasts[contrast], self.grid.get(task.env, {})
+        if not weights.keys() <= runs.keys():
+            return {}
+        figures = {arm: self._figures(task, runs[arm]) for arm in weights}
+        found = {
+            name: statistics.contrast({arm: figures[arm][name] for arm in weights}, weights)
+            for name in figures[next(iter(weights))]
+        }
+        return {name: values for name, values in found.items() if values}
+
+    def contrast_rows(self, figures: Sequence[str] | None = None) -> list[list[str]]:
+        """Contrast, task, figure, estimate and values by seed; at last areas over all tasks.
+
+        :param figures: those wanted, None for all
+        """
         rows = []
-        found: dict[Task, dict[str, dict[str, dict[int, float]]]] = {}  # task -> arm -> figure
-        if self.plan.contrasts:
-            for task, arm, runs in self._cells():
-                found.setdefault(task, {})[arm] = self._figures(task, runs)
-        for name, weights in self.plan.contrasts.items():
+        for name in self.plan.contrasts:
             areas: dict[str, list[float]] = {}
-            for task, arms in found.items():
-                if not weights.keys() <= arms.keys():
-                    continue
-                for figure in arms[next(iter(weights))]:
-                    values = {arm: arms[arm][figure] for arm in weights}
-                    sums = statistics.contrast(values, weights)
-                    if not sums:
-                        continue
-                    rows.append([name, task.env, figure, *_by_seed(sums, figure == "area")])
+            for task in self.plan.tasks:
+                for figure, values in self.sums(task, name).items():
+                    if figures is None or figure in figures:
+                        rows.append([name, task.env, figure, *_by_seed(values, figure == "area")])
                     if figure == "area":
-                        areas[task.env] = list(sums.values())
+                        areas[task.env] = list(values.values())
             if len(areas) > 1:
                 together = aggregate.over_tasks(aggregate.score_matrix(areas))["mean"]
                 rows.append([name, "all of them", "area", _shown(together, True), ""])
+        return rows
+
+    def contrasts(self) -> str:
+        """The contrasts that the study names: on every task, and their mean over all tasks."""
+        rows = self.contrast_rows()
         if not rows:
             return ""
         return "\n\n".join(
@@ -209,7 +228,7 @@ class Report:
                     f"{name}: " + " ".join(f"{w:+g} {arm}" for arm, w in weights.items())
                     for name, weights in self.plan.contrasts.items()
                 ),
-                _table(["contrast", "task", "figure", "sum", "by seed"], rows),
+                table(["contrast", "task", "figure", "sum", "by seed"], rows),
             ]
         )
 
@@ -247,13 +266,13 @@ class Report:
         names = ", ".join(task.env for task in tasks)
         return (
             f"## Over tasks\n\nScores are the last {LAST} training episodes, normalised, on "
-            f"{names}.\n\n{_table(head, rows)}\n\n![Aggregates](aggregates.png)\n\n"
+            f"{names}.\n\n{table(head, rows)}\n\n![Aggregates](aggregates.png)\n\n"
             "![Performance profiles](profiles.png)"
         )
 
     def runs(self) -> str:
         """Every planned run: what there is of it, and how it was made."""
-        return _table(
+        return table(
             ["run", "state", "minutes", "commit", "machine", "command"],
             [self._run_row(cell) for cell in self.plan.cells],
         )
@@ -334,6 +353,7 @@ def _by_seed(values: Mapping[int, float], fine: bool) -> tuple[str, str]:
     return _shown(statistics.t_interval(list(values.values())), fine), each
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

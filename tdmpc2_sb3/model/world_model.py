@@ -133,18 +133,21 @@ class WorldModel(nn.Module):
 
         :param enc_lr_scale: the encoder's learning rate relative to the others'
         """
+        scale = self.dynamics.lr_scale
         slow = list(self.dynamics.slow_parameters())
         slow_ids = {id(parameter) for parameter in slow}
-        heads: list[nn.Module] = [self.dynamics, self.reward_net, self.q_ensemble]
+        dynamics = [p for p in self.dynamics.parameters() if id(p) not in slow_ids]
+        heads = [*self.reward_net.parameters(), *self.q_ensemble.parameters()]
         if self.termination_net is not None:
-            heads.append(self.termination_net)
-        others = [p for head in heads for p in head.parameters() if id(p) not in slow_ids]
-        groups = [
-            {"params": list(self.encoder.parameters()), "lr_scale": enc_lr_scale},
-            {"params": others, "lr_scale": 1.0},
-        ]
+            heads += self.termination_net.parameters()
+        groups = [{"params": list(self.encoder.parameters()), "lr_scale": enc_lr_scale}]
+        if scale == 1.0:  # one group, as in the files of models that were saved before
+            groups.append({"params": dynamics + heads, "lr_scale": 1.0})
+        else:
+            groups.append({"params": heads, "lr_scale": 1.0})
+            groups.append({"params": dynamics, "lr_scale": scale})
         if slow:
-            groups.append({"params": slow, "lr_scale": self.dynamics.SLOW_LR_SCALE})
+            groups.append({"params": slow, "lr_scale": scale * self.dynamics.SLOW_LR_SCALE})
         return groups, [{"params": list(self.policy_net.parameters()), "lr_scale": 1.0}]
 
     def encode(self, observation: Observation, offsets: th.Tensor | None = None) -> th.Tensor:

@@ -30,7 +30,8 @@ class LatentDynamics(nn.Module, ABC):
     :param simnorm_dim: V, group size of the SimNorm at the output
     """
 
-    SLOW_LR_SCALE = 0.3  # learning rate of the slow parameters relative to the others'
+    SLOW_LR_SCALE = 0.3  # learning rate of the slow parameters relative to this module's others
+    lr_scale = 1.0  # learning rate of this module relative to the model's other parts
 
     def __init__(self, latent_dim: int, action_dim: int, mlp_dim: int, simnorm_dim: int = 8):
         super().__init__()

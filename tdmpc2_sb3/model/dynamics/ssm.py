@@ -46,6 +46,7 @@ from tdmpc2_sb3.model.operations import DT_MAX, DT_MIN, has_kernel, linear
 
 ALPHA_MIN = 1e-3  # smallest decay rate, per agent step
 RING_INNER, RING_OUTER = 0.7, 0.99  # |Abar| at the start
+MAX_LR_SCALE = 100.0
 
 
 class Discretisation(NamedTuple):
@@ -312,6 +313,7 @@ class SSMDynamics(LatentDynamics):
     :param conditioning: C, features of z_0; None: found by parameter matching
     :param autoregressive: feed each predicted latent back in the place of z_0 (an ablation: it
         gives up the batched horizon)
+    :param lr_scale: learning rate of the dynamics relative to the model's other parts
     """
 
     def __init__(
@@ -327,12 +329,19 @@ class SSMDynamics(LatentDynamics):
         width: int | None = None,
         conditioning: int | None = None,
         autoregressive: bool = False,
+        lr_scale: float = 1.0,
     ):
         super().__init__(latent_dim, action_dim, mlp_dim, simnorm_dim)
         _check_at_least_one(depth=depth, modes=modes, width=width, conditioning=conditioning)
+        if not isinstance(lr_scale, int | float) or not 0 < lr_scale <= MAX_LR_SCALE:
+            raise ValueError(
+                f"lr_scale={lr_scale!r}: the SSM dynamics need a number above 0, at most "
+                f"{MAX_LR_SCALE:g}."
+            )
         self.depth = depth
         self.selective = selective
         self.autoregressive = autoregressive
+        self.lr_scale = float(lr_scale)
         self.sizes = self._choose_sizes(width, modes, conditioning)
         d, p, c = self.sizes.width, self.sizes.modes, self.sizes.conditioning
         self.features = NormedLinear(latent_dim, c)  # W_c
@@ -445,5 +454,7 @@ def scaled_normal_(layer: nn.Linear | NormedLinear) -> None:
 
 def _check_at_least_one(**sizes: int | None) -> None:
     for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name}={size}: the SSM dynamics need a {name} of at least 1.")
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(
+                f"{name}={size!r}: the SSM dynamics need a whole number of at least 1 for it."
+            )

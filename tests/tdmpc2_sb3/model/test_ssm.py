@@ -328,9 +328,14 @@ def test_terms_of_the_first_latent_are_computed_once() -> None:
         ({"modes": 0}, "modes=0"),
         ({"width": 16}, "give both"),
         ({"modes": 4000}, "reduce depth or modes"),
+        ({"depth": "2"}, "depth='2'.*whole number"),
+        ({"modes": 2.5}, r"modes=2\.5"),
+        ({"lr_scale": 0.0}, "lr_scale=0.0.*above 0, at most 100"),
+        ({"lr_scale": float("nan")}, "lr_scale=nan"),
+        ({"lr_scale": "3"}, "lr_scale='3'"),
     ],
 )
-def test_bad_sizes_are_refused(options: dict[str, int], message: str) -> None:
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SSMDynamics(LATENT, ACTION, MLP_DIM, **options)  # type: ignore[arg-type]
 
@@ -348,10 +353,11 @@ def test_rollout_compiles_without_a_graph_break() -> None:
         th.testing.assert_close(compiled, rollout(latent, actions), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_an_agent_learns_saves_and_loads_with_it(
-    make_agent: Callable[..., TDMPC2], tmp_path: Path
+    make_agent: Callable[..., TDMPC2], tmp_path: Path, scale: float
 ) -> None:
-    agent = make_agent(policy="SSMPolicy", horizon=4)
+    agent = make_agent(policy="SSMPolicy", horizon=4, dynamics_kwargs={"lr_scale": scale})
     dynamics = agent.policy.world_model.dynamics
     assert isinstance(dynamics, SSMDynamics)
     rates = {
@@ -361,8 +367,10 @@ def test_an_agent_learns_saves_and_loads_with_it(
     }
     slow = {id(parameter) for parameter in dynamics.slow_parameters()}
     for parameter in dynamics.parameters():
-        expected = 3e-4 * (0.3 if id(parameter) in slow else 1.0)
+        expected = 3e-4 * scale * (0.3 if id(parameter) in slow else 1.0)
         assert rates[id(parameter)] == pytest.approx(expected)
+    heads = agent.policy.world_model.reward_net.parameters()
+    assert {rates[id(parameter)] for parameter in heads} == {3e-4}
     before = {name: value.clone() for name, value in dynamics.state_dict().items()}
     agent.learn(40)
     changed = {n for n, value in dynamics.state_dict().items() if not value.equal(before[n])}
@@ -370,6 +378,9 @@ def test_an_agent_learns_saves_and_loads_with_it(
     assert changed == set(before)
     agent.save(tmp_path / "agent")
     loaded = TDMPC2.load(tmp_path / "agent", device="cpu")
+    scales = [group["lr_scale"] for group in loaded.policy.model_optimizer.param_groups]
+    own = [1.0] if scale == 1.0 else [1.0, scale]
+    assert scales == pytest.approx([0.3, *own, 0.3 * scale])
     observation = agent.observation_space.sample()
     action, _ = agent.predict(observation, deterministic=True)
     np.testing.assert_array_equal(action, loaded.predict(observation, deterministic=True)[0])

@@ -56,7 +56,9 @@ PAUSE = 0.2  # seconds, in which the last one's threads go to sleep
 OTHERS = ("authors'", "JAX port's", "TorchRL's")
 ZOO_YAML = Path(__file__).parents[1] / "hyperparams" / "tdmpc2.yml"
 ZOO_ENTRY = "DMC/walker-walk-v0"
-NOT_ARGUMENTS = ("policy", "n_timesteps", "eval_freq", "env_kwargs", "callback", "buffer_size")
+NOT_ARGUMENTS = (
+    "policy", "n_timesteps", "eval_freq", "env_kwargs", "train_env_kwargs", "callback", "buffer_size",
+)  # fmt: skip
 
 
 class Contender(NamedTuple):
@@ -104,7 +106,12 @@ def build(
     model: str, dynamics: str, args: argparse.Namespace, num_envs: int = 1, **changes: Any
 ) -> TDMPC2:
     """An agent with a filled buffer and nonzero heads."""
-    settings = {**settings_of(model), **changes}
+    settings = {
+        **settings_of(model),
+        "learning_starts": 2 * EPISODE_STEPS * num_envs,
+        "initial_gradient_steps": 1,
+        **changes,
+    }
     if args.horizon is not None:
         settings["horizon"] = args.horizon
     agent = TDMPC2(
@@ -114,8 +121,6 @@ def build(
         compile=args.compile,
         device=args.device,
         seed=0,
-        learning_starts=2 * EPISODE_STEPS * num_envs,
-        initial_gradient_steps=1,
         **settings,
     )
     agent.learn(2 * EPISODE_STEPS * num_envs)

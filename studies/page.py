@@ -10,6 +10,7 @@ studies, with all figures and every run's command, in the folders of their CSV f
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import shutil
 import sys
@@ -143,6 +144,36 @@ def dynamics(report: Report) -> str:
     return "\n\n".join(parts)
 
 
+def cost() -> str:
+    """Returns what an agent step of both kinds takes, from benchmarks/results."""
+    with (REPOSITORY / "benchmarks" / "results" / "zoo_step.csv").open(newline="") as file:
+        steps = {
+            (row["horizon"], row["what"].split(",")[0], row["dynamics"]): float(
+                row["one thread, ms"]
+            )
+            for row in csv.DictReader(file)
+        }
+    rows = []
+    for horizon in ("3", "5", "10"):
+        row = [horizon]
+        for what in ("plan", "agent step"):
+            mlp, ssm = (steps[horizon, what, kind] for kind in ("mlp", "ssm"))
+            row += [f"{mlp:.1f}", f"{ssm:.1f}", f"{ssm / mlp:.2f}"]
+        rows.append(row)
+    kinds = ("MLP, ms", "SSM, ms", "SSM / MLP")
+    head = ["horizon", *(f"{what}, {kind}" for what in ("plan", "step") for kind in kinds)]
+    return "\n\n".join(
+        [
+            "## What it costs",
+            "One thread, with the settings of the study; a step is one plan and two updates "
+            "([results](results.md#a-step-with-the-zoos-settings) have command and machine). At this "
+            "model size equal steps are about equal minutes; of the larger models the SSM's plan is "
+            "the faster one.",
+            table(head, rows),
+        ]
+    )
+
+
 def other(report: Report, title: str, text: str) -> str:
     """Returns the section of a study beside the main grid."""
     rows = report.contrast_rows(("area",))
@@ -219,7 +250,7 @@ def page() -> str:
     if "dynamics" in reports:
         parts.append(dynamics(reports["dynamics"]))
     parts += [other(reports[name], *texts) for name, texts in OTHERS.items() if name in reports]
-    parts += [THREATS.rstrip(), REPEAT]
+    parts += [cost(), THREATS.rstrip(), REPEAT]
     return "\n\n".join(_wrapped(part) for part in parts)
 
 

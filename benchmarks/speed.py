@@ -57,7 +57,8 @@ OTHERS = ("authors'", "JAX port's", "TorchRL's")
 ZOO_YAML = Path(__file__).parents[1] / "hyperparams" / "tdmpc2.yml"
 ZOO_ENTRY = "DMC/walker-walk-v0"
 NOT_ARGUMENTS = (
-    "policy", "n_timesteps", "eval_freq", "env_kwargs", "train_env_kwargs", "callback", "buffer_size",
+    "policy", "n_timesteps", "eval_freq", "env_kwargs", "train_env_kwargs", "callback",
+    "buffer_size",
 )  # fmt: skip
 
 

@@ -166,9 +166,8 @@ def cost() -> str:
         [
             "## What it costs",
             "One thread, with the settings of the study; a step is one plan and two updates "
-            "([results](results.md#a-step-with-the-zoos-settings) have command and machine). At this "
-            "model size equal steps are about equal minutes; of the larger models the SSM's plan is "
-            "the faster one.",
+            "([results](results.md#a-step-with-the-zoos-settings) have command and machine). At "
+            "this model size equal steps are about equal minutes.",
             table(head, rows),
         ]
     )

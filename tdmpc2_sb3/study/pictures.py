@@ -72,7 +72,7 @@ def learning_curves(plan: Plan, grid: Grid, path: Path, kind: str, beside: Besid
     Returns of whole episodes have the published curves and the tasks' references beside them.
 
     :param kind: `evaluation` or `training`
-    :param beside: other studies with their runs, drawn dashed, for which frames are on a log scale
+    :param beside: other studies with their runs, drawn dashed as far as this one's frames go
     """
     tasks = [task for task in plan.tasks if any(grid.get(task.env, {}).values())]
     columns = min(COLUMNS, len(tasks))
@@ -93,21 +93,20 @@ def learning_curves(plan: Plan, grid: Grid, path: Path, kind: str, beside: Besid
 def _learning_curve(
     axis: Any, task: Task, arms: Sequence[tuple[str, str, Sequence[Result]]], kind: str
 ) -> None:
-    starts = []
+    ends = []
     for number, (name, style, runs) in enumerate(arms):
         places, returns = lines(runs, kind)
         if len(places) == 0:
             continue
-        starts.append(places[0])
+        if style == "-":
+            ends.append(places[-1])
         mean, low, high = aggregate.mean_curve(returns)
         label, colour = f"{name} ({len(returns)})", f"C{number % 10}"
         axis.plot(places, mean, style, color=colour, label=label, linewidth=2, marker=".")
         axis.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
-    if any(style == "--" for _, style, _ in arms):
-        axis.set_xscale("log")
-        axis.set_xlim(left=min(starts))
-    else:
-        axis.set_xlim(left=0)
+    axis.set_xlim(left=0)
+    if ends and any(style == "--" for _, style, _ in arms):
+        axis.set_xlim(right=max(ends))
     if kind == "evaluation" or task.is_whole:
         _draw_others(axis, task)
     axis.set(title=task.env, xlabel="frames", ylabel=f"{kind} return")

@@ -47,9 +47,13 @@ COLUMNS = ("task", "arm", "seeds", "area", "last evaluation", "above the floor",
 WIDTH = 100
 
 
-def read_reports() -> dict[str, Report]:
+def read_plans() -> list[Plan]:
+    """Returns the studies that are written down."""
+    return [read_plan(path) for name in STUDIES if (path := HERE / f"{name}.yml").is_file()]
+
+
+def read_reports(plans: Sequence[Plan]) -> dict[str, Report]:
     """Returns the report of every study of which a run is there, by its name."""
-    plans = [read_plan(path) for name in STUDIES if (path := HERE / f"{name}.yml").is_file()]
     found = {plan.name: Report(plan, read_results(plan)) for plan in plans}
     return {name: report for name, report in found.items() if report.results}
 
@@ -235,8 +239,8 @@ Several machines share a study through PostgreSQL, as in
 
 def page() -> str:
     """Returns docs/study.md."""
-    plans = [read_plan(path) for name in STUDIES if (path := HERE / f"{name}.yml").is_file()]
-    reports = read_reports()
+    plans = read_plans()
+    reports = read_reports(plans)
     parts = [
         "# The study",
         "Do state-space dynamics make TD-MPC2 plan more steadily and learn from fewer samples than "
@@ -274,7 +278,7 @@ def main() -> int:
         if not agrees:
             print("docs/study.md differs: run python studies/page.py")
         return int(not agrees)
-    for report in read_reports().values():
+    for report in read_reports(read_plans()).values():
         write(report.plan)
     for name in ("curves", "evaluations"):
         picture = HERE / "dynamics" / f"{name}.png"

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import facts
-import numpy as np
 import yaml
 
-from tdmpc2_sb3.study.plot import read_published
+from tdmpc2_sb3.study.plot import published_return
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -203,8 +202,8 @@ def published(task: str, frames: int) -> str:
 
     Its points lie every 100,000 frames; between them it is interpolated.
     """
-    curve = read_published(f"DMC-{task}-v0").get("tdmpc2")
-    return f"{np.interp(frames, *curve):.0f}" if curve and frames <= curve[0][-1] else "-"
+    value = published_return(f"DMC-{task}-v0", "tdmpc2", frames)
+    return "-" if value is None else f"{value:.0f}"
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

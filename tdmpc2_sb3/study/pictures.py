@@ -18,7 +18,7 @@ STRETCHES = 40
 COLUMNS = 3
 PUBLISHED_COLOURS = {"tdmpc2": "black", "sac": "grey"}
 
-Grid = Mapping[str, Mapping[str, Sequence[Result]]]  # task -> arm -> runs
+Grid = Mapping[str, Mapping[str, Mapping[int, Result]]]  # task -> arm -> seed
 Beside = Sequence[tuple[Plan, Grid]]
 
 
@@ -80,10 +80,11 @@ def learning_curves(plan: Plan, grid: Grid, path: Path, kind: str, beside: Besid
     figure = _figure(4.6 * columns + 0.4, 3.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, task in zip(axes, tasks, strict=False):
-        arms = [(arm.name, "-", grid[task.env].get(arm.name, ())) for arm in plan.arms]
-        for other, runs in beside:
-            own = runs.get(task.env, {})
-            arms += [(arm.name, "--", own.get(arm.name, ())) for arm in other.arms]
+        arms = [
+            (arm.name, style, list(runs.get(task.env, {}).get(arm.name, {}).values()))
+            for each, runs, style in ((plan, grid, "-"), *((*other, "--") for other in beside))
+            for arm in each.arms
+        ]
         _learning_curve(axis, task, arms, kind)
     for axis in axes[len(tasks) :]:
         axis.remove()

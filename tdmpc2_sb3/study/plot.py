@@ -186,6 +186,17 @@ def read_published(env_name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
+def published_return(env_name: str, algo: str, frames: int) -> float | None:
+    """Return the published mean return after some frames, straight lines between the points.
+
+    None where nothing was published, or not that far.
+    """
+    curve = read_published(env_name).get(algo)
+    if curve is None or frames > curve[0][-1]:
+        return None
+    return float(np.interp(frames, *curve))
+
+
 def draw(runs: Sequence[Run], published: bool = True) -> Any:
     """Draw the runs and return the matplotlib figure.
 

@@ -11,7 +11,7 @@ import numpy as np
 from tdmpc2_sb3.saving.files import atomic_write
 from tdmpc2_sb3.study import aggregate, pictures, statistics
 from tdmpc2_sb3.study.plan import Cell, Plan, Task, read_plan
-from tdmpc2_sb3.study.plot import PUBLISHED_LABELS, read_published
+from tdmpc2_sb3.study.plot import PUBLISHED_LABELS, published_return
 from tdmpc2_sb3.study.results import Result, csv_path, read_results
 from tdmpc2_sb3.study.statistics import LAST, Estimate
 
@@ -46,11 +46,7 @@ class Report:
     def __init__(self, plan: Plan, results: Mapping[str, Result]) -> None:
         self.plan = plan
         self.results = results
-        self.grid: dict[str, dict[str, dict[int, Result]]] = {}  # task -> arm -> seed
-        for cell in plan.cells:
-            if cell.name in results:
-                arms = self.grid.setdefault(cell.task.env, {})
-                arms.setdefault(cell.arm.name, {})[cell.seed] = results[cell.name]
+        self.grid = _grid(plan, results)
         self.colours = {arm.name: number for number, arm in enumerate(plan.arms)}
 
     def text(self) -> str:
@@ -72,7 +68,7 @@ class Report:
 
     def curves(self) -> str:
         """Learning curves; of a study that is judged by training episodes also the evaluations'."""
-        plan, runs = self.plan, _grid(self.plan, self.results)
+        plan, runs = self.plan, self.grid
         beside = []
         for file in plan.beside:
             other = read_plan(plan.folder / file)
@@ -294,13 +290,13 @@ class Report:
         return [link, state, minutes, ", ".join(commits), "; ".join(machines), f"`{command}`"]
 
 
-def _grid(plan: Plan, results: Mapping[str, Result]) -> dict[str, dict[str, list[Result]]]:
-    """Results by task and arm, in the order of their seeds."""
-    found: dict[str, dict[str, list[Result]]] = {}
+def _grid(plan: Plan, results: Mapping[str, Result]) -> dict[str, dict[str, dict[int, Result]]]:
+    """Results by task, arm and seed, in the plan's order."""
+    found: dict[str, dict[str, dict[int, Result]]] = {}
     for cell in plan.cells:
         if cell.name in results:
             arms = found.setdefault(cell.task.env, {})
-            arms.setdefault(cell.arm.name, []).append(results[cell.name])
+            arms.setdefault(cell.arm.name, {})[cell.seed] = results[cell.name]
     return found
 
 
@@ -328,10 +324,8 @@ def _first(task: Task, runs: Mapping[int, Result]) -> str:
 
 
 def _published(task: Task, algo: str, frames: int) -> str:
-    curve = read_published(task.name).get(algo) if task.env.startswith("DMC/") else None
-    if curve is None or frames > curve[0][-1]:
-        return "-"
-    return f"{np.interp(frames, *curve):.0f}"
+    value = published_return(task.name, algo, frames) if task.env.startswith("DMC/") else None
+    return "-" if value is None else f"{value:.0f}"
 
 
 def _number(value: float, fine: bool) -> str:
